@@ -1,0 +1,111 @@
+"""The preference buffer: groups in, pairs out, everything on disk before it is acknowledged.
+
+A plain class; `rsrlm.runtime.actors` makes a Ray actor of it. Its file is an append-only journal of groups and of
+"trained" marks, so a buffer opened on the same folder after a kill holds exactly what it had acknowledged.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from rsrlm.records import PreferencePair
+
+_PAIR = TypeAdapter(PreferencePair)
+
+
+class PreferenceBuffer:
+    """Groups of all iterations of one run, keyed by group id.
+
+    Raises ValueError for a group id that is there with another pair, and for marks on pairs that are not there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._groups: dict[str, tuple[int, PreferencePair | None, str]] = {}
+        self._trained: dict[str, int] = {}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            self._restore()
+        self._file = self._path.open("ab")
+
+    def _restore(self) -> None:
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):  # a kill in the middle of a line, which was never acknowledged
+            with self._path.open("r+b") as file:
+                file.truncate(len(whole))
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            if "trained" in entry:
+                self._trained.update(dict.fromkeys(entry["trained"], entry["step"]))
+            elif "untrained_after" in entry:
+                self._untrain(entry["iteration"], entry["untrained_after"])
+            else:
+                pair = None if entry["pair"] is None else _PAIR.validate_python(entry["pair"])
+                self._groups[entry["group"]] = (entry["iteration"], pair, entry["no_pair_reason"])
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def put(self, group: str, iteration: int, pair: PreferencePair | None, no_pair_reason: str) -> None:
+        """Add a finished group; returns when it is on disk. The same group again changes nothing."""
+        if group in self._groups:
+            if self._groups[group] != (iteration, pair, no_pair_reason):
+                raise ValueError(f"group {group} is in the buffer with another pair")
+            return
+        self._append(
+            {
+                "group": group,
+                "iteration": iteration,
+                "pair": None if pair is None else _PAIR.dump_python(pair, mode="json"),
+                "no_pair_reason": no_pair_reason,
+            }
+        )
+        self._groups[group] = (iteration, pair, no_pair_reason)
+
+    def pairs(self, iteration: int, seed: int) -> list[PreferencePair]:
+        """The iteration's pairs in training order, which depends on ids and seed alone."""
+        found = [pair for at, pair, _ in self._groups.values() if at == iteration and pair is not None]
+        found.sort(key=lambda pair: pair.id)
+        random.Random(f"pairs {seed} {iteration}").shuffle(found)
+        return found
+
+    def mark_trained(self, pair_ids: list[str], step: int) -> None:
+        """Note that optimizer step `step` (0 is the first of its iteration) used these pairs."""
+        known = {pair.id for _, pair, _ in self._groups.values() if pair is not None}
+        unknown = [pair for pair in pair_ids if pair not in known]
+        if unknown:
+            raise ValueError(f"pair {unknown[0]} is not in the buffer")
+        self._append({"trained": pair_ids, "step": step})
+        self._trained.update(dict.fromkeys(pair_ids, step))
+
+    def forget_trained_from(self, iteration: int, step: int) -> None:
+        """Steps from `step` on were lost with their process and will be replayed."""
+        self._append({"untrained_after": step, "iteration": iteration})
+        self._untrain(iteration, step)
+
+    def _untrain(self, iteration: int, step: int) -> None:
+        of_iteration = {pair.id for at, pair, _ in self._groups.values() if at == iteration and pair is not None}
+        for pair in of_iteration:
+            if self._trained.get(pair, -1) >= step:
+                del self._trained[pair]
+
+    def groups(self, iteration: int) -> dict[str, str]:
+        """Finished groups of an iteration: group id to the reason why it has no pair ("" when it has one)."""
+        return {group: reason for group, (at, _, reason) in self._groups.items() if at == iteration}
+
+    def trained(self, iteration: int) -> dict[str, int]:
+        """Trained pairs of an iteration: pair id to the last optimizer step that used it."""
+        of_iteration = {pair.id for at, pair, _ in self._groups.values() if at == iteration and pair is not None}
+        return {pair: step for pair, step in self._trained.items() if pair in of_iteration}
+
+    def status(self) -> dict[str, int]:
+        """Counts, to look at while the run goes on."""
+        pairs = sum(pair is not None for _, pair, _ in self._groups.values())
+        return {"groups": len(self._groups), "pairs": pairs, "trained": len(self._trained)}

@@ -1,0 +1,500 @@
+"""Ray actors around plain classes, and the driver's side of them: engine pool, buffer, learner.
+
+They decide nothing about scores, pairs or losses. What they do decide is who serves what: requests go to the replica
+with the least outstanding work, and a replica that failed serves nothing until it holds the current weights.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+
+from rsrlm.buffer import PreferenceBuffer
+from rsrlm.config import Config
+from rsrlm.records import Completion, Request, Sampling
+from rsrlm.runtime.engine import EngineDead, cpu_environment, make_engine
+from rsrlm.runtime.learner import BroadcastJob, TrainJob, serve
+from rsrlm.runtime.weights import WeightSet
+
+MAX_ATTEMPTS = 3  # of one request, over as many engines that died under it
+
+
+class PoolFailed(RuntimeError):
+    """The engines cannot be kept alive, or an update did not reach all of them."""
+
+
+class EngineActor:
+    """One replica. An async actor with one event loop and no concurrency groups: AsyncLLM binds to that loop."""
+
+    async def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:
+        self._engine = make_engine(config, folder, version, replica)
+
+    async def generate(self, request: Request) -> Completion:
+        return await self._engine.generate(request)
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        await self._engine.connect(init_info)
+
+    async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
+        started = time.perf_counter()
+        seconds = await self._engine.update(update_info, version)
+        return {**seconds, "total": time.perf_counter() - started}
+
+    async def version(self) -> str:
+        return await self._engine.version()
+
+    async def stats(self) -> dict[str, float]:
+        return await self._engine.stats()
+
+    async def close(self) -> None:
+        self._engine.close()
+
+
+class Replica:
+    """The driver's view of one engine actor. `ready` is set while it may be given work."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.actor: Any = None
+        self.version = ""
+        self.generation = 0
+        self.outstanding = 0  # tokens that the requests in flight may still take
+        self.last_answer = time.monotonic()
+        self.ready = asyncio.Event()
+
+
+def _work(request: Request) -> int:
+    """Tokens a request may cost: decoding one is far dearer than reading one of a prompt."""
+    return request.sampling.max_tokens * 8 + len(request.prompt_token_ids)
+
+
+class EnginePool:
+    """Replicas with the same weights. Use it from one event loop."""
+
+    def __init__(
+        self, config: Config, weights: WeightSet, name: str, replicas: int, note: Callable[..., None]
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._name = name
+        self._note = note
+        self._replicas = [Replica(index) for index in range(replicas)]
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: Exception | None = None
+        self._freed = asyncio.Condition()
+        self._restarts = 0
+        self._attempt = 0
+
+    @property
+    def version(self) -> str:
+        return self._weights.version
+
+    @property
+    def slots(self) -> int:
+        """Requests that run at once."""
+        return len(self._replicas) * self._config.engine.max_num_seqs
+
+    async def start(self) -> None:
+        """All replicas up, each having generated a token. Raises PoolFailed after engine.start_timeout_s."""
+        await asyncio.gather(*(self._bring_up(replica) for replica in self._replicas))
+        self._spawn(self._watch())
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _bring_up(self, replica: Replica) -> None:
+        config = self._config
+        weights = self._weights
+        actor_class = ray.remote(EngineActor).options(
+            num_cpus=config.engine.cpus,
+            num_gpus=config.engine.gpus,
+            max_concurrency=100_000,
+            max_restarts=0,  # the pool replaces it, so that it never serves with weights of long ago
+            runtime_env={"env_vars": cpu_environment(config.engine)},
+        )
+        replica.actor = actor_class.remote(config, weights.folder, weights.version, replica.index)
+        replica.version = weights.version
+        try:
+            await asyncio.wait_for(self._one_token(replica), config.engine.start_timeout_s)
+        except TimeoutError:
+            raise PoolFailed(
+                f"replica {replica.index} of pool {self._name} gave no token within engine.start_timeout_s="
+                f"{config.engine.start_timeout_s}; is there room for it (rsrlm plan)?"
+            ) from None
+        except RayTaskError as error:
+            raise PoolFailed(f"replica {replica.index} of pool {self._name} did not start: {error.cause!r}") from error
+        except RayActorError as error:
+            raise PoolFailed(f"replica {replica.index} of pool {self._name} did not start: {error}") from error
+        if weights.version != self._weights.version:  # published while it came up
+            await self._update(replica, self._weights)
+        replica.outstanding = 0
+        replica.last_answer = time.monotonic()
+        replica.ready.set()
+        await self._wake()
+
+    async def _one_token(self, replica: Replica) -> None:
+        self._attempt += 1
+        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0)
+        request = Request(id=f"health-{self._attempt}", prompt_token_ids=(1,), sampling=sampling, priority=-1)
+        await replica.actor.generate.remote(request)
+
+    async def _wake(self) -> None:
+        async with self._freed:
+            self._freed.notify_all()
+
+    async def _pick(self) -> Replica:
+        async with self._freed:
+            while True:
+                if self._failure:
+                    raise self._failure
+                ready = [replica for replica in self._replicas if replica.ready.is_set()]
+                if ready:
+                    return min(ready, key=lambda replica: (replica.outstanding, replica.index))
+                await self._freed.wait()
+
+    async def generate(self, request: Request) -> Completion:
+        """The completion, from whichever replica; done again when an engine dies under it."""
+        work = _work(request)
+        for attempt in range(MAX_ATTEMPTS):
+            replica = await self._pick()
+            generation = replica.generation
+            replica.outstanding += work
+            self._attempt += 1
+            try:
+                # vLLM forgets a request's id only when it has finished: an id of its own for each attempt.
+                sent = replace(request, id=f"{request.id}~{self._attempt}")
+                completion = await replica.actor.generate.remote(sent)
+                replica.last_answer = time.monotonic()
+                return replace(completion, request_id=request.id)
+            except (ActorDiedError, ActorUnavailableError, EngineDead) as error:
+                self._lost(replica, generation, error)
+                if attempt == MAX_ATTEMPTS - 1:
+                    raise PoolFailed(f"request {request.id} failed on {MAX_ATTEMPTS} engines: {error}") from error
+            finally:
+                if replica.generation == generation:
+                    replica.outstanding -= work
+        raise AssertionError("not reached")
+
+    def _lost(self, replica: Replica, generation: int, error: Exception) -> None:
+        if replica.generation != generation or self._failure:
+            return
+        replica.generation += 1
+        replica.ready.clear()
+        self._restarts += 1
+        self._note("engine_lost", pool=self._name, replica=replica.index, error=str(error).splitlines()[0][:300])
+        if self._restarts > 5 * len(self._replicas):
+            self._failure = PoolFailed(f"pool {self._name}: engines died {self._restarts} times; last: {error}")
+            self._spawn(self._wake())
+            return
+        with contextlib.suppress(Exception):
+            ray.kill(replica.actor)
+        self._spawn(self._revive(replica))
+
+    async def _revive(self, replica: Replica) -> None:
+        try:
+            await self._bring_up(replica)
+            self._note("engine_restarted", pool=self._name, replica=replica.index, version=replica.version)
+        except Exception as error:
+            self._failure = error if isinstance(error, PoolFailed) else PoolFailed(repr(error))
+            await self._wake()
+
+    async def _watch(self, every_s: float = 15.0, silence_s: float = 60.0) -> None:
+        """Health is a generated token: a replica that has work and is silent must produce one."""
+        while True:
+            await asyncio.sleep(every_s)
+            for replica in self._replicas:
+                silent = time.monotonic() - replica.last_answer > silence_s
+                if not (replica.ready.is_set() and replica.outstanding and silent):
+                    continue
+                generation = replica.generation
+                try:
+                    await asyncio.wait_for(self._one_token(replica), silence_s)
+                    replica.last_answer = time.monotonic()
+                except Exception as error:
+                    self._lost(replica, generation, error)
+
+    async def publish(self, weights: WeightSet, broadcast: Callable[[WeightSet, str, int, int], Any]) -> list[Any]:
+        """The version on every replica, or PoolFailed with a reason within weights.deadline_s.
+
+        Returns the seconds of each replica. `broadcast` sends the files where the transport is gloo.
+        """
+        self._weights = weights
+        deadline = self._config.weights.deadline_s
+        replicas = [replica for replica in self._replicas if replica.ready.is_set()]
+        for replica in replicas:
+            replica.ready.clear()
+        if self._config.weights.transport == "gloo" and replicas:
+            return await self._publish_gloo(replicas, weights, broadcast)
+        reports = await asyncio.gather(*(self._update(r, weights) for r in replicas), return_exceptions=True)
+        return await self._settle(replicas, reports, weights, deadline)
+
+    async def _update(self, replica: Replica, weights: WeightSet) -> dict[str, float]:
+        report = await asyncio.wait_for(
+            replica.actor.update.remote(weights.update_info(), weights.version), self._config.weights.deadline_s
+        )
+        replica.version = weights.version
+        return report
+
+    async def _publish_gloo(
+        self, replicas: list[Replica], weights: WeightSet, broadcast: Callable[[WeightSet, str, int, int], Any]
+    ) -> list[Any]:
+        """A new group for every version: replicas may have come and gone. Rank 0 is the sender."""
+        deadline = self._config.weights.deadline_s
+        address, port = _rendezvous()
+        ranks = max(1, self._config.engine.gpus)
+        world_size = 1 + ranks * len(replicas)
+
+        async def receive(place: int, replica: Replica) -> dict[str, float]:
+            info = {
+                "master_address": address,
+                "master_port": port,
+                "rank_offset": 1 + place * ranks,
+                "world_size": world_size,
+            }
+            await replica.actor.connect.remote(info)
+            return await self._update(replica, weights)
+
+        sending = asyncio.ensure_future(broadcast(weights, address, port, world_size))
+        reports = await asyncio.gather(
+            *(asyncio.wait_for(receive(i, r), deadline) for i, r in enumerate(replicas)), return_exceptions=True
+        )
+        try:
+            await asyncio.wait_for(sending, deadline)
+        except Exception as error:
+            raise PoolFailed(f"weights {weights.version}: the sender failed: {error!r}") from error
+        return await self._settle(replicas, reports, weights, deadline)
+
+    async def _settle(
+        self, replicas: list[Replica], reports: list[Any], weights: WeightSet, deadline: float
+    ) -> list[Any]:
+        """Replicas that hold the version serve again; dead ones are replaced; any other failure fails the update."""
+        good = []
+        for replica, report in zip(replicas, reports, strict=True):
+            if isinstance(report, (ActorDiedError, ActorUnavailableError)):
+                self._lost(replica, replica.generation, report)
+            elif isinstance(report, TimeoutError):
+                raise PoolFailed(
+                    f"weights {weights.version} did not reach replica {replica.index} of pool {self._name} within "
+                    f"weights.deadline_s={deadline}"
+                )
+            elif isinstance(report, BaseException):
+                cause = getattr(report, "cause", report)
+                raise PoolFailed(
+                    f"replica {replica.index} of pool {self._name} refused weights {weights.version}: {cause}"
+                ) from report
+            else:
+                good.append({"replica": replica.index, **report})
+                replica.ready.set()
+        await self._wake()
+        return good
+
+    async def stats(self) -> list[dict[str, float]]:
+        ready = [replica for replica in self._replicas if replica.ready.is_set()]
+        return await asyncio.gather(*(replica.actor.stats.remote() for replica in ready))
+
+    async def versions(self) -> list[str]:
+        """What each engine itself says it holds."""
+        ready = [replica for replica in self._replicas if replica.ready.is_set()]
+        return await asyncio.gather(*(replica.actor.version.remote() for replica in ready))
+
+    async def close(self) -> None:
+        self._failure = PoolFailed("the pool is closed")
+        for task in list(self._tasks):
+            task.cancel()
+        closing = [replica.actor.close.remote() for replica in self._replicas if replica.actor is not None]
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), 10)
+        for replica in self._replicas:
+            if replica.actor is not None:
+                with contextlib.suppress(Exception):
+                    ray.kill(replica.actor)
+
+
+def _rendezvous() -> tuple[str, int]:
+    """An address of this host that other hosts reach, and a free port on it."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
+
+
+class SharedBuffer:
+    """The preference buffer as a Ray actor, awaitable from the driver."""
+
+    def __init__(self, path: Path) -> None:
+        self._actor: Any = ray.remote(PreferenceBuffer).options(num_cpus=0, max_restarts=-1).remote(str(path))
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Any method of `PreferenceBuffer`. A restarted actor reads its journal, and every method may be repeated."""
+        for attempt in range(3):
+            try:
+                return await getattr(self._actor, method).remote(*arguments)
+            except (ActorUnavailableError, ActorDiedError):
+                if attempt == 2:
+                    raise
+                await asyncio.sleep(1)
+
+    async def close(self) -> None:
+        with contextlib.suppress(Exception):
+            ray.kill(self._actor)
+
+
+class Mailbox:
+    """Jobs for the learner's ranks and events from rank 0. Ranks wait here, never inside a collective."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Any] = []
+        self._events: list[list[dict[str, Any]]] = []
+        self._finished: set[int] = set()
+        self._changed = asyncio.Condition()
+
+    async def post(self, job: Any) -> int:
+        async with self._changed:
+            self._jobs.append(job)
+            self._events.append([])
+            self._changed.notify_all()
+            return len(self._jobs) - 1
+
+    async def next(self, done: int, wait_s: float = 10.0) -> tuple[int, Any]:
+        """The first unfinished job after number `done`; (done, None) when there is none for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), self._changed:
+                while True:
+                    for number in range(done + 1, len(self._jobs)):
+                        if number not in self._finished:
+                            return number, self._jobs[number]
+                    await self._changed.wait()
+        return done, None
+
+    async def emit(self, number: int, event: dict[str, Any]) -> None:
+        async with self._changed:
+            self._events[number].append(event)
+            if event["event"] in ("done", "failed"):
+                self._finished.add(number)
+            self._changed.notify_all()
+
+    async def events(self, number: int, since: int, wait_s: float = 5.0) -> list[dict[str, Any]]:
+        """Events of a job from index `since` on; waits a while for the first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), self._changed:
+                while len(self._events[number]) <= since:
+                    await self._changed.wait()
+        return self._events[number][since:]
+
+
+class LearnerFailed(RuntimeError):
+    """The learner group cannot go on."""
+
+
+class Learner:
+    """The learner group: one long fit of Ray Train, fed through a mailbox.
+
+    Ray Train places the ranks together, sets up their process group and rebuilds the group when a rank dies.
+    """
+
+    def __init__(self, config: Config, storage: Path) -> None:
+        self._config = config
+        self._storage = storage
+        self._mailbox: Any = None
+        self._fit: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
+        loop = asyncio.get_running_loop()
+        self._fit = loop.create_future()
+        fit = self._fit
+
+        def settle(error: Exception | None) -> None:
+            if not fit.done():
+                fit.set_result(None) if error is None else fit.set_exception(error)
+
+        def run() -> None:
+            try:
+                _trainer(self._config, self._mailbox, self._storage).fit()
+                error = None
+            except Exception as caught:
+                error = LearnerFailed(_last_line(caught))
+            with contextlib.suppress(RuntimeError):  # the loop may be closed already
+                loop.call_soon_threadsafe(settle, error)
+
+        threading.Thread(target=run, name="ray-train", daemon=True).start()
+
+    async def _run(self, job: TrainJob | BroadcastJob) -> AsyncIterator[dict[str, Any]]:
+        assert self._fit is not None
+        number = await self._mailbox.post.remote(job)
+        seen = 0
+        while True:
+            waiting = asyncio.ensure_future(self._mailbox.events.remote(number, seen))
+            await asyncio.wait({waiting, self._fit}, return_when=asyncio.FIRST_COMPLETED)
+            if self._fit.done() and not waiting.done():
+                waiting.cancel()
+                self._fit.result()
+                raise LearnerFailed("the learner group ended before its job")
+            for event in await waiting:
+                seen += 1
+                if event["event"] == "failed":
+                    raise LearnerFailed(event["message"])
+                yield event
+                if event["event"] == "done":
+                    return
+
+    def train(self, job: TrainJob) -> AsyncIterator[dict[str, Any]]:
+        """Events of `rsrlm.runtime.learner.run_job`, the last one `done`. Raises LearnerFailed."""
+        return self._run(job)
+
+    async def broadcast(self, weights: WeightSet, address: str, port: int, world_size: int) -> None:
+        paths = tuple(file.path for file in weights.files)
+        job = BroadcastJob(paths=paths, address=address, port=port, world_size=world_size)
+        async for _ in self._run(job):
+            pass
+
+    async def close(self) -> None:
+        if self._fit is None:
+            return
+        with contextlib.suppress(Exception):
+            await self._mailbox.post.remote("stop")
+            await asyncio.wait({self._fit}, timeout=15)
+        if self._fit.done():
+            self._fit.exception()
+        with contextlib.suppress(Exception):
+            ray.kill(self._mailbox)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else repr(error)
+
+
+def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    train = config.train
+    resources: dict[str, float] = {"CPU": train.cpus}
+    if train.gpus:
+        resources["GPU"] = train.gpus
+    environment = {"OMP_NUM_THREADS": str(train.threads), "DS_ACCELERATOR": "cuda" if train.gpus else "cpu"}
+    return TorchTrainer(
+        serve,
+        train_loop_config={"model": config.model, "train": train, "mailbox": mailbox},
+        torch_config=TorchConfig(backend="nccl" if train.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.workers, use_gpu=bool(train.gpus), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="group",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=train.max_restarts),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )

@@ -1,0 +1,487 @@
+"""The learner: one DeepSpeed rank trains M_{t+1} from M_t on an iteration's pairs. `serve` is the whole life of a rank.
+
+A training job is stateless across iterations: it loads M_t, computes the reference log-probabilities before the first
+update, trains, exports M_{t+1} and forgets everything, so a resumed run takes the same path as an undisturbed one.
+A rank waits for its next job outside of any collective.
+"""
+
+import gc
+import math
+import os
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsrlm.config import ConfigError, Model, Train
+from rsrlm.records import PreferencePair
+
+Emit = Callable[[dict[str, Any]], None]
+DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout")
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says why and names the pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """One iteration's training: `model` (M_t) on `pairs` to `output` (M_{t+1}, named `version`)."""
+
+    run: str
+    iteration: int
+    seed: int
+    model: str
+    output: str
+    version: str
+    pairs: tuple[PreferencePair, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BroadcastJob:
+    """Send the files of a version to every replica over gloo (rank 0 only)."""
+
+    paths: tuple[str, ...]
+    address: str
+    port: int
+    world_size: int
+
+
+def steps_of(pairs: Sequence[PreferencePair], config: Train, seed: int, iteration: int) -> list[list[PreferencePair]]:
+    """The pairs of every optimizer step. The first epoch keeps the given order, later ones shuffle it by seed."""
+    steps = []
+    for epoch in range(config.epochs):
+        order = list(pairs)
+        if epoch:
+            random.Random(f"epoch {seed} {iteration} {epoch}").shuffle(order)
+        steps += [order[i : i + config.pairs_per_step] for i in range(0, len(order), config.pairs_per_step)]
+    return steps
+
+
+def share_of(
+    batch: Sequence[PreferencePair], rank: int, world_size: int, micro_batch: int
+) -> list[tuple[list[PreferencePair], list[float]]]:
+    """This rank's micro-batches as (pairs, weights). Every rank gets as many: weight 0 marks a pair that only keeps
+    the ranks in step and counts nothing."""
+    mine = list(batch[rank::world_size])
+    rounds = math.ceil(math.ceil(len(batch) / world_size) / micro_batch)
+    shares = []
+    for i in range(rounds):
+        pairs = mine[i * micro_batch : (i + 1) * micro_batch]
+        shares.append((pairs, [1.0] * len(pairs)) if pairs else ([batch[0]], [0.0]))
+    return shares
+
+
+def set_dropout(model_config: Any, dropout: float) -> None:
+    """Set the dropout that the architecture has. Raises ConfigError where it has none."""
+    if not dropout:
+        return
+    keys = [key for key in DROPOUT_KEYS if hasattr(model_config, key)]
+    if not keys:
+        raise ConfigError(
+            f"train.dropout={dropout}: the architecture {model_config.model_type} has no dropout; set train.dropout=0"
+        )
+    for key in keys:
+        setattr(model_config, key, dropout)
+
+
+def load_policy(folder: str, model: Model, train: Train) -> Any:
+    """The model of a folder, in training mode, in the dtype of the config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    set_dropout(config, train.dropout)
+    policy = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, model.dtype),
+        attn_implementation="sdpa",
+        trust_remote_code=model.trust_remote_code,
+    )
+    policy.config.use_cache = False
+    if train.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy.train()
+
+
+def deepspeed_config(train: Train, dtype: str) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        # The learner accumulates by itself: the number of micro-batches differs from step to step.
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+
+
+class Policy:
+    """A model under DeepSpeed that gives response log-probabilities and takes gradient steps on pairs."""
+
+    def __init__(self, model: Any, train: Train, dtype: str) -> None:
+        import deepspeed
+        import torch
+
+        from rsrlm import losses
+
+        self.train = train
+        self.model = model
+        losses.check_architecture(model)
+        self.packed = train.packed and losses.supports_packing(model)
+        pad = model.config.pad_token_id
+        self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
+
+        class ResponseLogps(torch.nn.Module):
+            """ZeRO hooks the forward of the module that it wraps, so the log-probabilities are its forward."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self, batch: losses.PairBatch) -> torch.Tensor:
+                return losses.response_logps(self.model, batch)
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        self.engine, *_ = deepspeed.initialize(
+            model=ResponseLogps(), optimizer=optimizer, config=deepspeed_config(train, dtype)
+        )
+        self.device = self.engine.device
+
+    def batch(self, pairs: Sequence[PreferencePair]) -> Any:
+        from rsrlm import losses
+
+        triples = [(p.prompt_token_ids, p.chosen_token_ids, p.rejected_token_ids) for p in pairs]
+        built = losses.pack_pairs(triples) if self.packed else losses.pad_pairs(triples, self._pad_id)
+        return built.to(self.device)
+
+    def reference_logps(self, steps: list[list[PreferencePair]], tick: Callable[[int], None]) -> dict[str, list[float]]:
+        """Per-token log-probabilities of both responses of every pair, chosen first, under the model as it is now."""
+        import torch
+        import torch.distributed as dist
+
+        unique = list({pair.id: pair for step in steps for pair in step}.values())
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        found: dict[str, list[float]] = {}
+        self.engine.eval()
+        with torch.no_grad():
+            for number, (pairs, weights) in enumerate(share_of(unique, rank, world_size, self.train.micro_batch)):
+                batch = self.batch(pairs)
+                values = self.engine(batch).float().cpu()
+                owner = torch.div(batch.segment_R.cpu(), 2, rounding_mode="floor")
+                for index, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
+                    if weight:
+                        found[pair.id] = values[owner == index].tolist()
+                tick(number)
+        self.engine.train()
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, found)
+        return {pair: values for part in gathered for pair, values in part.items()}
+
+    def gradients(self, batch: Sequence[PreferencePair], reference: dict[str, list[float]]) -> dict[str, float]:
+        """Accumulate the gradients of one optimizer step and return its metrics, summed over all ranks.
+
+        The loss is the sum over the step's pairs divided by their number, whatever ranks and micro-batches they are
+        split over. Raises TrainingFailed with the pair ids when it is not finite.
+        """
+        import torch
+        import torch.distributed as dist
+
+        from rsrlm import losses
+
+        world_size = dist.get_world_size()
+        train = self.train
+        shares = share_of(batch, dist.get_rank(), world_size, train.micro_batch)
+        totals: dict[str, float] = {}
+        for number, (pairs, weights) in enumerate(shares):
+            packed = self.batch(pairs)
+            ref_R = torch.tensor([x for pair in pairs for x in reference[pair.id]], device=self.device)
+            result = losses.pair_loss(
+                self.engine(packed),
+                ref_R,
+                packed,
+                weight_P=torch.tensor(weights, device=self.device),
+                beta=train.beta,
+                loss=train.loss,
+                label_smoothing=train.label_smoothing,
+                length_normalized=train.length_normalized,
+                nll_scale=train.nll_scale,
+            )
+            for name, value in {**result.metrics, "tokens": float(packed.input_ids.numel())}.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            self.engine.set_gradient_accumulation_boundary(number == len(shares) - 1)
+            # DeepSpeed averages gradients over the ranks; the sum over all pairs is wanted.
+            self.engine.backward(result.loss * (world_size / len(batch)))
+            if number < len(shares) - 1:
+                self.engine.step()
+        names = sorted(totals)
+        sums = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        summed = dict(zip(names, sums.tolist(), strict=True))
+        if not math.isfinite(summed["loss"]):
+            raise TrainingFailed(
+                f"the loss is {summed['loss']}; nothing was updated by this step. Its pairs: "
+                + ", ".join(pair.id for pair in batch)
+                + ". Lower train.lr, or look at these pairs in pairs.parquet"
+            )
+        return summed
+
+    def step(self, batch: Sequence[PreferencePair], reference: dict[str, list[float]], lr: float) -> dict[str, float]:
+        """One optimizer step; metrics are means over the step's pairs unless the name says otherwise."""
+        started = time.perf_counter()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        summed = self.gradients(batch, reference)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        norm = float(norm) if norm is not None else math.nan
+        if not math.isfinite(norm):
+            raise TrainingFailed(
+                f"the gradient norm is {norm} after pairs " + ", ".join(pair.id for pair in batch) + "; lower train.lr"
+            )
+        seconds = time.perf_counter() - started
+        pairs = summed.pop("pairs")
+        tokens = summed.pop("tokens")
+        kl_tokens = summed.pop("kl_tokens")
+        kl = summed.pop("kl")
+        return {
+            **{name: value / pairs for name, value in summed.items()},
+            "kl_per_token": kl / kl_tokens if kl_tokens else math.nan,
+            "grad_norm": norm,
+            "lr": lr,
+            "pairs": pairs,
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "seconds": seconds,
+            "memory_gib": memory_gib(self.device),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The model's parameters by their Hugging Face names, whole, on rank 0; empty elsewhere. Tied ones once."""
+        import deepspeed
+        import torch.distributed as dist
+
+        root = dist.get_rank() == 0
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if self.train.zero_stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    if root:
+                        found[name] = parameter.detach().cpu().clone()
+            elif root:
+                found[name] = parameter.detach().cpu().contiguous()
+        return found
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def memory_gib(device: Any) -> float:
+    """Peak memory of this rank so far: resident set on a CPU, allocated on a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(run: Path, iteration: int, step: int) -> Path:
+    return run / "checkpoints" / f"i{iteration:02d}-s{step:06d}"
+
+
+def newest_checkpoint(run: Path, iteration: int) -> tuple[Path, int] | None:
+    """The newest whole checkpoint of an iteration, and the number of optimizer steps it has behind it."""
+    found = sorted((run / "checkpoints").glob(f"i{iteration:02d}-s*[0-9]"))
+    return (found[-1], int(found[-1].name.rpartition("s")[2])) if found else None
+
+
+def save_checkpoint(policy: Policy, run: Path, iteration: int, step: int, reference: dict[str, list[float]]) -> None:
+    """Published under its name when every rank has written its part; older ones go."""
+    import torch.distributed as dist
+
+    path = checkpoint_path(run, iteration, step)
+    scratch = path.with_name(path.name + ".tmp")
+    policy.engine.save_checkpoint(
+        str(scratch),
+        tag="state",
+        client_state={"rsrlm_step": step, "rsrlm_reference": reference, "rsrlm_ranks": dist.get_world_size()},
+    )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        scratch.rename(path)
+        for old in path.parent.glob("i*-s*"):
+            if old != path and not old.name.endswith(".tmp"):
+                shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load_checkpoint(policy: Policy, path: Path) -> dict[str, list[float]]:
+    """Restore weights and optimizer; returns the reference log-probabilities. Raises TrainingFailed."""
+    import torch.distributed as dist
+
+    if os.stat(path).st_uid != os.getuid():
+        raise TrainingFailed(
+            f"checkpoint {path} belongs to another user and is not read, since DeepSpeed's format can run code; "
+            "delete it to start the iteration's training again"
+        )
+    ranks = len(list((path / "state").glob("*optim_states.pt"))) or 1
+    if policy.train.zero_stage and ranks != dist.get_world_size():
+        raise TrainingFailed(
+            f"checkpoint {path} was written by {ranks} ranks and cannot be read by {dist.get_world_size()}; resume "
+            f"with train.workers={ranks}, or delete it to start the iteration's training again"
+        )
+    _, client = policy.engine.load_checkpoint(str(path), tag="state")
+    return client["rsrlm_reference"]
+
+
+# -- a job -------------------------------------------------------------------------------------------------------------
+
+
+def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
+    """Train one iteration. Rank 0 emits `resumed`, `reference`, `step` and finally `done` events."""
+    import torch.distributed as dist
+
+    from rsrlm import losses
+    from rsrlm.runtime import weights
+
+    root = dist.get_rank() == 0
+    run = Path(job.run)
+    started = time.perf_counter()
+    policy = Policy(load_policy(job.model, model, train), train, model.dtype)
+    try:
+        steps = steps_of(job.pairs, train, job.seed, job.iteration)
+        checkpoint = newest_checkpoint(run, job.iteration)
+        if checkpoint:
+            path, first = checkpoint
+            reference = load_checkpoint(policy, path)
+        else:
+            first = 0
+            rounds = math.ceil(math.ceil(len(job.pairs) / dist.get_world_size()) / train.micro_batch)
+            reference = policy.reference_logps(
+                steps, lambda number: emit({"event": "reference", "done": number + 1, "of": rounds})
+            )
+        emit({"event": "resumed", "step": first, "of": len(steps), "packed": policy.packed})
+        for number in range(first, len(steps)):
+            batch = steps[number]
+            lr = losses.lr_at(
+                number,
+                len(steps),
+                lr=train.lr,
+                lr_final=train.lr_final,
+                warmup_steps=train.warmup_steps,
+                schedule=train.schedule,
+            )
+            metrics = policy.step(batch, reference, lr)
+            emit(
+                {
+                    "event": "step",
+                    "step": number,
+                    "of": len(steps),
+                    "pair_ids": [pair.id for pair in batch],
+                    "metrics": metrics,
+                }
+            )
+            if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < len(steps):
+                save_checkpoint(policy, run, job.iteration, number + 1, reference)
+        trained = time.perf_counter()
+        state = policy.state()
+        if root:
+            files = weights.write(state, run, job.version)
+            written = time.perf_counter()
+            export(policy.model, state, job, model)
+            emit(
+                {
+                    "event": "done",
+                    "steps": len(steps),
+                    "replayed_from": first,
+                    "files": files,
+                    "train_seconds": trained - started,
+                    "write_seconds": written - trained,
+                    "export_seconds": time.perf_counter() - written,
+                }
+            )
+        dist.barrier()
+    finally:
+        policy.close()
+        del policy
+        gc.collect()
+
+
+def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model) -> None:
+    """A Hugging Face folder with tokenizer and chat template; it appears under its name only when it is whole."""
+    from rsrlm.model import load_tokenizer
+
+    output = Path(job.output)
+    scratch = output.with_name(output.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch, state_dict=state)
+    load_tokenizer(Path(job.model), config.trust_remote_code).save_pretrained(scratch)
+    generation = Path(job.model) / "generation_config.json"
+    if generation.is_file():
+        shutil.copy(generation, scratch)
+    shutil.rmtree(output, ignore_errors=True)
+    scratch.rename(output)
+
+
+def send(job: BroadcastJob) -> None:
+    """Broadcast the files over a gloo group of this process and the replicas' workers."""
+    from rsrlm.runtime import vllm_worker
+    from rsrlm.runtime.weights import bytes_of
+
+    group = vllm_worker.gloo_group(job.address, job.port, 0, job.world_size)
+    for path in job.paths:
+        vllm_worker.broadcast(group, bytes_of(path))
+
+
+# -- the life of a rank ------------------------------------------------------------------------------------------------
+
+
+def serve(settings: dict[str, Any]) -> None:
+    """Ray Train runs this on every rank: take jobs from the mailbox until it says stop.
+
+    A rank that comes up again after a failure is handed the unfinished job again; the job finds its checkpoint.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not settings["train"].gpus else "cuda")
+    import ray
+    import torch
+    import torch.distributed as dist
+
+    model: Model = settings["model"]
+    train: Train = settings["train"]
+    if not train.gpus:
+        torch.set_num_threads(train.threads)
+    mailbox = settings["mailbox"]
+    rank = dist.get_rank()
+    done = -1
+    while True:
+        number, job = ray.get(mailbox.next.remote(done))
+        if job == "stop":
+            return
+        if job is None:
+            continue
+
+        def emit(event: dict[str, Any], number: int = number) -> None:
+            if rank == 0:
+                ray.get(mailbox.emit.remote(number, event))
+
+        try:
+            if isinstance(job, BroadcastJob):
+                if rank == 0:
+                    send(job)
+                emit({"event": "done"})
+            else:
+                run_job(job, model, train, emit)
+        except (TrainingFailed, ConfigError) as error:
+            # The user's to mend: a rebuilt group would fail in the same way.
+            emit({"event": "failed", "message": str(error)})
+        done = number

@@ -1,0 +1,136 @@
+"""What runs inside vLLM's worker processes: receive one version of the weights, check it, load it.
+
+Registered with vLLM's own weight-transfer API under the names `rsrlm_shm` and `rsrlm_gloo`. vLLM imports this module
+in its workers through `worker_extension_cls`. Nothing of the model is touched before all bytes have arrived and their
+checksum is right, so a refused update leaves the engine as it was.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rsrlm.runtime.weights import WeightFile, bytes_of, tensors_in, verified
+
+BACKENDS = {"shm": "rsrlm_shm", "gloo": "rsrlm_gloo"}
+BUCKET_BYTES = 64 << 20
+
+
+def repair_tied_head(model: torch.nn.Module) -> None:
+    """Repack the LM head from the embedding that it is tied to.
+
+    On CPUs vLLM keeps a oneDNN-packed copy of the head, and layerwise reload processes tied parameters for one parent
+    only, so the copy stays stale without a word (vLLM 0.32). Remove when an update repacks both.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Empty for shm. For gloo the rendezvous; a replica's first rank is `rank_offset`, the sender's is 0."""
+
+    master_address: str = ""
+    master_port: int = 0
+    rank_offset: int = 1
+    world_size: int = 1
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    files: list[dict[str, Any]] = field(default_factory=list)
+
+
+class ShmEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Reads the files of a version from this host's shared memory or disk."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    seconds: dict[str, float]
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self.seconds = {}
+
+    def _arrived(self, file: WeightFile) -> torch.Tensor:
+        return bytes_of(file.path)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        started = time.perf_counter()
+        files = [WeightFile(**entry) for entry in update_info.files]
+        arrived = [verified(self._arrived(file), file, f"worker {self.parallel_config.rank}") for file in files]
+        received = time.perf_counter()
+        initialize_layerwise_reload(self.model)
+        for data in arrived:
+            self.model.load_weights(tensors_in(data))
+        self.seconds = {"transfer": received - started, "load": time.perf_counter() - received}
+
+    def finish_weight_update(self) -> None:
+        started = time.perf_counter()
+        finalize_layerwise_reload(self.model, self.model_config)
+        repair_tied_head(self.model)
+        self.seconds["repack"] = time.perf_counter() - started
+
+    def shutdown(self) -> None:
+        pass
+
+
+class GlooEngine(ShmEngine):
+    """Receives the same bytes by broadcast from the host that has the files."""
+
+    group: Any = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        parallel = self.parallel_config
+        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank + init_info.rank_offset
+        self.group = gloo_group(init_info.master_address, init_info.master_port, rank, init_info.world_size)
+
+    def _arrived(self, file: WeightFile) -> torch.Tensor:
+        data = torch.empty(file.size, dtype=torch.uint8)
+        broadcast(self.group, data)
+        return data
+
+    def shutdown(self) -> None:
+        self.group = None
+
+
+def gloo_group(address: str, port: int, rank: int, world_size: int) -> Any:
+    """A process group of its own, beside the one that torch.distributed may already hold."""
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+
+    return stateless_init_torch_distributed_process_group(address, port, rank, world_size, "gloo")
+
+
+def broadcast(group: Any, data: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
+    """Broadcast a uint8 tensor from rank 0 in buckets; both sides cut at the same places."""
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = 0
+    options.rootTensor = 0
+    for start in range(0, data.numel(), BUCKET_BYTES):
+        group.broadcast([data[start : start + BUCKET_BYTES]], options).wait()
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; the names must not collide with its own."""
+
+    def rsrlm_seconds(self) -> dict[str, float]:
+        """How long the last update took in this worker: transfer (arrival and checksum), load, repack."""
+        return dict(self.weight_transfer_engine.seconds)  # type: ignore[attr-defined]
+
+
+for _name, _engine in ((BACKENDS["shm"], ShmEngine), (BACKENDS["gloo"], GlooEngine)):
+    if _name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(_name, _engine)

@@ -1,0 +1,126 @@
+"""One version of the weights as files that replicas read: written once, checksummed, addressed by version.
+
+The format is safetensors, so an exported model folder is a published version as it stands. Where the bytes lie on the
+host in shared memory the transfer is one write and one read; `rsrlm.runtime.vllm_worker` does the reading.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+SHM = Path("/dev/shm")
+
+
+class WeightsRefused(RuntimeError):
+    """The received bytes are not those that were sent; the engine keeps the weights that it had."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """One safetensors file: its path on this host, size in bytes and checksum (XXH3, 128 bits, hex)."""
+
+    path: str
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSet:
+    """One version: `folder` is the exported model it can always be loaded from, `files` what an update transfers."""
+
+    version: str
+    folder: str
+    files: tuple[WeightFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def update_info(self) -> dict[str, Any]:
+        return {"files": [asdict(file) for file in self.files]}
+
+
+def bytes_of(path: str | Path) -> torch.Tensor:
+    """The file as a uint8 tensor over a private memory map. Raises FileNotFoundError."""
+    size = os.stat(path).st_size
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+
+
+def checksum(data: torch.Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(memoryview(data.numpy()))
+
+
+def tensors_in(data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and zero-copy views of the tensors in the bytes of a safetensors file, in file order."""
+    from safetensors.torch import _TYPES
+
+    length = int.from_bytes(bytes(data[:8].tolist()), "little")
+    header = json.loads(bytes(data[8 : 8 + length].numpy()))
+    header.pop("__metadata__", None)
+    body = data[8 + length :]
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        yield name, body[start:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def verified(data: torch.Tensor, file: WeightFile, where: str) -> torch.Tensor:
+    """The same bytes. Raises WeightsRefused when their number or their checksum is another one."""
+    if data.numel() != file.size:
+        raise WeightsRefused(f"{where}: {data.numel()} bytes arrived, {file.size} were sent")
+    if (found := checksum(data)) != file.checksum:
+        raise WeightsRefused(f"{where}: checksum {found} of the received bytes is not {file.checksum}")
+    return data
+
+
+def describe(paths: list[Path]) -> tuple[WeightFile, ...]:
+    """Files that exist already, such as those of an exported model, with their checksums."""
+    described = []
+    for path in paths:
+        data = bytes_of(path)
+        described.append(WeightFile(path=str(path), size=data.numel(), checksum=checksum(data)))
+    return tuple(described)
+
+
+def transfer_folder(size: int, fallback: Path) -> Path:
+    """`/dev/shm` when the bytes fit with a tenth to spare, else a folder of the run."""
+    if SHM.is_dir() and os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > 1.1 * size:
+        return SHM
+    fallback.mkdir(parents=True, exist_ok=True)
+    return fallback
+
+
+def stale_files(run: Path) -> list[Path]:
+    """Files that a killed run of this folder left in shared memory."""
+    return sorted(SHM.glob(f"{file_prefix(run)}*"))
+
+
+def file_prefix(run: Path) -> str:
+    return f"rsrlm-{xxhash.xxh3_64_hexdigest(str(run.resolve()).encode())}-"
+
+
+def write(tensors: dict[str, torch.Tensor], run: Path, version: str) -> tuple[WeightFile, ...]:
+    """Write one transfer file; it appears under its name only when it is whole."""
+    from safetensors.torch import save_file
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    folder = transfer_folder(size, run / "transfer")
+    path = folder / f"{file_prefix(run)}{version}.safetensors"
+    scratch = path.with_suffix(".tmp")
+    save_file(tensors, scratch)
+    scratch.rename(path)
+    return describe([path])
+
+
+def remove(files: tuple[WeightFile, ...], run: Path) -> None:
+    """Delete transfer files (never those of an exported model)."""
+    for file in files:
+        path = Path(file.path)
+        if path.name.startswith(file_prefix(run)):
+            path.unlink(missing_ok=True)

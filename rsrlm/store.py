@@ -1,0 +1,255 @@
+"""The run folder: what is where, written whole or not at all.
+
+A journal per iteration takes each response and judgement as it finishes, so that a killed run does none of them again;
+when the iteration's pairs are complete it becomes Parquet files that `datasets.load_dataset` reads.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter
+
+from rsrlm.config import Config, ConfigError, dump, load
+from rsrlm.records import Judgement, PreferencePair, Prompt, Response, Scored
+
+_RESPONSE = TypeAdapter(Response)
+_JUDGEMENT = TypeAdapter(Judgement)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """The file appears under its name only when all of it is on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class RunFolder:
+    """Paths and files of one run. See the README for the layout."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.buffer_path = folder / "buffer.jsonl"
+        self.checkpoints = folder / "checkpoints"
+
+    @classmethod
+    def create(cls, config: Config) -> "RunFolder":
+        """A new run folder with its config. Raises ConfigError when it exists or cannot be written."""
+        folder = config.folder
+        if (folder / "config.yaml").exists():
+            raise ConfigError(
+                f"{folder} holds a run already; go on with `rsrlm resume {folder}`, or choose another name with name=NAME"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "config.yaml", dump(config).encode())
+        except OSError as error:
+            raise ConfigError(
+                f"run folder {folder}: {error.strerror}; choose a folder that you can write with runs=FOLDER"
+            ) from None
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> tuple["RunFolder", Config]:
+        """An existing run and the config it was started with. Raises ConfigError when there is none."""
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(f"{folder}: no run here (no config.yaml); give the folder of a run, such as runs/NAME")
+        config = load(folder / "config.yaml")
+        # The folder may have been moved since.
+        config = config.model_copy(update={"runs": str(folder.resolve().parent), "name": folder.resolve().name})
+        return cls(folder.resolve()), config
+
+    def iteration(self, iteration: int) -> Path:
+        return self.folder / "iterations" / f"{iteration:02d}"
+
+    def model(self, index: int) -> Path:
+        """The exported model M{index}; M0 is the model the run started from and is not copied."""
+        return self.folder / "models" / f"M{index}"
+
+    # -- facts of the start that a resume must keep ------------------------------------------------------------------
+
+    def fix(self, name: str, value: Any) -> Any:
+        """The value noted under this name when the run started, or this one from now on."""
+        path = self.folder / "start.json"
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        if name not in noted:
+            noted[name] = value
+            write_whole(path, _json(noted))
+        return noted[name]
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def journal(self, iteration: int, name: str = "journal") -> "Journal":
+        return Journal(self.iteration(iteration) / f"{name}.jsonl")
+
+    def write_records(
+        self,
+        iteration: int,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        judgements: Sequence[Judgement],
+        pairs: Sequence[PreferencePair],
+    ) -> None:
+        """Parquet of a complete iteration; `pairs` keeps training order, the others are ordered by id."""
+        folder = self.iteration(iteration)
+        tables: dict[str, list[dict[str, Any]]] = {
+            "prompts": [asdict(prompt) for prompt in sorted(prompts, key=lambda p: p.id)],
+            "responses": [asdict(response) for response in sorted(responses, key=lambda r: r.id)],
+            "judgements": [_flat(judgement) for judgement in sorted(judgements, key=lambda j: j.id)],
+            "pairs": [asdict(pair) for pair in pairs],
+        }
+        for name, rows in tables.items():
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMAS[name]), sink)
+            write_whole(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
+
+    def records_complete(self, iteration: int) -> bool:
+        return (self.iteration(iteration) / "pairs.parquet").exists()
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    def write_metrics(self, iteration: int, metrics: dict[str, Any]) -> None:
+        write_whole(self.iteration(iteration) / "metrics.json", _json(metrics))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Metrics of the finished iterations, in order."""
+        found = []
+        while (path := self.iteration(len(found)) / "metrics.json").exists():
+            found.append(json.loads(path.read_text()))
+        return found
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_whole(self.folder / "summary.json", _json(summary))
+
+    def summary(self) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One line of events.jsonl. `g` in the fields is the id of a group or of what was made for it."""
+        line = json.dumps({"t": round(time.time(), 3), "event": kind, **fields}, ensure_ascii=False)
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def remove_scratch(self) -> None:
+        """What a kill left half-written: nothing refers to it."""
+        for path in [*self.folder.rglob("*.tmp"), *self.folder.rglob(".*.tmp")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+class Journal:
+    """Append-only JSON lines of responses and judgements. A line that a kill cut off is dropped when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.responses: dict[str, Response] = {}
+        self.judgements: dict[str, Judgement] = {}
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                with path.open("r+b") as file:
+                    file.truncate(len(whole))
+            for line in whole.splitlines():
+                self._take(json.loads(line))
+        self._file = path.open("ab")
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "response" in entry:
+            response = _RESPONSE.validate_python(entry["response"])
+            self.responses[response.id] = response
+        else:
+            judgement = _JUDGEMENT.validate_python(entry["judgement"])
+            self.judgements[judgement.id] = judgement
+
+    def add(self, record: Response | Judgement) -> None:
+        """Write a finished record; it survives the death of this process."""
+        if isinstance(record, Response):
+            self.responses[record.id] = record
+            entry = {"response": _RESPONSE.dump_python(record, mode="json")}
+        else:
+            self.judgements[record.id] = record
+            entry = {"judgement": _JUDGEMENT.dump_python(record, mode="json")}
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+_IDS = pa.list_(pa.int32())
+_SAMPLING = pa.struct(
+    [
+        ("temperature", pa.float64()),
+        ("top_p", pa.float64()),
+        ("top_k", pa.int64()),
+        ("max_tokens", pa.int64()),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+def _schema(text: str, **others: pa.DataType) -> pa.Schema:
+    return pa.schema([*((name, pa.string()) for name in text.split()), *others.items()])
+
+
+_SCHEMAS: dict[str, pa.Schema] = {
+    "prompts": _schema("id text"),
+    "responses": _schema(
+        "id prompt_id role text finish_reason weight_version",
+        index=pa.int64(),
+        token_ids=_IDS,
+        prompt_token_ids=_IDS,
+        sampling=_SAMPLING,
+    ),
+    "judgements": _schema(
+        "id prompt_id response_id role judge text finish_reason weight_version unparsed",
+        index=pa.int64(),
+        token_ids=_IDS,
+        sampling=_SAMPLING,
+        points=pa.float64(),
+        variance=pa.float64(),
+    ),
+    "pairs": _schema(
+        "id prompt_id kind chosen_id rejected_id weight_version",
+        prompt_token_ids=_IDS,
+        chosen_token_ids=_IDS,
+        rejected_token_ids=_IDS,
+        chosen_score=pa.float64(),
+        rejected_score=pa.float64(),
+    ),
+}
+
+
+def _flat(judgement: Judgement) -> dict[str, Any]:
+    row = asdict(judgement)
+    del row["verdict"]
+    verdict = judgement.verdict
+    if isinstance(verdict, Scored):
+        return {**row, "points": verdict.points, "variance": verdict.variance, "unparsed": None}
+    return {**row, "points": None, "variance": None, "unparsed": verdict.reason}
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one of the Parquet files."""
+    yield from pq.read_table(path).to_pylist()
