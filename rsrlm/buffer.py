@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from rsrlm.files import whole_lines
 from rsrlm.records import PreferencePair
 
 _PAIR = TypeAdapter(PreferencePair)
@@ -33,12 +34,7 @@ class PreferenceBuffer:
         self._file = self._path.open("ab")
 
     def _restore(self) -> None:
-        data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # a kill in the middle of a line, which was never acknowledged
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
-        for line in whole.splitlines():
+        for line in whole_lines(self._path):
             entry = json.loads(line)
             if "trained" in entry:
                 self._trained.update(dict.fromkeys(entry["trained"], entry["step"]))

@@ -18,21 +18,11 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from rsrlm.config import Config, ConfigError, dump, load
+from rsrlm.files import whole_lines, write_whole
 from rsrlm.records import Judgement, PreferencePair, Prompt, Response, Scored
 
 _RESPONSE = TypeAdapter(Response)
 _JUDGEMENT = TypeAdapter(Judgement)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears under its name only when all of it is on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    with scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def _json(data: Any) -> bytes:
@@ -89,13 +79,20 @@ class RunFolder:
         noted = json.loads(path.read_text()) if path.exists() else {}
         if name not in noted:
             noted[name] = value
-            write_whole(path, _json(noted))
+            self.write_json(path, noted)
         return noted[name]
 
     # -- records ---------------------------------------------------------------------------------------------------
 
-    def journal(self, iteration: int, name: str = "journal") -> "Journal":
-        return Journal(self.iteration(iteration) / f"{name}.jsonl")
+    def journal(self, iteration: int) -> "Journal":
+        return Journal(self.iteration(iteration) / "journal.jsonl")
+
+    def evaluation(self, model: str) -> "Journal":
+        """Held-out answers of a model and the judgements on them."""
+        return Journal(self.folder / "evaluation" / f"{model}.jsonl")
+
+    def steps(self, iteration: int) -> "StepLog":
+        return StepLog(self.iteration(iteration) / "steps.jsonl")
 
     def write_records(
         self,
@@ -123,18 +120,21 @@ class RunFolder:
 
     # -- results ---------------------------------------------------------------------------------------------------
 
+    def write_json(self, path: Path, data: Any) -> None:
+        write_whole(path, _json(data))
+
     def write_metrics(self, iteration: int, metrics: dict[str, Any]) -> None:
-        write_whole(self.iteration(iteration) / "metrics.json", _json(metrics))
+        self.write_json(self.iteration(iteration) / "metrics.json", metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Metrics of the finished iterations, in order."""
-        found = []
+        found: list[dict[str, Any]] = []
         while (path := self.iteration(len(found)) / "metrics.json").exists():
             found.append(json.loads(path.read_text()))
         return found
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_whole(self.folder / "summary.json", _json(summary))
+        self.write_json(self.folder / "summary.json", summary)
 
     def summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"
@@ -155,6 +155,27 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
 
+class StepLog:
+    """Metrics of an iteration's optimizer steps, in order: `steps.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+
+    def keep_before(self, step: int) -> None:
+        """Forget the steps from `step` on: they were lost and come again."""
+        kept = [row for row in self.rows if row["step"] < step]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            write_whole(self._path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
+
+
 class Journal:
     """Append-only JSON lines of responses and judgements. A line that a kill cut off is dropped when it is opened."""
 
@@ -163,12 +184,7 @@ class Journal:
         self.responses: dict[str, Response] = {}
         self.judgements: dict[str, Judgement] = {}
         if path.exists():
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                with path.open("r+b") as file:
-                    file.truncate(len(whole))
-            for line in whole.splitlines():
+            for line in whole_lines(path):
                 self._take(json.loads(line))
         self._file = path.open("ab")
 

@@ -34,7 +34,7 @@ class PoolFailed(RuntimeError):
 class EngineActor:
     """One replica. An async actor with one event loop and no concurrency groups: AsyncLLM binds to that loop."""
 
-    async def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:
+    async def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:  # type: ignore[misc]
         self._engine = make_engine(config, folder, version, replica)
 
     async def generate(self, request: Request) -> Completion:

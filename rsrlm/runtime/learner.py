@@ -21,6 +21,7 @@ from rsrlm.config import ConfigError, Model, Train
 from rsrlm.records import PreferencePair
 
 Emit = Callable[[dict[str, Any]], None]
+CHUNK_TOKENS = 512  # response tokens whose logits exist at a time
 DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout")
 
 
@@ -130,12 +131,15 @@ class Policy:
         import deepspeed
         import torch
 
-        from rsrlm import losses
+        from rsrlm import packing
 
         self.train = train
         self.model = model
-        losses.check_architecture(model)
-        self.packed = train.packed and losses.supports_packing(model)
+        try:
+            packing.check_architecture(model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.packed = train.packed and packing.supports_packing(model)
         pad = model.config.pad_token_id
         self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
 
@@ -146,8 +150,8 @@ class Policy:
                 super().__init__()
                 self.model = model
 
-            def forward(self, batch: losses.PairBatch) -> torch.Tensor:
-                return losses.response_logps(self.model, batch)
+            def forward(self, batch: packing.PairBatch, num_chunks: int) -> torch.Tensor:
+                return packing.response_logps(self.model, batch, num_chunks=num_chunks)
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
         self.engine, *_ = deepspeed.initialize(
@@ -156,11 +160,16 @@ class Policy:
         self.device = self.engine.device
 
     def batch(self, pairs: Sequence[PreferencePair]) -> Any:
-        from rsrlm import losses
+        from rsrlm import packing
 
         triples = [(p.prompt_token_ids, p.chosen_token_ids, p.rejected_token_ids) for p in pairs]
-        built = losses.pack_pairs(triples) if self.packed else losses.pad_pairs(triples, self._pad_id)
+        built = packing.pack_pairs(triples) if self.packed else packing.pad_pairs(triples, self._pad_id)
         return built.to(self.device)
+
+    def num_chunks(self, pairs: Sequence[PreferencePair]) -> int:
+        """Chunks of any micro-batch of these pairs: the same on all ranks, which ZeRO-3 gathers the head in step for."""
+        longest = max(len(pair.chosen_token_ids) + len(pair.rejected_token_ids) for pair in pairs)
+        return math.ceil(self.train.micro_batch * longest / CHUNK_TOKENS)
 
     def reference_logps(self, steps: list[list[PreferencePair]], tick: Callable[[int], None]) -> dict[str, list[float]]:
         """Per-token log-probabilities of both responses of every pair, chosen first, under the model as it is now."""
@@ -170,11 +179,12 @@ class Policy:
         unique = list({pair.id: pair for step in steps for pair in step}.values())
         rank, world_size = dist.get_rank(), dist.get_world_size()
         found: dict[str, list[float]] = {}
+        chunks = self.num_chunks(unique)
         self.engine.eval()
         with torch.no_grad():
             for number, (pairs, weights) in enumerate(share_of(unique, rank, world_size, self.train.micro_batch)):
                 batch = self.batch(pairs)
-                values = self.engine(batch).float().cpu()
+                values = self.engine(batch, chunks).cpu()
                 owner = torch.div(batch.segment_R.cpu(), 2, rounding_mode="floor")
                 for index, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
                     if weight:
@@ -199,22 +209,23 @@ class Policy:
         world_size = dist.get_world_size()
         train = self.train
         shares = share_of(batch, dist.get_rank(), world_size, train.micro_batch)
+        chunks = self.num_chunks(batch)
         totals: dict[str, float] = {}
         for number, (pairs, weights) in enumerate(shares):
             packed = self.batch(pairs)
             ref_R = torch.tensor([x for pair in pairs for x in reference[pair.id]], device=self.device)
             result = losses.pair_loss(
-                self.engine(packed),
+                self.engine(packed, chunks),
                 ref_R,
                 packed,
-                weight_P=torch.tensor(weights, device=self.device),
+                torch.tensor(weights, device=self.device),
                 beta=train.beta,
                 loss=train.loss,
                 label_smoothing=train.label_smoothing,
                 length_normalized=train.length_normalized,
                 nll_scale=train.nll_scale,
             )
-            for name, value in {**result.metrics, "tokens": float(packed.input_ids.numel())}.items():
+            for name, value in {**result.sums, "tokens": float(packed.input_ids.numel())}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             self.engine.set_gradient_accumulation_boundary(number == len(shares) - 1)
             # DeepSpeed averages gradients over the ranks; the sum over all pairs is wanted.
@@ -239,14 +250,15 @@ class Policy:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         summed = self.gradients(batch, reference)
+        plain_norm = self._plain_norm()  # DeepSpeed reports none without a ZeRO or bf16 optimizer
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else math.nan
+        norm = plain_norm if plain_norm is not None else float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise TrainingFailed(
                 f"the gradient norm is {norm} after pairs " + ", ".join(pair.id for pair in batch) + "; lower train.lr"
             )
         seconds = time.perf_counter() - started
+        summed["dpo_loss"] = summed["loss"] - self.train.nll_scale * summed["nll"]
         pairs = summed.pop("pairs")
         tokens = summed.pop("tokens")
         kl_tokens = summed.pop("kl_tokens")
@@ -262,6 +274,15 @@ class Policy:
             "seconds": seconds,
             "memory_gib": memory_gib(self.device),
         }
+
+    def _plain_norm(self) -> float | None:
+        """Gradient norm over all parameters before clipping, where they hold whole gradients."""
+        import torch
+
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if self.train.zero_stage or not gradients:
+            return None
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def state(self) -> dict[str, Any]:
         """The model's parameters by their Hugging Face names, whole, on rank 0; empty elsewhere. Tied ones once."""

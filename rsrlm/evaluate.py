@@ -1,0 +1,198 @@
+"""Held-out prompts: what a model answers, how the judges score it, and whether it beats the model before it.
+
+Two judges are kept apart and always named: the current model, whose taste moves with training, and the frozen first
+model M0. Which of two models wins is asked of M0 in both orders; orders that disagree are a tie.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rsrlm import judging
+from rsrlm.chat import ChatEncoder
+from rsrlm.config import Config
+from rsrlm.produce import SAMPLE_PRIORITY, Engines, Judging, gather, mean_verdicts, respond
+from rsrlm.records import Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
+from rsrlm.store import Journal
+
+EVALUATION = 1_000_000  # an iteration number of its own: no seed of an evaluation meets one of the training
+
+
+class Evaluation:
+    """Evaluates one model after the other on the same prompts."""
+
+    def __init__(self, config: Config, encoder: ChatEncoder, judge: Judging, prompts: Sequence[Prompt]) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._judge = judge
+        self._prompts = prompts
+        self._template = ""
+        self._winners: tuple[int, ...] = ()
+        if config.evaluate.duel:
+            self._template = judging.load_template(config.evaluate.template, judging.PAIRWISE_VARIABLES)
+            self._winners = judging.label_ids(encoder._tokenizer, judging.PAIRWISE_PREFIX, judging.WINNERS)
+
+    async def answers(self, engines: Engines, model: str, journal: Journal) -> list[Response]:
+        """The answers of the model that the engines hold, in the order of the prompts."""
+
+        async def one(prompt: Prompt) -> Response:
+            group = f"{model}/{prompt.id}"
+            found = journal.responses.get(f"{group}/0")
+            if found is None:
+                seed = seed_of(self._config.seed, EVALUATION, prompt.id, "actor", "0")
+                found = await respond(
+                    engines, self._encoder, prompt, 0, self._config.evaluate, group=group, seed=seed
+                )
+                journal.add(found)
+            return found
+
+        return await gather([one(prompt) for prompt in self._prompts])
+
+    async def scores(
+        self, engines: Engines, judge_model: str, answers: Sequence[Response], journal: Journal
+    ) -> list[Judgement]:
+        """Judgements of the answers by the judge with the weights of `judge_model`, which the engines hold."""
+
+        async def one(prompt: Prompt, answer: Response, index: int) -> Judgement:
+            identifier = f"{answer.id}#{index}@{judge_model}"
+            found = journal.judgements.get(identifier)
+            if found is None:
+                made = await self._judge.judge(
+                    engines, prompt, answer, index, group=prompt.id, iteration=EVALUATION
+                )
+                found = renamed(made, identifier)
+                journal.add(found)
+            return found
+
+        return await gather(
+            [
+                one(prompt, answer, index)
+                for prompt, answer in zip(self._prompts, answers, strict=True)
+                for index in range(self._judge.per_response)
+            ]
+        )
+
+    async def duel(
+        self, engines: Engines, judge_model: str, new: Sequence[Response], old: Sequence[Response], journal: Journal
+    ) -> dict[str, Any]:
+        """Share of the prompts that the new answers win, tie and lose, by the pairwise judge in both orders."""
+        outcomes = await gather(
+            [
+                self._outcome(engines, judge_model, prompt, a, b, journal)
+                for prompt, a, b in zip(self._prompts, new, old, strict=True)
+            ]
+        )
+        readable = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        return {
+            "judge": f"{self._config.evaluate.template} by {judge_model}, both orders",
+            "n": len(readable),
+            "unreadable": len(outcomes) - len(readable),
+            "win": share(readable, "first"),
+            "tie": share(readable, "tie"),
+            "loss": share(readable, "second"),
+        }
+
+    async def _outcome(
+        self, engines: Engines, judge_model: str, prompt: Prompt, new: Response, old: Response, journal: Journal
+    ) -> str | Unparsed:
+        if new.token_ids == old.token_ids:
+            return "tie"
+        first, second = await gather(
+            [
+                self._shown(engines, judge_model, prompt, new, old, 0, journal),
+                self._shown(engines, judge_model, prompt, old, new, 1, journal),
+            ]
+        )
+        return judging.combine_orders(winner_in(first), winner_in(second))
+
+    async def _shown(
+        self,
+        engines: Engines,
+        judge_model: str,
+        prompt: Prompt,
+        a: Response,
+        b: Response,
+        order: int,
+        journal: Journal,
+    ) -> Judgement:
+        """The pairwise verdict with `a` shown first. Its points are the share that A wins: 1, 0.5 or 0."""
+        identifier = f"{a.id}>{b.id}@{judge_model}"
+        if (found := journal.judgements.get(identifier)) is not None:
+            return found
+        seed = seed_of(self._config.seed, EVALUATION, prompt.id, "duel", "fence")
+        fields = {
+            "instruction": prompt.text,
+            "response_a": a.text,
+            "response_b": b.text,
+            "fence": judging.fence_of(seed),
+        }
+        token_ids = self._encoder.encode(self._template, fields, judging.PAIRWISE_PREFIX)
+        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
+        verdict: Scored | Unparsed = Unparsed(reason="judge prompt too long")
+        text, version = "", ""
+        tokens: tuple[int, ...] = ()
+        if len(token_ids) < self._config.engine.max_model_len:
+            completion = await engines.generate(
+                Request(
+                    id=identifier,
+                    prompt_token_ids=token_ids,
+                    sampling=sampling,
+                    priority=SAMPLE_PRIORITY,
+                    label_ids=self._winners,
+                )
+            )
+            text, version, tokens = completion.text, completion.weight_version, completion.token_ids
+            winner = judging.winner_from_distribution(completion.label_logprobs, self._config.judge.min_mass)
+            verdict = (
+                winner if isinstance(winner, Unparsed) else Scored(points={"A": 1.0, "tie": 0.5, "B": 0.0}[winner])
+            )
+        judgement = Judgement(
+            id=identifier,
+            prompt_id=prompt.id,
+            response_id=a.id,
+            index=order,
+            role="duel",
+            judge=self._config.evaluate.template,
+            text=text,
+            token_ids=tokens,
+            finish_reason="length",
+            weight_version=version,
+            sampling=sampling,
+            verdict=verdict,
+        )
+        journal.add(judgement)
+        return judgement
+
+
+def winner_in(judgement: Judgement) -> Any:
+    """A, B, tie or Unparsed of a pairwise judgement."""
+    verdict = judgement.verdict
+    return verdict if isinstance(verdict, Unparsed) else {1.0: "A", 0.5: "tie", 0.0: "B"}[verdict.points]
+
+
+def renamed(judgement: Judgement, identifier: str) -> Judgement:
+    from dataclasses import replace
+
+    return replace(judgement, id=identifier)
+
+
+def share(outcomes: Sequence[str], outcome: str) -> float | None:
+    return outcomes.count(outcome) / len(outcomes) if outcomes else None
+
+
+def mean_score(answers: Sequence[Response], judgements: Sequence[Judgement]) -> dict[str, float | int | None]:
+    """Mean over the answers with a readable score, and their number."""
+    verdicts: Mapping[str, Any] = mean_verdicts(answers, judgements)
+    points = [verdict.points for verdict in verdicts.values() if isinstance(verdict, Scored)]
+    return {"mean": fmean(points) if points else None, "n": len(points)}
+
+
+def lengths(answers: Sequence[Response]) -> dict[str, float | None]:
+    """Mean length of the answers, and the share that ended by themselves."""
+    if not answers:
+        return {"tokens": None, "words": None, "complete": None}
+    return {
+        "tokens": fmean(len(answer.token_ids) for answer in answers),
+        "words": fmean(len(answer.text.split()) for answer in answers),
+        "complete": fmean(answer.complete for answer in answers),
+    }

@@ -1,0 +1,200 @@
+"""What a run would do, before anything starts: requests, tokens, memory and disk.
+
+Counts and tokens are upper bounds. Memory and disk are estimates whose constants were measured (benchmarks/results).
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from rsrlm.config import Config, ConfigError, dump
+from rsrlm.model import num_parameters, weight_files
+from rsrlm.progress import Report
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+# Resident memory of a process that has imported its libraries and started, without weights and caches.
+ENGINE_BASE = 1.15 * GIB
+ENGINE_CORE_BASE = 1.40 * GIB  # further processes of AsyncLLM
+LEARNER_BASE = 0.85 * GIB
+DRIVER = 0.80 * GIB
+RAY = 0.55 * GIB  # raylet, GCS, agents, and the small actors around them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bounds per iteration and estimates of the run. Memory in bytes by process, disk in bytes by kind."""
+
+    requests: dict[str, int]
+    prompt_tokens: int
+    generated_tokens: int
+    optimizer_steps: int
+    memory: dict[str, float]
+    disk: dict[str, float]
+    actors: list[tuple[str, int, str]]
+
+
+def plan(config: Config, model: Path) -> Plan:
+    """The plan of a run of `config` with the model in the folder `model`."""
+    prompts, heldout, k = config.prompts.per_iteration, config.prompts.heldout, config.sample.responses
+    per_response = config.judge.per_response
+    by_engine = config.judge.read != "function"
+    judge_tokens = {"digits": 1, "function": 0}.get(config.judge.read, config.judge.max_tokens)
+    judged = per_response if by_engine else 0
+    requests = {
+        "responses": prompts * k,
+        "judgements": prompts * k * judged,
+        "held-out answers": heldout,
+        # by the new model and by the first one
+        "held-out judgements": heldout * judged * 2,
+        "held-out duels": heldout * 2 if config.evaluate.duel else 0,
+    }
+    generated = (
+        requests["responses"] * config.sample.max_tokens
+        + (requests["judgements"] + requests["held-out judgements"]) * judge_tokens
+        + heldout * config.evaluate.max_tokens
+        + requests["held-out duels"]
+    )
+    # Nothing longer than the context is ever sent.
+    prompt_tokens = (
+        requests["responses"] * (config.engine.max_model_len - config.sample.max_tokens)
+        + (requests["judgements"] + requests["held-out judgements"]) * (config.engine.max_model_len - judge_tokens)
+        + heldout * (config.engine.max_model_len - config.evaluate.max_tokens)
+        + requests["held-out duels"] * (config.engine.max_model_len - 1)
+    )
+    steps = -(-prompts // config.train.pairs_per_step) * config.train.epochs
+    return Plan(
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        generated_tokens=generated,
+        optimizer_steps=steps,
+        memory=memory(config, model),
+        disk=disk(config, model, steps),
+        actors=actors(config),
+    )
+
+
+def actors(config: Config) -> list[tuple[str, int, str]]:
+    """Kind of actor, how many, and what each is given."""
+    engine, train = config.engine, config.train
+    each = f"{engine.cpus:g} Ray CPU, {engine.threads} threads, {engine.gpus} GPU, {engine.kind}"
+    found = [("engine (samples" + ("" if config.judge.replicas else " and judges") + ")", engine.replicas, each)]
+    if config.judge.replicas:
+        found.append(("engine (judges)", config.judge.replicas, each))
+    found.append(
+        ("learner rank", train.workers, f"{train.cpus:g} Ray CPU, {train.threads} threads, {train.gpus} GPU")
+    )
+    found.append(("preference buffer", 1, "0 Ray CPU"))
+    return found
+
+
+def _shape(model: Path) -> dict[str, int]:
+    config = json.loads((model / "config.json").read_text())
+    config = {**config, **config.get("text_config", {})}
+    return {
+        "hidden": config.get("hidden_size") or config.get("n_embd", 0),
+        "layers": config.get("num_hidden_layers") or config.get("n_layer", 0),
+        "intermediate": config.get("intermediate_size") or 4 * (config.get("n_embd") or config.get("hidden_size", 0)),
+        "vocabulary": config.get("vocab_size", 0),
+        "tied": int(bool(config.get("tie_word_embeddings", False))),
+    }
+
+
+def memory(config: Config, model: Path) -> dict[str, float]:
+    """Peak resident bytes of each process on a CPU machine (GPU memory is not in here)."""
+    shape = _shape(model)
+    weights = num_parameters(model) * BYTES[config.model.dtype]
+    head = shape["vocabulary"] * shape["hidden"] * BYTES[config.model.dtype]
+    engine, train = config.engine, config.train
+    # A tied LM head is packed apart from the embedding.
+    one_engine = ENGINE_BASE + weights + head * shape["tied"] + engine.kv_cache_gib * GIB
+    if engine.kind == "async":
+        one_engine += ENGINE_CORE_BASE
+    copies = 4 if train.zero_stage == 0 else 5  # weights, gradients, two moments; ZeRO's flat copy
+    sequence = min(engine.max_model_len, 2 * config.sample.max_tokens + 64)
+    tokens = train.micro_batch * sequence
+    per_token = shape["layers"] * (14 * shape["hidden"] + 4 * shape["intermediate"])
+    if train.gradient_checkpointing:
+        per_token = shape["layers"] * shape["hidden"] * 2
+    activations = tokens * per_token * BYTES[config.model.dtype]
+    logits = 3 * min(512, 2 * train.micro_batch * config.sample.max_tokens) * shape["vocabulary"] * 4
+    found = {"engine" if engine.replicas == 1 else f"each of {engine.replicas} engines": float(one_engine)}
+    if config.judge.replicas:
+        found[f"each of {config.judge.replicas} judge engines"] = float(one_engine)
+    name = "learner" if train.workers == 1 else f"each of {train.workers} learner ranks"
+    found[name] = float(LEARNER_BASE + copies * weights + activations + logits)
+    found["driver"] = float(DRIVER)
+    found["ray"] = float(RAY)
+    return found
+
+
+def total_memory(config: Config, memory_by_process: dict[str, float]) -> float:
+    counts = {"engines": config.engine.replicas, "judge": config.judge.replicas, "ranks": config.train.workers}
+    total = 0.0
+    for name, size in memory_by_process.items():
+        count = next((number for word, number in counts.items() if name.startswith("each") and word in name), 1)
+        if name.startswith("each") and "judge" in name:
+            count = config.judge.replicas
+        total += size * count
+    return total
+
+
+def disk(config: Config, model: Path, steps: int) -> dict[str, float]:
+    """Bytes of the run folder at its end, by kind; and at its peak, a second checkpoint beside the first."""
+    weights = num_parameters(model) * BYTES[config.model.dtype]
+    others = sum(file.stat().st_size for file in model.iterdir() if file.is_file() and file not in weight_files(model))
+    found = {"models": float(config.iterations * (weights + others))}
+    if steps > config.train.checkpoint_every_steps:
+        found["checkpoint"] = float(3 * num_parameters(model) * 4)
+    responses = config.iterations * config.prompts.per_iteration * config.sample.responses
+    judged = config.judge.per_response
+    found["records"] = float(responses * (1800 + 900 * judged))
+    return found
+
+
+def check(planned: Plan, config: Config) -> None:
+    """Raises ConfigError when the run cannot fit on this machine's memory or disk."""
+    joins = config.ray.address is not None
+    need = total_memory(config, planned.memory)
+    have = psutil.virtual_memory().total
+    if not joins and config.engine.gpus == 0 and need > have:
+        raise ConfigError(
+            f"the run needs about {need / GIB:.1f} GiB of memory (see `rsrlm plan`), this machine has "
+            f"{have / GIB:.1f}; use a smaller model.path, engine.kv_cache_gib or train.micro_batch"
+        )
+    parent = config.folder
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    needed = sum(planned.disk.values()) + planned.disk.get("checkpoint", 0.0)
+    if needed > free:
+        raise ConfigError(
+            f"runs={config.runs}: the run needs about {needed / GIB:.1f} GiB of disk, {free / GIB:.1f} are free at "
+            f"{parent}; free some or choose another place with runs=FOLDER"
+        )
+
+
+def show(planned: Plan, config: Config, report: Report) -> None:
+    """Print the plan."""
+    report.line(dump(config))
+    report.table(
+        "Actors", [{"a": a, "n": n, "w": w} for a, n, w in planned.actors], {"a": "actor", "n": "number", "w": "each"}
+    )
+    report.table(
+        "Per iteration, at most",
+        [{"what": name, "n": number} for name, number in planned.requests.items()]
+        + [
+            {"what": "prompt tokens", "n": planned.prompt_tokens},
+            {"what": "generated tokens", "n": planned.generated_tokens},
+            {"what": "optimizer steps", "n": planned.optimizer_steps},
+        ],
+        {"what": "", "n": "number"},
+    )
+    sizes = [{"what": f"memory: {name}", "n": f"{size / GIB:.2f} GiB"} for name, size in planned.memory.items()]
+    sizes.append({"what": "memory: all", "n": f"{total_memory(config, planned.memory) / GIB:.2f} GiB"})
+    sizes += [{"what": f"disk: {name}", "n": f"{size / GIB:.3f} GiB"} for name, size in planned.disk.items()]
+    report.table("Estimates", sizes, {"what": "", "n": "size"})
+    report.line(f"run folder: {config.folder}")

@@ -1,0 +1,98 @@
+"""What a run shows while it goes on: live bars on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Tick = Callable[[str, int, int], None]
+
+
+class Report:
+    """The screen of one run."""
+
+    def __init__(self, console: Console | None = None, plain_every_s: float = 5.0) -> None:
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self._every_s = plain_every_s
+
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, title: str, totals: dict[str, int]) -> Iterator[Tick]:
+        """Progress of a stage with one or more counters; yields tick(counter, items, tokens)."""
+        if self.console.is_terminal:
+            yield from self._bars(title, totals)
+        else:
+            yield from self._lines(title, totals)
+
+    def _bars(self, title: str, totals: dict[str, int]) -> Iterator[Tick]:
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:>12}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        tokens = dict.fromkeys(totals, 0)
+        with Progress(*columns, console=self.console) as bars:
+            started = time.monotonic()
+            tasks = {name: bars.add_task(f"{title} · {name}", total=total, rate="") for name, total in totals.items()}
+
+            def tick(name: str, items: int, token_count: int) -> None:
+                tokens[name] += token_count
+                speed = tokens[name] / max(time.monotonic() - started, 1e-9)
+                bars.update(tasks[name], advance=items, rate=f"{speed:.0f} tok/s" if tokens[name] else "")
+
+            yield tick
+
+    def _lines(self, title: str, totals: dict[str, int]) -> Iterator[Tick]:
+        started = shown = time.monotonic()
+        done = dict.fromkeys(totals, 0)
+        tokens = dict.fromkeys(totals, 0)
+
+        def show(left: bool) -> None:
+            elapsed = time.monotonic() - started
+            parts = []
+            for name, total in totals.items():
+                part = f"{name} {done[name]}/{total}"
+                if tokens[name]:
+                    part += f" ({tokens[name] / max(elapsed, 1e-9):.0f} tok/s)"
+                parts.append(part)
+            worst = min((done[name] / total for name, total in totals.items() if total), default=1.0)
+            rest = f", about {elapsed / worst - elapsed:.0f} s left" if left and worst > 0.05 else ""
+            self.line(f"{title}: {', '.join(parts)}, {elapsed:.0f} s{rest}")
+
+        def tick(name: str, items: int, token_count: int) -> None:
+            nonlocal shown
+            done[name] += items
+            tokens[name] += token_count
+            if time.monotonic() - shown >= self._every_s:
+                shown = time.monotonic()
+                show(left=True)
+
+        yield tick
+        show(left=False)
+
+    def table(self, title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+        """Rows as a table; `columns` maps keys to headings."""
+        table = Table(title=title, title_justify="left")
+        for heading in columns.values():
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(*(shown(row.get(key)) for key in columns))
+        self.console.print(table)
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)

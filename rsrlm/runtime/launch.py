@@ -1,0 +1,397 @@
+"""From a checked config to a finished run: Ray, the actors, the loop, and everything down again in order."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsrlm import prompts as prompt_files
+from rsrlm.chat import ChatEncoder, check_tokenizer
+from rsrlm.config import Config, ConfigError
+from rsrlm.loop import Inputs, NoPairs, Ports
+from rsrlm.loop import run as run_loop
+from rsrlm.model import folder_of, load_tokenizer, weight_files
+from rsrlm.produce import Judging
+from rsrlm.progress import Report
+from rsrlm.records import PreferencePair
+from rsrlm.store import RunFolder
+
+EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 4, 130
+
+COLUMNS = {
+    "iteration": "iteration",
+    "prompts": "prompts",
+    "responses": "responses",
+    "judgements": "judgements",
+    "judgements_unreadable": "unreadable",
+    "pairs": "pairs",
+    "optimizer_steps": "steps",
+    "mean_score": "mean score",
+    "mean_response_tokens": "tokens",
+    "dpo_loss_first": "loss first",
+    "dpo_loss_last": "last",
+    "weight_version": "weights",
+    "seconds": "seconds",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that can start: everything that a user may have got wrong has been looked at."""
+
+    config: Config
+    model: Path
+    inputs: Inputs
+    left_out: list[str]
+
+
+def prepare(config: Config) -> Prepared:
+    """Check and load what a run needs. Raises ConfigError before anything starts."""
+    _check_devices(config)
+    path = prompt_files.file_of(config.prompts)
+    prompts = prompt_files.read(path)
+    model = folder_of(config.model)
+    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
+    check_tokenizer(tokenizer, config.model.path)
+    encoder = ChatEncoder(tokenizer)
+    lengths = {prompt.id: len(encoder.user(prompt.text)) for prompt in prompts}
+    usable, left_out = prompt_files.usable(prompts, lengths, config)
+    heldout, hands = prompt_files.deal(usable, config)
+    inputs = Inputs(encoder=encoder, judging=Judging(config, encoder), heldout=heldout, hands=hands)
+    return Prepared(config=config, model=model, inputs=inputs, left_out=left_out)
+
+
+def _check_devices(config: Config) -> None:
+    wanted = config.engine.gpus or config.train.gpus
+    joins = config.ray.address or os.environ.get("RAY_ADDRESS")
+    if wanted and not joins and not Path("/proc/driver/nvidia").exists():
+        key = "engine.gpus" if config.engine.gpus else "train.gpus"
+        raise ConfigError(
+            f"{key}={wanted}: this machine has no NVIDIA GPU; set engine.gpus=0 and train.gpus=0, or join a cluster "
+            "that has them with ray.address=HOST:PORT"
+        )
+
+
+class Pools:
+    """The sampler pool and, where configured, a judge pool of its own, with the same weights."""
+
+    def __init__(self, config: Config, store: RunFolder, first: Path, start: str, broadcast: Any) -> None:
+        from rsrlm.runtime.actors import EnginePool
+
+        self._store = store
+        self._first = first
+        self._broadcast = broadcast
+        self._known: dict[str, Any] = {}
+        weights = self._exported(start)
+        self.samplers = EnginePool(config, weights, "engines", config.engine.replicas, store.event)
+        self._all = [self.samplers]
+        self.judges = self.samplers
+        if config.judge.replicas:
+            self.judges = EnginePool(config, weights, "judges", config.judge.replicas, store.event)
+            self._all.append(self.judges)
+
+    def _exported(self, version: str, files: Any = None) -> Any:
+        """The version as its model folder holds it; `files` are the learner's transfer files of the same weights."""
+        from rsrlm.runtime.weights import WeightSet, describe
+
+        if version not in self._known:
+            folder = self._first if version == "M0" else self._store.model(int(version[1:]))
+            self._known[version] = WeightSet(
+                version=version, folder=str(folder), files=files or describe(weight_files(folder))
+            )
+        return self._known[version]
+
+    async def start(self) -> None:
+        await asyncio.gather(*(pool.start() for pool in self._all))
+
+    async def hold(self, version: str, files: Any = None) -> dict[str, Any]:
+        """Every engine holds this model when it returns; the seconds of each replica."""
+        from rsrlm.runtime.weights import remove
+
+        weights = self._exported(version, files)
+        reports: list[Any] = []
+        started = time.perf_counter()
+        for pool in self._all:
+            if pool.version != version:
+                self._store.event("publishing", version=version, bytes=weights.size)
+                reports += await pool.publish(weights, self._broadcast)
+        if files:
+            # From now on the export serves restarts and later updates: shared memory is free again.
+            remove(files, self._store.folder)
+            del self._known[version]
+        if reports:
+            held = {version for pool in self._all for version in await pool.versions()}
+            if held - {version}:
+                raise RuntimeError(f"weights {version} were published, but an engine reports {held - {version}}")
+            self._store.event("published", version=version, replicas=reports)
+        return {
+            "version": version,
+            "bytes": weights.size,
+            "seconds": round(time.perf_counter() - started, 3),
+            "replicas": reports,
+        }
+
+    async def stats(self) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for pool in self._all:
+            for one in await pool.stats():
+                for name, value in one.items():
+                    total[name] = total.get(name, 0.0) + value
+        return total
+
+    async def close(self) -> None:
+        await asyncio.gather(*(pool.close() for pool in self._all))
+
+
+class LearnerPort:
+    """The learner group by model names."""
+
+    def __init__(self, config: Config, store: RunFolder, first: Path, group: Any) -> None:
+        self._config = config
+        self._store = store
+        self._first = first
+        self._group = group
+
+    def train(
+        self, iteration: int, source: str, version: str, pairs: Sequence[PreferencePair]
+    ) -> AsyncIterator[dict[str, Any]]:
+        from rsrlm.runtime.learner import TrainJob
+
+        index = int(source[1:])
+        job = TrainJob(
+            run=str(self._store.folder),
+            iteration=iteration,
+            seed=self._config.seed,
+            model=str(self._store.model(index) if index else self._first),
+            output=str(self._store.model(int(version[1:]))),
+            version=version,
+            pairs=tuple(pairs),
+        )
+        return self._group.train(job)
+
+
+async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -> list[dict[str, Any]]:
+    from rsrlm.runtime.actors import Learner, SharedBuffer
+
+    config = prepared.config
+    buffer = SharedBuffer(store.buffer_path)
+    group = Learner(config, store.folder / ".train")
+    # Resuming after an iteration's training: the engines come up with its result.
+    done = len(store.metrics())
+    trained = (store.iteration(done) / "training.json").exists()
+    pools = Pools(config, store, prepared.model, f"M{done + trained}", group.broadcast)
+    try:
+        report.line("starting engines and learner")
+        started = time.perf_counter()
+        await group.start()
+        await pools.start()
+        report.line(f"engines are up after {time.perf_counter() - started:.0f} s")
+        ports = Ports(
+            pools=pools,
+            buffer=buffer,
+            learner=LearnerPort(config, store, prepared.model, group),
+            store=store,
+            report=report,
+            log=log,
+        )
+        return await run_loop(config, prepared.inputs, ports)
+    finally:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(asyncio.gather(group.close(), pools.close(), buffer.close()), 25)
+
+
+def _interruptible(work: Any) -> Any:
+    """Run in a new event loop; SIGINT and SIGTERM cancel the work, which then cleans up."""
+
+    async def main() -> Any:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        return await task
+
+    return asyncio.run(main())
+
+
+def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
+    """Run to the end, to the user's interruption or to a failure; returns the exit code. The summary always fits."""
+    config = prepared.config
+    store.remove_scratch()
+    if prepared.left_out:
+        report.line(
+            f"{len(prepared.left_out)} prompts are too long and left out: {', '.join(prepared.left_out[:5])}"
+        )
+    _write_summary(store, "running")
+    status, code, reason = "completed", EXIT_OK, ""
+    try:
+        with _ray(config, store), _tracker(config, store) as log:
+            _interruptible(_run(prepared, store, report, log))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        status, code = "interrupted", EXIT_INTERRUPTED
+    except NoPairs as error:
+        status, code, reason = "no_pairs", EXIT_NO_PAIRS, str(error)
+    except BaseExceptionGroup as group:
+        status, code, reason = _failure(_first_of(group))
+    except Exception as error:
+        status, code, reason = _failure(error)
+    _write_summary(store, status, reason)
+    store.event("run_ended", status=status, reason=reason or None)
+    _show(store, status, reason, report)
+    return code
+
+
+def _first_of(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _failure(error: BaseException) -> tuple[str, int, str]:
+    """Status, exit code and reason. A full disk and a wrong config are the user's to mend; no stack trace for them."""
+    from rsrlm.runtime.actors import LearnerFailed, PoolFailed
+
+    if isinstance(error, ConfigError):
+        return "failed", EXIT_USER, str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, LearnerFailed) and "No space left" in str(error)):
+        return "failed", EXIT_USER, f"the disk is full ({error}); free some space, then resume"
+    if isinstance(error, (PoolFailed, LearnerFailed)):
+        return "failed", EXIT_FAILED, str(error)
+    logging.getLogger("rsrlm").error("the run failed", exc_info=error)
+    return "failed", EXIT_FAILED, repr(error)
+
+
+def _write_summary(store: RunFolder, status: str, reason: str = "") -> None:
+    summary: dict[str, Any] = {"status": status, "iterations": store.metrics()}
+    if reason:
+        summary["reason"] = reason
+    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
+        store.write_summary(summary)
+
+
+def _show(store: RunFolder, status: str, reason: str, report: Report) -> None:
+    rows = store.metrics()
+    if rows:
+        report.table("Iterations", rows, COLUMNS)
+        report.table("Held-out prompts", _heldout_rows(store, rows), HELDOUT_COLUMNS)
+    report.line(f"status: {status}" + (f": {reason}" if reason else ""))
+    report.line(f"run folder: {store.folder}")
+    if status not in ("completed",):
+        report.line(f"go on with: rsrlm resume {store.folder}")
+
+
+HELDOUT_COLUMNS = {
+    "model": "model",
+    "tokens": "tokens",
+    "words": "words",
+    "complete": "complete",
+    "own": "score by itself",
+    "first": "score by M0",
+    "duel": "win / tie / loss over the model before (judge: M0)",
+}
+
+
+def _heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [store.fix("heldout_first", {})] + [row["heldout"] for row in rows]
+    table = []
+    for entry in (entry for entry in found if entry):
+        duel = next((value for key, value in entry.items() if key.startswith("duel_with_")), None)
+        shares = [duel[key] for key in ("win", "tie", "loss")] if duel and duel["n"] else None
+        table.append(
+            {
+                "model": entry["model"],
+                **entry["answers"],
+                "own": entry["score_by_current"]["mean"],
+                "first": entry["score_by_first"]["mean"],
+                "duel": " / ".join(f"{share:.2f}" for share in shares) if shares else None,
+            }
+        )
+    return table
+
+
+@contextlib.contextmanager
+def _ray(config: Config, store: RunFolder) -> Any:
+    """A Ray cluster: the one of `ray.address` or RAY_ADDRESS, else one on this machine for this run only."""
+    # rsrlm sets every worker's threads itself; Ray's own uv hook would rebuild the environment in each worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    from rsrlm.runtime.weights import stale_files
+
+    for stale in stale_files(store.folder):
+        stale.unlink(missing_ok=True)
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        arguments["address"] = address
+    else:
+        arguments |= {
+            "include_dashboard": False,
+            "object_store_memory": config.ray.object_store_mib * 2**20,
+        }
+    context = ray.init(**arguments)
+    store.event("ray", address=address or "local", session=context.address_info.get("session_dir"))
+    try:
+        needed = _cpus(config)
+        there = ray.cluster_resources().get("CPU", 0.0)
+        if needed > there:
+            raise ConfigError(
+                f"engine.cpus={config.engine.cpus} for each replica and train.cpus={config.train.cpus} for each rank "
+                f"make {needed:g} Ray CPUs, but there are {there:g}; lower them (they place actors, threads are apart)"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cpus(config: Config) -> float:
+    engines = config.engine.replicas + config.judge.replicas
+    return engines * config.engine.cpus + config.train.workers * config.train.cpus
+
+
+@contextlib.contextmanager
+def _tracker(config: Config, store: RunFolder) -> Any:
+    """Metrics of finished iterations go to wandb where a project is configured; offline without a key."""
+    if config.wandb.project is None:
+        yield lambda row: None
+        return
+    import wandb
+
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+    run = wandb.init(
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        name=config.name,
+        id=store.fix("wandb_id", secrets.token_hex(4)),
+        resume="allow",
+        dir=str(store.folder),
+        config=config.model_dump(mode="json"),
+        mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),  # type: ignore[arg-type]
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    try:
+        yield lambda row: run.log(_numbers(row), step=row["iteration"])
+    finally:
+        run.finish()
+
+
+def _numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers by slash-separated names."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            found |= _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[prefix + key] = value
+    return found

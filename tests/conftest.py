@@ -1,0 +1,94 @@
+"""Models and a cluster that the tests share. Everything heavy is a session fixture: 2 cores run one thing at a time."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+ORDER = ("plain", "torch", "ray", "full", "gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first; a machine without a GPU says why it leaves the gpu tests out."""
+
+    def tier(item: pytest.Item) -> int:
+        return max((ORDER.index(mark.name) for mark in item.iter_markers() if mark.name in ORDER), default=0)
+
+    items.sort(key=tier)
+    if not Path("/proc/driver/nvidia").exists():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The built-in model's folder: real weights, tokenizer and chat template."""
+    from rsrlm.config import BUILTIN_MODEL, Model
+    from rsrlm.model import folder_of
+
+    return folder_of(Model(path=BUILTIN_MODEL))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight Llama of 0.4M parameters beside its embeddings, with SmolLM2's tokenizer. Tied embeddings."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(smollm2 / name, folder)
+    return folder
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Any:
+    """A small valid config; keyword arguments replace whole sections or keys of the top level."""
+    from rsrlm.config import resolve
+
+    def make(**changes: Any) -> Any:
+        data: dict[str, Any] = {
+            "name": "test",
+            "runs": str(tmp_path / "runs"),
+            "iterations": 1,
+            "model": "smollm2-135m-instruct",
+            "prompts": {"path": "builtin", "per_iteration": 4, "heldout": 2},
+            "sample": {"responses": 2, "max_tokens": 24, "temperature": 0.8},
+            "judge": {"read": "digits"},
+            "train": {"lr": 1e-3, "pairs_per_step": 2},
+            "engine": {"max_model_len": 512, "max_num_seqs": 8, "kv_cache_gib": 0.25},
+        }
+        for key, value in changes.items():
+            data[key] = {**data[key], **value} if isinstance(value, dict) and key in data else value
+        return resolve(data)
+
+    return make

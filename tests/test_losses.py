@@ -1,0 +1,578 @@
+"""Losses against numbers derived by hand, packed rows against plain forwards of the separate sequences."""
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from rsrlm.losses import PairLoss, lr_at, pair_loss, sequence_sums
+from rsrlm.packing import (
+    PairBatch,
+    PairIds,
+    check_architecture,
+    pack_pairs,
+    pad_pairs,
+    response_logps,
+    supports_packing,
+)
+
+pytestmark = pytest.mark.torch
+
+VOCAB = 48
+# initializer_range far above the usual 0.02: the log-probabilities of a tiny model then depend on all of the context.
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = GPT2Config(
+    vocab_size=VOCAB,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    initializer_range=0.3,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+PAIRS: list[PairIds] = [
+    ((5, 6, 7, 8), (9, 10, 11), (12, 13, 14, 15, 16)),
+    ((17,), (18, 19), (20, 21, 22)),  # prompt of one token
+    ((23, 24, 25), (26,), (27,)),  # responses of one token
+    ((28, 29), (30, 31, 32, 33, 34, 35), (36,)),
+    ((37, 38, 39, 40, 41), (42, 43), (42, 43, 44)),  # one response is a prefix of the other
+]
+
+
+def tiny(config: PreTrainedConfig, attention: str = "sdpa") -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny(LlamaConfig(**SIZES))
+
+
+@pytest.fixture(params=["llama", "llama-tied", "gpt2", "qwen3"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    configs = {
+        "llama": LlamaConfig(**SIZES),
+        "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+        "gpt2": GPT2,
+        "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    }
+    return tiny(configs[request.param])
+
+
+def pad(pairs: list[PairIds]) -> PairBatch:
+    return pad_pairs(pairs, pad_id=0)
+
+
+BUILDERS = pytest.mark.parametrize("build", [pack_pairs, pad])
+
+
+def plain_logps(model: PreTrainedModel, pairs: list[PairIds]) -> Tensor:
+    """The model's own forward on each sequence alone, with all logits."""
+    logps = []
+    for prompt, *responses in pairs:
+        for response in responses:
+            ids = torch.tensor([[*prompt, *response]])
+            logps_TV = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            logps += [logps_TV[len(prompt) - 1 + i, token] for i, token in enumerate(response)]
+    return torch.stack(logps)
+
+
+def gradients(model: PreTrainedModel) -> list[Tensor]:
+    """Takes the gradients away, so the next call starts at zero."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+# ---- batches
+
+
+@BUILDERS
+def test_batch_holds_each_response_token_once_in_order(build: Callable[[list[PairIds]], PairBatch]) -> None:
+    batch = build(PAIRS[:2])
+    assert batch.num_pairs == 2
+    assert batch.target_R.tolist() == [9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22]
+    assert batch.segment_R.tolist() == [0] * 3 + [1] * 5 + [2] * 2 + [3] * 3
+    assert batch.length_S.tolist() == [3, 5, 2, 3]
+
+
+def test_packed_row_by_hand() -> None:
+    # row:       5 6 | 9 10 | 12 13 14 || 7 | 15 | 16
+    # index:     0 1   2  3    4  5  6    7   8    9
+    batch = pack_pairs([((5, 6), (9, 10), (12, 13, 14)), ((7,), (15,), (16,))])
+    assert batch.input_ids.tolist() == [[5, 6, 9, 10, 12, 13, 14, 7, 15, 16]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 1]]
+    # index 1, the last prompt token, predicts both 9 and 12; index 7 both 15 and 16
+    assert batch.predict_R.tolist() == [1, 2, 1, 4, 5, 7, 7]
+    assert batch.attention_mask.dtype == torch.bool
+    assert batch.attention_mask.shape == (1, 1, 10, 10)
+    assert batch.attention_mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1, 0, 1],
+    ]
+
+
+def test_padded_rows_by_hand() -> None:
+    batch = pad_pairs([((5, 6), (9, 10), (12,))], pad_id=3)
+    assert batch.input_ids.tolist() == [[5, 6, 9, 10], [5, 6, 12, 3]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.predict_R.tolist() == [1, 2, 4 + 1]
+
+
+tokens = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5)
+some_pairs = st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(some_pairs)
+def test_predicting_position_sees_exactly_the_prefix_of_its_sequence(pairs: list[PairIds]) -> None:
+    batch = pack_pairs(pairs)
+    assert batch.position_ids is not None
+    prefixes = [[*prompt, *response[:i]] for prompt, *both in pairs for response in both for i in range(len(response))]
+    for predict, prefix in zip(batch.predict_R.tolist(), prefixes, strict=True):
+        sees = batch.attention_mask[0, 0, predict]
+        assert batch.input_ids[0, sees].tolist() == prefix
+        assert batch.position_ids[0, sees].tolist() == list(range(len(prefix)))
+
+
+@settings(deadline=None)
+@given(some_pairs)
+def test_mask_is_the_rule_cell_by_cell(pairs: list[PairIds]) -> None:
+    cells = [
+        (p, branch) for p, parts in enumerate(pairs) for branch, part in zip("pcr", parts, strict=True) for _ in part
+    ]
+    rule = [
+        [k <= q and pair_k == pair_q and branch_k in ("p", branch_q) for k, (pair_k, branch_k) in enumerate(cells)]
+        for q, (pair_q, branch_q) in enumerate(cells)
+    ]
+    assert pack_pairs(pairs).attention_mask[0, 0].tolist() == rule
+
+
+@settings(deadline=None)
+@given(some_pairs)
+def test_padded_predicting_position_ends_the_prefix_of_its_sequence(pairs: list[PairIds]) -> None:
+    batch = pad(pairs)
+    width = batch.input_ids.shape[1]
+    prefixes = [[*prompt, *response[:i]] for prompt, *both in pairs for response in both for i in range(len(response))]
+    for predict, sequence, prefix in zip(batch.predict_R.tolist(), batch.segment_R.tolist(), prefixes, strict=True):
+        row, column = divmod(predict, width)
+        assert row == sequence
+        assert batch.input_ids[row, : column + 1].tolist() == prefix
+        assert batch.attention_mask[row, : column + 1].all()
+
+
+@BUILDERS
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_empty_part_is_refused(build: Callable[[list[PairIds]], PairBatch], empty: int) -> None:
+    parts: list[tuple[int, ...]] = [(5,), (6,), (7,)]
+    parts[empty] = ()
+    with pytest.raises(ValueError, match="at least one token"):
+        build([(parts[0], parts[1], parts[2])])
+
+
+def test_to_moves_every_tensor() -> None:
+    for batch in (pack_pairs(PAIRS).to("meta"), pad(PAIRS).to("meta")):
+        fields = [getattr(batch, name) for name in PairBatch.__slots__]
+        assert all(field is None or field.device.type == "meta" for field in fields)
+
+
+# ---- log-probabilities
+
+
+@BUILDERS
+def test_logps_equal_the_plain_forward_of_each_sequence(
+    model: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch]
+) -> None:
+    with torch.no_grad():
+        logps_R = response_logps(model, build(PAIRS))
+        torch.testing.assert_close(logps_R, plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5)
+    assert logps_R.dtype == torch.float32
+    assert logps_R.std() > 0.5  # else any context would do
+
+
+@BUILDERS
+@pytest.mark.parametrize("chunk", [1, 4, 512])
+def test_chunked_gradients_equal_those_of_the_plain_forward(
+    llama: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch], chunk: int
+) -> None:
+    weights = torch.linspace(-1, 1, len(pack_pairs(PAIRS).target_R))
+    (plain_logps(llama, PAIRS) * weights).sum().backward()
+    expected = gradients(llama)
+    (response_logps(llama, build(PAIRS), chunk=chunk) * weights).sum().backward()
+    torch.testing.assert_close(gradients(llama), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def head_rows(llama: PreTrainedModel) -> Iterator[list[int]]:
+    """Rows of every call of the output embedding."""
+    rows: list[int] = []
+    hook = llama.get_output_embeddings().register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    yield rows
+    hook.remove()
+
+
+def test_head_sees_only_predicting_positions_in_chunks(llama: PreTrainedModel, head_rows: list[int]) -> None:
+    batch = pack_pairs(PAIRS)
+    logps_R = response_logps(llama, batch, chunk=10)
+    assert len(logps_R) == 27  # 8 + 5 + 2 + 7 + 5 response tokens of 42 in the row
+    assert head_rows == [9, 9, 9]
+    logps_R.sum().backward()
+    assert head_rows == [9] * 6  # logits are computed again, not kept
+    llama.zero_grad(set_to_none=True)
+
+
+def test_fixed_number_of_chunks_may_exceed_the_tokens(llama: PreTrainedModel, head_rows: list[int]) -> None:
+    batch = pack_pairs(PAIRS[2:3])
+    with torch.no_grad():
+        logps_R = response_logps(llama, batch, num_chunks=5)
+        assert head_rows == [1, 1, 0, 0, 0]
+        torch.testing.assert_close(logps_R, response_logps(llama, batch))
+    response_logps(llama, batch, num_chunks=5).sum().backward()
+    assert len(gradients(llama)) == len(list(llama.parameters()))
+
+
+def test_supported_architectures_pack(model: PreTrainedModel) -> None:
+    model.train()
+    check_architecture(model)
+    assert supports_packing(model)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_low_precision_packs(llama: PreTrainedModel) -> None:
+    model = copy.deepcopy(llama).to(torch.bfloat16)
+    check_architecture(model)
+    assert supports_packing(model)
+
+
+def test_usual_initialisation_packs() -> None:
+    assert supports_packing(tiny(LlamaConfig(**{**SIZES, "initializer_range": 0.02})))
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (LlamaConfig(**SIZES), "eager"),  # adds a bool mask to the scores
+        (LlamaConfig(**{**SIZES, "initializer_range": 0.02}), "eager"),  # a difference that is small in absolute terms
+        (MistralConfig(**SIZES, sliding_window=4096), "sdpa"),  # a 4D mask loses the window
+        (Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=64, max_window_layers=1), "sdpa"),
+        (
+            GPTNeoConfig(
+                vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+            ),
+            "eager",
+        ),
+        (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "eager"),  # positions from a 2D mask
+    ],
+    ids=["eager", "eager-small", "mistral-window", "qwen3-window", "gpt-neo-local", "bloom-alibi"],
+)
+def test_other_architectures_do_not_pack_but_pad(config: PreTrainedConfig, attention: str) -> None:
+    model = tiny(config, attention)
+    check_architecture(model)
+    assert not supports_packing(model)
+    with torch.no_grad():
+        torch.testing.assert_close(response_logps(model, pad(PAIRS)), plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [
+        (Gemma2Config(**SIZES, head_dim=8), "final_logit_softcapping"),
+        (GraniteConfig(**SIZES, logits_scaling=8.0), "logits_scaling"),
+        (CohereConfig(**SIZES), "logit_scale"),
+    ],
+    ids=["gemma2", "granite", "cohere"],
+)
+def test_changed_logits_are_refused_by_name(config: PreTrainedConfig, setting: str) -> None:
+    with pytest.raises(ValueError, match=setting):
+        check_architecture(tiny(config))
+
+
+def test_trivial_logit_settings_are_fine() -> None:
+    check_architecture(tiny(GraniteConfig(**SIZES, logits_scaling=1.0)))
+    check_architecture(tiny(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=None)))
+
+
+def test_changed_logits_without_a_known_setting_are_refused(llama: PreTrainedModel) -> None:
+    model = copy.deepcopy(llama)
+    model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits * 1.1))
+    with pytest.raises(ValueError, match="does more to its logits"):
+        check_architecture(model)
+
+
+def test_model_without_a_head_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="causal language model"):
+        check_architecture(llama.model)
+
+
+# ---- losses by hand
+#
+# One pair. chosen: two tokens, policy -1 and -2, reference -1.5 and -2.5: log-ratio (-3) - (-4) = +1.
+# rejected: one token, policy -3, reference -2: log-ratio -1. So h = 1 - (-1) = 2.
+
+HAND = pack_pairs([((5, 6), (7, 8), (9,))])
+LOGPS = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+REF = torch.tensor([-1.5, -2.5, -2.0], dtype=torch.float64)
+ONE = torch.ones(1, dtype=torch.float64)
+
+
+def by_hand(logps: Tensor = LOGPS, ref: Tensor = REF, beta: float = 0.5, **options: object) -> PairLoss:
+    return pair_loss(logps, ref, HAND, ONE, beta=beta, **options)
+
+
+def test_sequence_sums() -> None:
+    # 1 + 2, nothing, 3 + 4 + 5
+    sums = sequence_sums(torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([0, 0, 2, 2, 2]), 3)
+    assert sums.tolist() == [3, 0, 12]
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 50.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_dpo_is_ln_2_at_zero_margin_for_any_beta(beta: float, label_smoothing: float) -> None:
+    # -log sigmoid(0) = ln 2, and (1 - eps) ln 2 + eps ln 2 = ln 2
+    result = by_hand(ref=LOGPS, beta=beta, label_smoothing=label_smoothing)
+    assert result.loss.item() == pytest.approx(0.6931471805599453, abs=1e-12)
+
+
+def test_dpo_value() -> None:
+    # beta h = 0.5 * 2 = 1; -log sigmoid(1) = ln(1 + e^-1) = ln 1.3678794 = 0.3132617
+    assert by_hand().loss.item() == pytest.approx(0.31326168751822286, abs=1e-12)
+
+
+def test_label_smoothing_value() -> None:
+    # -log sigmoid(-1) = 0.3132617 + 1, so 0.9 * 0.3132617 + 0.1 * 1.3132617 = 0.3132617 + 0.1
+    assert by_hand(label_smoothing=0.1).loss.item() == pytest.approx(0.41326168751822286, abs=1e-12)
+
+
+def test_length_normalized_value() -> None:
+    # log-ratio per token: chosen 1 / 2, rejected -1 / 1; h = 1.5; beta h = 0.75; ln(1 + e^-0.75) = ln 1.4723666
+    result = by_hand(length_normalized=True)
+    assert result.loss.item() == pytest.approx(0.3868710, abs=1e-7)
+    assert result.sums["margin"].item() == pytest.approx(0.75)
+    assert result.sums["chosen_logp"].item() == pytest.approx(-3)  # stays a sum
+
+
+def test_ipo_values() -> None:
+    # h = 0: (0 - 1 / (2 * 0.25))^2 = 2^2; h = 2 is the minimum of beta 0.25; h = 2, beta 0.5: (2 - 1)^2
+    assert by_hand(ref=LOGPS, loss="ipo", beta=0.25).loss.item() == pytest.approx(4, abs=1e-12)
+    assert by_hand(loss="ipo", beta=0.25).loss.item() == pytest.approx(0, abs=1e-12)
+    assert by_hand(loss="ipo", beta=0.5).loss.item() == pytest.approx(1, abs=1e-12)
+    # per token h = 1.5: (1.5 - 1)^2
+    assert by_hand(loss="ipo", beta=0.5, length_normalized=True).loss.item() == pytest.approx(0.25, abs=1e-12)
+
+
+def test_nll_is_per_token_of_the_chosen() -> None:
+    # (1 + 2) / 2 = 1.5 nats per token, times 2, beside the loss above
+    result = by_hand(nll_scale=2.0)
+    assert result.loss.item() == pytest.approx(0.31326168751822286 + 3, abs=1e-12)
+    assert result.sums["nll"].item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("options", [{"loss": "hinge"}, {"loss": "ipo", "label_smoothing": 0.1}])
+def test_unknown_loss_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="no loss"):
+        by_hand(**options)
+
+
+def test_sums_by_hand() -> None:
+    sums = by_hand().sums
+    assert sums["loss"].item() == pytest.approx(0.31326168751822286)
+    assert sums["pairs"] == 1
+    assert sums["accuracy"] == 1
+    assert sums["margin"].item() == pytest.approx(1)  # beta h
+    assert sums["chosen_logp"] == -3
+    assert sums["rejected_logp"] == -3
+    # chosen tokens: r = 0.5 twice, e^0.5 - 1.5 = 0.1487213; rejected: r = -1, e^-1 - 1 + 1 = 0.3678794
+    assert sums["kl"].item() == pytest.approx(2 * 0.1487212707 + 0.3678794412, abs=1e-9)
+    assert sums["kl_tokens"] == 3
+    assert torch.stack([*sums.values()]).dtype == torch.float64
+    assert not any(value.requires_grad for value in by_hand(LOGPS.clone().requires_grad_()).sums.values())
+
+
+def test_ties_and_lost_pairs_are_not_accurate() -> None:
+    assert by_hand(ref=LOGPS).sums["accuracy"] == 0
+    assert by_hand(ref=LOGPS + torch.tensor([1.0, 1.0, 0.0])).sums["accuracy"] == 0
+
+
+def test_kl_is_exact_for_tokens_in_the_reference_s_proportions() -> None:
+    # reference 1/2, 1/4, 1/4 and tokens a a b c; policy 1/4, 1/4, 1/2.
+    # KL(ref || policy) = 1/2 ln 2 + 1/4 ln 1 + 1/4 ln 1/2 = 1/4 ln 2
+    ref = torch.tensor([1 / 2, 1 / 2, 1 / 4, 1 / 4], dtype=torch.float64).log()
+    policy = torch.tensor([1 / 4, 1 / 4, 1 / 4, 1 / 2], dtype=torch.float64).log()
+    sums = pair_loss(policy, ref, pack_pairs([((5,), (6, 6), (7, 8))]), ONE, beta=0.1).sums
+    assert (sums["kl"] / sums["kl_tokens"]).item() == pytest.approx(math.log(2) / 4, abs=1e-12)
+
+
+def test_gradient_raises_chosen_and_lowers_rejected() -> None:
+    # at h = 0 the slope of -log sigmoid(beta h) in h is -beta / 2; each token of a response has the same
+    logps = LOGPS.clone().requires_grad_()
+    by_hand(logps, ref=LOGPS, beta=0.5).loss.backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == pytest.approx([-0.25, -0.25, 0.25])
+    # per token of the response: divided by 2 and by 1; the nll adds -1 / 2 to each chosen token
+    logps = LOGPS.clone().requires_grad_()
+    by_hand(logps, ref=LOGPS, beta=0.5, length_normalized=True, nll_scale=1.0).loss.backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == pytest.approx([-0.125 - 0.5, -0.125 - 0.5, 0.25])
+    # ipo at h = 0: 2 (0 - 1 / (2 * 0.5)) = -2
+    logps = LOGPS.clone().requires_grad_()
+    by_hand(logps, ref=LOGPS, beta=0.5, loss="ipo").loss.backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == pytest.approx([-2, -2, 2])
+
+
+# ---- invariances
+
+OPTIONS = [
+    {"beta": 0.1},
+    {"beta": 0.3, "label_smoothing": 0.2, "nll_scale": 0.5},
+    {"beta": 0.2, "loss": "ipo", "length_normalized": True},
+]
+
+
+def step(
+    model: PreTrainedModel,
+    pairs: list[PairIds],
+    size: int,
+    build: Callable[[list[PairIds]], PairBatch],
+    options: dict[str, object],
+    weights: list[int] | None = None,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Sums and gradients of one step in micro-batches of `size`. The reference is a fixed function of the token."""
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        batch = build(part)
+        weight_P = torch.tensor((weights or [1] * len(pairs))[start : start + size])
+        ref_logps_R = -3 - torch.sin(batch.target_R.float())
+        result = pair_loss(response_logps(model, batch), ref_logps_R, batch, weight_P, **options)
+        result.loss.backward()
+        sums = {name: sums.get(name, 0) + value for name, value in result.sums.items()}
+    return sums, gradients(model)
+
+
+@BUILDERS
+@pytest.mark.parametrize("options", OPTIONS, ids=["dpo", "smoothed-nll", "ipo-normalized"])
+def test_sums_do_not_depend_on_micro_batches_or_order(
+    llama: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch], options: dict[str, object]
+) -> None:
+    model = copy.deepcopy(llama).double()
+    sums, grads = step(model, PAIRS, 5, pack_pairs, options)
+    assert sums["pairs"] == 5
+    for size in (1, 2, 5):
+        shuffled = random.Random(size).sample(PAIRS, len(PAIRS))
+        other_sums, other_grads = step(model, shuffled, size, build, options)
+        torch.testing.assert_close(other_sums, sums, rtol=1e-5, atol=1e-5)
+        # The last float32 step, from logits to log-probabilities, is what rounds.
+        torch.testing.assert_close(other_grads, grads, rtol=1e-4, atol=1e-6)
+
+
+@BUILDERS
+def test_dummy_pairs_add_nothing(llama: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch]) -> None:
+    options: dict[str, object] = {"beta": 0.3, "nll_scale": 0.5}
+    sums, grads = step(llama, PAIRS[:2], 2, build, options)
+    with_dummies = [PAIRS[3], PAIRS[0], PAIRS[4], PAIRS[1]]
+    other_sums, other_grads = step(llama, with_dummies, 4, build, options, weights=[0, 1, 0, 1])
+    torch.testing.assert_close(other_sums, sums, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_grads, grads, rtol=1e-4, atol=1e-5)
+    sums, grads = step(llama, PAIRS, 5, build, options, weights=[0] * 5)
+    assert all(value == 0 for value in sums.values())
+    assert len(grads) == len(list(llama.parameters()))  # ranks stay in step: every parameter has a gradient
+    assert all((grad == 0).all() for grad in grads)
+
+
+# ---- learning rate
+
+
+def test_cosine_and_linear_by_hand() -> None:
+    # 11 steps: step 5 is half way, the mean of both ends; step 10 is the last
+    for schedule in ("cosine", "linear"):
+        rates = [lr_at(s, 11, lr=1e-6, lr_final=1e-7, warmup_steps=0, schedule=schedule) for s in range(12)]
+        assert rates[0] == 1e-6
+        assert rates[5] == pytest.approx(5.5e-7)
+        assert rates[10] == rates[11] == pytest.approx(1e-7)
+    # a quarter of the way: linear 1 - 1/4; cosine (1 + cos 45 degrees) / 2 = 0.8535534
+    options = {"lr": 1.0, "lr_final": 0.0, "warmup_steps": 0}
+    assert lr_at(2, 9, **options, schedule="linear") == pytest.approx(0.75)
+    assert lr_at(2, 9, **options, schedule="cosine") == pytest.approx(0.8535534)
+
+
+def test_warm_up_by_hand() -> None:
+    # 3 steps of warm-up: 1/4, 2/4, 3/4, then lr
+    for schedule in ("cosine", "linear", "constant"):
+        rates = [lr_at(s, 8, lr=4.0, lr_final=1.0, warmup_steps=3, schedule=schedule) for s in range(8)]
+        assert rates[:4] == [1, 2, 3, 4]
+        assert rates[7] == (4 if schedule == "constant" else 1)
+
+
+def test_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="no schedule"):
+        lr_at(5, 10, lr=1.0, lr_final=0.0, warmup_steps=0, schedule="square")
+
+
+@settings(deadline=None)
+@given(
+    total=st.integers(1, 60),
+    warmup=st.integers(0, 70),
+    lr=st.floats(1e-8, 1.0),
+    share=st.floats(0, 1),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+)
+def test_rate_rises_then_falls_within_its_bounds(
+    total: int, warmup: int, lr: float, share: float, schedule: str
+) -> None:
+    lr_final = lr * share
+    rates = [lr_at(s, total, lr=lr, lr_final=lr_final, warmup_steps=warmup, schedule=schedule) for s in range(total)]
+    slack = 1e-12 * lr
+    assert all(0 < rate <= lr + slack for rate in rates if lr_final > 0 or rate != rates[-1])
+    assert all(later > earlier for earlier, later in pairwise(rates[: warmup + 1]))
+    assert all(later <= earlier + slack for earlier, later in pairwise(rates[warmup:]))
+    assert all(rate >= lr_final - slack for rate in rates[warmup:])
+    if warmup < total:
+        assert rates[warmup] == lr
+    if warmup < total - 1 and schedule != "constant":
+        assert rates[-1] == pytest.approx(lr_final)
