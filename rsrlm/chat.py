@@ -66,7 +66,7 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         # A copy, because split_special_tokens=True in a call stays set in the Rust tokenizer behind the wrapper.
         self._literal = copy.deepcopy(tokenizer)
         self._literal.split_special_tokens = True
@@ -108,7 +108,7 @@ class ChatEncoder:
         """Token ids of the trusted pieces, and between them the names of the fields."""
         turn = _render(template, names)
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": turn}], tokenize=False, add_generation_prompt=True
             )
         except Exception as error:
@@ -124,7 +124,7 @@ class ChatEncoder:
         return tuple(result)
 
     def _encode_trusted(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
 
     def _encode_literally(self, text: str) -> Sequence[int]:
         # JSON can carry half of a surrogate pair, which no tokenizer takes.

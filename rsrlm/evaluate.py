@@ -30,7 +30,7 @@ class Evaluation:
         self._winners: tuple[int, ...] = ()
         if config.evaluate.duel:
             self._template = judging.load_template(config.evaluate.template, judging.PAIRWISE_VARIABLES)
-            self._winners = judging.label_ids(encoder._tokenizer, judging.PAIRWISE_PREFIX, judging.WINNERS)
+            self._winners = judging.label_ids(encoder.tokenizer, judging.PAIRWISE_PREFIX, judging.WINNERS)
 
     async def answers(self, engines: Engines, model: str, journal: Journal) -> list[Response]:
         """The answers of the model that the engines hold, in the order of the prompts."""

@@ -239,7 +239,7 @@ async def evaluate(evaluation: Evaluation, index: int, config: Config, ports: Po
         with ports.report.stage(f"held-out {model}", totals) as tick:
             await ports.pools.hold(model)
             answers = await evaluation.answers(engines, model, journal)
-            tick("answers", len(answers), sum(len(answer.token_ids) for answer in answers))
+            tick("answers", len(answers), 0)
             own = await evaluation.scores(ports.pools.judges, model, answers, journal)
             tick("scores", totals["scores"], 0)
         found = {

@@ -107,7 +107,7 @@ class Judging:
         template = judge.template
         if judge.read == "digits":
             template = "additive_digits" if template == "additive" else template
-            self._labels = judging.label_ids(encoder._tokenizer, judging.ANSWER_PREFIX, judging.SCORES)
+            self._labels = judging.label_ids(encoder.tokenizer, judging.ANSWER_PREFIX, judging.SCORES)
         elif judge.read == "structured":
             self._regex = judging.points_regex(judge.max_tokens)
         self._template = judging.load_template(template, judging.ADDITIVE_VARIABLES)
@@ -237,7 +237,9 @@ class Producer:
                 self._samplers, self._encoder, prompt, index, config.sample, group=group, seed=seed
             )
             journal.add(response)
-        self._tick("respond", 1, len(response.token_ids))
+            self._tick("respond", 1, len(response.token_ids))
+        else:
+            self._tick("respond", 1, 0)
 
         async def judgement(number: int) -> Judgement:
             found = journal.judgements.get(f"{response.id}#{number}")
@@ -246,7 +248,9 @@ class Producer:
                     self._judges, prompt, response, number, group=group, iteration=iteration
                 )
                 journal.add(found)
-            self._tick("judge", 1, len(found.token_ids))
+                self._tick("judge", 1, len(found.token_ids))
+            else:
+                self._tick("judge", 1, 0)
             return found
 
         judgements = await gather([judgement(number) for number in range(self._judging.per_response)])

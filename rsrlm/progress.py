@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+PLAIN_WIDTH = 140  # of tables in a log file
 Tick = Callable[[str, int, int], None]
 
 
@@ -16,11 +17,13 @@ class Report:
     """The screen of one run."""
 
     def __init__(self, console: Console | None = None, plain_every_s: float = 5.0) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, PLAIN_WIDTH)
         self._every_s = plain_every_s
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, totals: dict[str, int]) -> Iterator[Tick]:

@@ -337,6 +337,7 @@ def _ray(config: Config, store: RunFolder) -> Any:
         arguments["address"] = address
     else:
         arguments |= {
+            "address": "local",  # without it Ray joins any cluster that runs on this machine
             "include_dashboard": False,
             "object_store_memory": config.ray.object_store_mib * 2**20,
         }

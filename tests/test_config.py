@@ -1,0 +1,361 @@
+"""Configs: what loads, what is refused, and that nothing is repaired in silence."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from rsrlm.config import Config, ConfigError, dump, load, resolve
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "iterations": 2,
+    "model": "some/id",
+    "prompts": {"path": "builtin", "per_iteration": 4},
+    "sample": {"max_tokens": 24},
+    "judge": {"read": "text"},
+    "train": {"lr": 1e-3, "pairs_per_step": 2},
+    "engine": {"max_model_len": 512},
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """The message that the config is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, list(overrides))
+    return str(caught.value)
+
+
+# -- what loads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_loads_and_survives_its_dump(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(dump(config), encoding="utf-8")
+    assert load(resolved) == config
+
+
+def test_the_project_has_configs() -> None:
+    assert "quickstart" in [path.stem for path in CONFIGS]
+
+
+# PyYAML folds a text of nothing but these line ends; no path or name has them.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029"))
+
+
+# Line ends and quotes, a byte-order mark, YAML's own words, numbers and dates written as text.
+@example(runs="\ufeffa: 'b' \"c\"\n\td # e\\", template="null", project="2024-01-01")
+@example(runs="yes", template="1e5", project="0x10")
+@example(runs="~", template="1_000", project="12:30:00")
+@given(runs=TEXT, template=TEXT, project=st.none() | st.text("0123456789eE+-._:xob"))
+@settings(deadline=None, max_examples=50)
+def test_dump_and_load_keep_every_text(
+    tmp_path_factory: pytest.TempPathFactory, runs: str, template: str, project: str | None
+) -> None:
+    config = resolve({**SMALL, "runs": runs, "judge": {"template": template}, "wandb": {"project": project}})
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_bytes(dump(config).encode())
+    assert load(path) == config
+
+
+def test_dump_writes_every_default(small: Path) -> None:
+    assert yaml.safe_load(dump(load(small)))["train"]["weight_decay"] == 0.0
+    assert set(yaml.safe_load(dump(load(small)))) == set(Config.model_fields)
+
+
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False))
+@example(1e-6)  # PyYAML reads 1e-06, without a dot, as text
+@example(1e16)
+@example(5e-324)
+@settings(deadline=None, max_examples=50)
+def test_every_way_that_python_writes_a_float_is_that_float(tmp_path_factory: Any, lr: float) -> None:
+    path = tmp_path_factory.getbasetemp() / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    assert load(path, [f"train.lr={lr!r}"]).train.lr == lr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-6", 1e-6), ("1E3", 1000.0), ("2.5e+4", 25000.0), ("5.e-1", 0.5), ("1", 1.0), (".5", 0.5)]
+)
+def test_numbers_that_are_plainly_numbers(small: Path, text: str, value: float) -> None:
+    lr = load(small, [f"train.lr={text}"]).train.lr
+    assert lr == value
+    assert type(lr) is float
+
+
+def test_a_config_cannot_be_changed(small: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load(small).train.lr = 1.0
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_keys_are_named_with_the_known_ones(small: Path) -> None:
+    assert "trian: unknown key; known here: engine, evaluate," in refused(small, "trian.lr=1.0")
+    message = refused(small, "judge.jugements=2")
+    assert "judge.jugements: unknown key" in message
+    assert "judgements" in message.split("known here:")[1]
+    assert "responses" not in message  # that is a key of sample
+    assert "model.pth: unknown key; known here: dtype, path, trust_remote_code" in refused(small, "model.pth=x")
+
+
+@pytest.mark.parametrize("key", ["name", "iterations", "model", "prompts.path", "sample.max_tokens", "train.lr"])
+def test_missing_keys_say_how_to_give_them(small: Path, key: str) -> None:
+    data = copy.deepcopy(SMALL)
+    section, _, last = key.rpartition(".")
+    del (data[section] if section else data)[last]
+    small.write_text(yaml.safe_dump(data))
+    assert f"{key}: missing; add it to the file or pass {key}=VALUE" in refused(small)
+
+
+def test_all_mistakes_are_told_at_once(small: Path) -> None:
+    message = refused(small, "train.lr=-1", "engine.replicas=0", "typo=1")
+    assert all(part in message for part in (str(small), "train.lr=-1", "engine.replicas=0", "typo: unknown key"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("iterations=2.0", "iterations=2.0: input should be a valid integer"),  # not rounded
+        ("iterations=1e1", "iterations='1e1': input should be a valid integer"),
+        ("iterations=true", "iterations=True: input should be a valid integer"),
+        ("iterations='2'", "iterations='2': input should be a valid integer"),
+        ("iterations=0", "iterations=0: input should be greater than 0"),
+        ("prompts.reuse='true'", "prompts.reuse='true': input should be a valid boolean"),
+        ("prompts.reuse=1", "prompts.reuse=1: input should be a valid boolean"),
+        ("train.lr=true", "train.lr=True: input should be a valid number"),
+        ("train.lr='0.5'", "train.lr='0.5': input should be a valid number"),
+        ("train.lr=fast", "train.lr='fast': input should be a valid number"),
+        ("train.lr=0", "train.lr=0.0: input should be greater than 0"),
+        ("train.lr=.nan", "train.lr=nan: input should be"),
+        ("train.lr=", "train.lr=None: input should be a valid number"),
+        ("sample.top_p=1.5", "sample.top_p=1.5: input should be less than or equal to 1"),
+        ("sample.responses=1", "sample.responses=1: input should be greater than or equal to 2"),
+        ("judge.read=numbers", "judge.read='numbers': input should be 'text', 'structured', 'digits' or 'function'"),
+        ("judge=null", "judge=None: input should be a valid dictionary"),
+        ("model=3", "model=3: input should be a valid dictionary"),
+        ("name=2", "name=2: input should be a valid string"),
+        ("name=../up", "name='../up': string should match pattern"),
+        ('name="ends\\n"', "name='ends\\n': string should match pattern"),
+        ("name=''", "name='': string should match pattern"),
+        ("name=.hidden", "name='.hidden': string should match pattern"),
+    ],
+)
+def test_wrong_values_are_named_and_never_repaired(small: Path, override: str, said: str) -> None:
+    assert said in refused(small, override)
+
+
+@pytest.mark.parametrize("key", ["train.lr", "sample.temperature"])
+@pytest.mark.parametrize("value", [".inf", "1e999"])
+def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None:
+    assert f"{key}=inf" in refused(small, f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            "judge.read=digits judge.judgements=3",
+            ["judge.judgements=3", "judge.read=digits", "remove judge.judgements, or use judge.read=text"],
+        ),
+        (
+            "judge.read=function judge.function=a:b judge.judgements=1",
+            ["judge.judgements=1", "judge.read=function", "remove judge.judgements"],
+        ),
+        ("judge.read=function", ["judge.read=function needs judge.function, e.g. judge.function=my_judges:shorter"]),
+        ("judge.function=a:b", ["judge.function=a:b needs judge.read=function, not text"]),
+        (
+            "judge.read=function judge.function=a:b judge.replicas=2",
+            ["judge.replicas=2", "judge.read=function", "set it to 0"],
+        ),
+        ("train.lr_final=0.002", ["train.lr_final=0.002 is above train.lr=0.001", "lower it"]),
+        (
+            "train.loss=ipo train.label_smoothing=0.1",
+            ["train.label_smoothing=0.1", "train.loss=ipo", "set it to 0"],
+        ),
+        ("engine.gpus=2", ["engine.gpus=2 needs engine.kind=async"]),
+        ("engine.block_size=16", ["engine.block_size=16", "multiple of 32"]),
+        ("sample.max_tokens=512", ["sample.max_tokens=512", "engine.max_model_len=512", "lower the first or raise"]),
+        ("evaluate.max_tokens=600", ["evaluate.max_tokens=600", "engine.max_model_len=512"]),
+        ("judge.max_tokens=512", ["judge.max_tokens=512", "engine.max_model_len=512"]),
+        ("judge.read=structured judge.max_tokens=512", ["judge.max_tokens=512", "engine.max_model_len=512"]),
+        ("model.dtype=bfloat16", ["model.dtype=bfloat16", "use model.dtype=float32"]),
+    ],
+)
+def test_impossible_combinations_name_keys_values_and_remedy(small: Path, overrides: str, said: list[str]) -> None:
+    message = refused(small, *overrides.split())
+    assert [part for part in said if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "judge.read=text judge.judgements=3",
+        "judge.read=function judge.function=a:b",
+        "judge.read=digits judge.max_tokens=512",  # digits generates one token, whatever this says
+        "judge.read=digits judge.replicas=1",
+        "train.lr_final=0.001",
+        "train.loss=ipo",
+        "train.label_smoothing=0.1",
+        "engine.gpus=1",
+        "engine.gpus=2 engine.kind=async",
+        "engine.gpus=1 engine.block_size=16",
+        "sample.max_tokens=511",
+        "model.dtype=bfloat16 engine.gpus=1",
+        "model.dtype=bfloat16 train.gpus=1",
+    ],
+)
+def test_the_possible_neighbours_of_these_load(small: Path, overrides: str) -> None:
+    config = yaml.safe_load(dump(load(small, overrides.split())))
+    for override in overrides.split():
+        section, key = override.split("=")[0].split(".")
+        assert config[section][key] == yaml.safe_load(override.split("=")[1])
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(section=st.sampled_from(sorted(Config.model_fields)), value=ANYTHING, data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_whatever_stands_in_a_config_it_is_taken_or_refused_by_name(section: str, value: Any, data: Any) -> None:
+    fields = getattr(Config.model_fields[section].annotation, "model_fields", None)
+    if fields and data.draw(st.booleans()):
+        base = SMALL.get(section, {})
+        key = data.draw(st.sampled_from(sorted(fields)))
+        value = {**(base if isinstance(base, dict) else {"path": base}), key: value}
+    try:
+        named = resolve({**SMALL, section: value}).model_fields_set
+    except ConfigError as error:
+        named = str(error)
+    assert section in named
+
+
+# -- files and overrides -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "must be a mapping"),
+        (b"- name\n- seed\n", "must be a mapping"),
+        (b"just words", "must be a mapping"),
+        (b"name: [a\n", "not valid YAML"),
+        (b"\tname: a\n", "not valid YAML"),
+        (b"name: \xff\xfe\n", "not valid YAML"),
+        (b"? [a]\n: b\n", "not valid YAML"),
+        (b"name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),  # nothing is executed
+        (b"name: 2024-31-12\n", "not valid YAML"),  # PyYAML makes a date of it, in vain
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    message = refused(path)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert f"{tmp_path / 'no.yaml'}: No such file or directory; give the path" in refused(tmp_path / "no.yaml")
+    assert f"{tmp_path}: Is a directory; give the path" in refused(tmp_path)
+
+
+def test_a_key_written_twice_is_refused(small: Path) -> None:
+    """PyYAML takes the last one, and the first would be gone without a word."""
+    small.write_text(small.read_text() + "train: {lr: 0.5, pairs_per_step: 2}\n")
+    assert "train" in refused(small)
+
+
+def test_overrides_are_yaml(small: Path) -> None:
+    config = load(
+        small,
+        [
+            "train.lr=2e-5",
+            "prompts.reuse=true",
+            "judge.judgements=5",
+            "wandb.project='12'",
+            "prompts.path=a=b.jsonl",  # the first = separates
+            "pair.max_chosen_chars=100",  # a section that the file does not have
+            "pair.max_chosen_chars=null",  # the last one counts
+            "sample={max_tokens: 9, top_k: 3}",  # a whole section: its other keys are defaults again
+        ],
+    )
+    assert config.train.lr == 2e-5
+    assert config.prompts.reuse is True
+    assert config.judge.judgements == 5
+    assert config.wandb.project == "12"
+    assert config.prompts.path == "a=b.jsonl"
+    assert config.pair.max_chosen_chars is None
+    assert (config.sample.max_tokens, config.sample.top_k, config.sample.responses) == (9, 3, 4)
+
+
+def test_the_short_way_to_name_a_model_takes_overrides_too(small: Path) -> None:
+    assert load(small).model.path == "some/id"
+    dtyped = load(small, ["model.dtype=bfloat16", "engine.gpus=1"]).model
+    assert (dtyped.path, dtyped.dtype) == ("some/id", "bfloat16")
+    swapped = load(small, ["model=other/id", "model.trust_remote_code=true"]).model
+    assert (swapped.path, swapped.trust_remote_code) == ("other/id", True)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lr", "'train.lr': overrides are written key.sub=value"),
+        ("--lr", "'--lr': overrides are written key.sub=value"),
+        ("=5", "'=5': overrides are written key.sub=value"),
+        ("name=[a", "'name=[a': the value is not valid YAML; quote it, as in name='\"text\"'"),
+        ("name=@x", "'name=@x': the value is not valid YAML"),
+        ("name=2024-31-12", "'name=2024-31-12': the value is not valid YAML"),
+        ("iterations.sub=1", "'iterations.sub=1': iterations is not a section"),
+        ("name.path=x", "'name.path=x': name is not a section"),  # the short way is the model's alone
+        ("train.lr.sub=1", "'train.lr.sub=1': lr is not a section"),
+        ("train..lr=1", "unknown key"),
+    ],
+)
+def test_overrides_that_are_none(small: Path, override: str, said: str) -> None:
+    assert said in refused(small, override)
+
+
+# -- properties --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        (["judge.read=text"], 3),
+        (["judge.read=structured"], 3),
+        (["judge.read=text", "judge.judgements=11"], 11),
+        (["judge.read=digits"], 1),
+        (["judge.read=function", "judge.function=a:b"], 1),
+    ],
+)
+def test_judgements_per_response(small: Path, overrides: list[str], number: int) -> None:
+    assert load(small, overrides).judge.per_response == number
+
+
+def test_the_run_folder_is_absolute(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert load(small).folder == tmp_path / "runs" / "small"
+    assert load(small, ["runs=~/results"]).folder == Path("/home/ann/results/small")
+    assert load(small, ["runs=/data/runs", "name=try2"]).folder == Path("/data/runs/try2")

@@ -1,0 +1,214 @@
+"""Pairs by hand, and what holds for every pair whatever the responses are."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsrlm.config import Pair
+from rsrlm.pairing import best_against_worst, candidates
+from rsrlm.records import PreferencePair, Response, Sampling, Scored, Unparsed, Verdict
+
+SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
+UNREAD = Unparsed(reason="no score line")
+
+
+def answer(index: int, text: str = "words", cut: bool = False, tokens: tuple[int, ...] | None = None) -> Response:
+    return Response(
+        id=f"03/tea/{index}",
+        prompt_id="tea",
+        index=index,
+        role="actor",
+        text=text,
+        token_ids=(100 + index, 2) if tokens is None else tokens,
+        prompt_token_ids=(1, 9),
+        finish_reason="length" if cut else "stop",
+        weight_version="M3",
+        sampling=SAMPLING,
+    )
+
+
+def judged(points: Sequence[float | None]) -> Mapping[str, Verdict]:
+    return {f"03/tea/{i}": UNREAD if p is None else Scored(points=p) for i, p in enumerate(points)}
+
+
+def paired(points: Sequence[float | None], rule: Pair | None = None, cut: str = "", empty: str = "") -> object:
+    """(chosen, rejected) by index, or the reason; `cut` and `empty` list indices."""
+    responses = [
+        answer(index, text=" \n" if str(index) in empty else "words", cut=str(index) in cut)
+        for index in range(len(points))
+    ]
+    pair = best_against_worst(responses, judged(points), rule or Pair(), 3)
+    if isinstance(pair, str):
+        return pair
+    return int(pair.chosen_id[-1]), int(pair.rejected_id[-1])
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([2.0, 5.0, 0.5, 3.0], (1, 2)),
+        ([1.0, 4.0, 4.0, 1.0], (1, 0)),  # ties: the lowest index on either side
+        ([4.0, 1.0, 4.0, 1.0], (0, 1)),
+        ([3.0, 3.0, 3.0], "equal scores"),
+        ([2.0, 2.0 + 1e-12], "equal scores"),  # a sum in another order, not a better answer
+        ([2.0, 2.0 + 1e-6], (1, 0)),
+        ([0.0, -1.5], (0, 1)),  # function judges may give anything; 0 is a score like others
+        ([None, 3.0, 2.0], (1, 2)),  # an unread judgement is no 0: it neither wins nor loses
+        ([None, None, 2.0], "fewer than two scored responses"),
+        ([None, None], "fewer than two scored responses"),
+        ([5.0], "fewer than two scored responses"),
+        ([], "fewer than two scored responses"),
+    ],
+)
+def test_best_against_worst(points: list[float | None], expected: object) -> None:
+    assert paired(points) == expected
+
+
+def test_a_response_that_nobody_judged_takes_no_part() -> None:
+    verdicts = judged([5.0, 3.0, 1.0])
+    del verdicts["03/tea/0"], verdicts["03/tea/2"]
+    assert best_against_worst([answer(0), answer(1), answer(2)], verdicts, Pair(), 3) == (
+        "fewer than two scored responses"
+    )
+
+
+@pytest.mark.parametrize(
+    ("points", "cut", "rule", "expected"),
+    [
+        ([5.0, 3.0, 1.0], "0", Pair(), (1, 2)),  # the best is cut: the best complete one wins
+        ([5.0, 3.0, 1.0], "2", Pair(), (0, 2)),  # a cut one may lose
+        ([5.0, 3.0, 1.0], "2", Pair(cut="drop"), (0, 1)),  # unless it is left out
+        ([5.0, 1.0], "0", Pair(), "equal scores"),  # the only complete one is also the worst
+        ([5.0, 1.0, 1.0], "01", Pair(), "equal scores"),
+        ([5.0, 1.0], "01", Pair(), "no complete response"),
+        ([5.0, 1.0], "1", Pair(cut="drop"), "fewer than two scored responses"),
+    ],
+)
+def test_a_cut_response_never_wins(points: list[float | None], cut: str, rule: Pair, expected: object) -> None:
+    assert paired(points, rule, cut=cut) == expected
+
+
+@pytest.mark.parametrize(
+    ("points", "empty", "rule", "expected"),
+    [
+        ([5.0, 3.0, 1.0], "0", Pair(), (1, 2)),
+        ([5.0, 3.0, 1.0], "2", Pair(), (0, 1)),  # dropped
+        ([5.0, 3.0, 1.0], "2", Pair(empty="rejected_only"), (0, 2)),
+        ([5.0, 3.0, 1.0], "0", Pair(empty="rejected_only"), (1, 2)),
+        ([5.0, 3.0], "0", Pair(), "fewer than two scored responses"),
+    ],
+)
+def test_an_empty_response_never_wins(points: list[float | None], empty: str, rule: Pair, expected: object) -> None:
+    assert paired(points, rule, empty=empty) == expected
+
+
+def test_cut_and_empty_at_once_obeys_both_rules() -> None:
+    points = [5.0, 3.0, 1.0]
+    assert paired(points, Pair(empty="rejected_only"), cut="2", empty="2") == (0, 2)
+    assert paired(points, Pair(empty="rejected_only", cut="drop"), cut="2", empty="2") == (0, 1)
+    assert paired(points, Pair(), cut="2", empty="2") == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("points", "min_margin", "expected"),
+    [
+        ([3.0, 2.0], 1.0, "margin too small"),  # must be larger, not as large
+        ([3.1, 2.0], 1.0, (0, 1)),
+        ([2.3, 2.0], 0.3, "margin too small"),  # 2.3 - 2.0 is 0.2999...98 in floats
+        ([2.0 + 0.1 + 0.2, 2.0], 0.3, "margin too small"),  # and this 0.3000...03
+        ([3.0, 3.0], 1.0, "equal scores"),
+    ],
+)
+def test_margin(points: list[float | None], min_margin: float, expected: object) -> None:
+    assert paired(points, Pair(min_margin=min_margin)) == expected
+
+
+def test_a_chosen_response_that_is_too_long_drops_the_pair() -> None:
+    """The pair, not the response: the second best is not taken instead."""
+    responses = [answer(0, text="x" * 11), answer(1, text="x" * 10), answer(2, text="y" * 99)]
+    points = judged([5.0, 4.0, 1.0])
+    assert best_against_worst(responses, points, Pair(max_chosen_chars=10), 3) == "chosen too long"
+    pair = best_against_worst(responses, points, Pair(max_chosen_chars=11), 3)
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen_id, pair.rejected_id) == ("03/tea/0", "03/tea/2")
+
+
+def test_the_same_tokens_make_no_pair() -> None:
+    """A judge that samples may give the same answer two scores."""
+    responses = [answer(0, tokens=(7, 8, 2)), answer(1, tokens=(7, 8, 2))]
+    assert best_against_worst(responses, judged([4.0, 1.0]), Pair(), 3) == "same tokens"
+
+
+def test_a_pair_carries_what_its_responses_say() -> None:
+    responses = [answer(0, tokens=(5, 2)), answer(1, cut=True, tokens=(6, 6)), answer(2, tokens=(7, 2))]
+    assert best_against_worst(responses, judged([2.0, 0.5, 4.5]), Pair(), 3) == PreferencePair(
+        id="03/tea/2>1",
+        prompt_id="tea",
+        kind="actor",
+        chosen_id="03/tea/2",
+        rejected_id="03/tea/1",
+        prompt_token_ids=(1, 9),
+        chosen_token_ids=(7, 2),
+        rejected_token_ids=(6, 6),
+        chosen_score=4.5,
+        rejected_score=0.5,
+        weight_version="M3",
+    )
+
+
+def test_candidates_are_ordered_by_index() -> None:
+    taking_part = candidates(
+        [answer(10), answer(9), answer(2)], {f"03/tea/{i}": Scored(points=1.0) for i in (2, 9, 10)}, Pair()
+    )
+    assert [one.response.index for one in taking_part] == [2, 9, 10]
+
+
+# Few values, so that ties, equal tokens and all the kinds of response meet often.
+POINTS = st.none() | st.sampled_from([0.0, 1.0, 1.0 + 1e-12, 1.5, 2.0, 5.0]) | st.floats(-5, 5)
+RESPONSES = st.lists(
+    st.tuples(POINTS, st.sampled_from(["words", "more words", "", " \n"]), st.booleans(), st.integers(0, 3)), max_size=6
+)
+RULES = st.builds(
+    Pair,
+    min_margin=st.sampled_from([0.0, 0.5, 1.0]),
+    cut=st.sampled_from(["rejected_only", "drop"]),
+    empty=st.sampled_from(["rejected_only", "drop"]),
+    max_chosen_chars=st.sampled_from([None, 6]),
+)
+
+
+@given(drawn=RESPONSES, rule=RULES, data=st.data())
+@settings(deadline=None, max_examples=300)
+def test_what_holds_for_every_pair(drawn: list[tuple], rule: Pair, data: st.DataObject) -> None:
+    responses = [answer(i, text, cut, tokens=(token,)) for i, (_, text, cut, token) in enumerate(drawn)]
+    verdicts = judged([points for points, *_ in drawn])
+    pair = best_against_worst(responses, verdicts, rule, 3)
+    shuffled = data.draw(st.permutations(responses))
+    assert best_against_worst(shuffled, verdicts, rule, 3) == pair
+    readable = [response for response in responses if isinstance(verdicts[response.id], Scored)]
+    if isinstance(pair, str):
+        complete = [r for r in readable if r.complete and r.text.strip()]
+        scores = [verdicts[response.id].points for response in complete]
+        # Whatever the rule, two good responses that differ in everything are a pair.
+        easy = rule.max_chosen_chars is None and len({r.token_ids for r in readable}) == len(readable)
+        assert not (easy and scores and max(scores) - min(scores) > rule.min_margin + 1e-6)
+        return
+    chosen, rejected = (next(r for r in responses if r.id == name) for name in (pair.chosen_id, pair.rejected_id))
+    assert chosen in readable
+    assert rejected in readable
+    assert chosen.complete
+    assert chosen.text.strip()
+    assert chosen.token_ids != rejected.token_ids
+    assert pair.chosen_score > pair.rejected_score + rule.min_margin
+    assert rule.cut == "rejected_only" or rejected.complete
+    assert rule.empty == "rejected_only" or rejected.text.strip()
+    assert rule.max_chosen_chars is None or len(chosen.text) <= rule.max_chosen_chars
+    # Nobody who may win scored more, nobody who takes part scored less.
+    assert all(verdicts[r.id].points <= pair.chosen_score for r in readable if r.complete and r.text.strip())
+    assert all(
+        verdicts[r.id].points >= pair.rejected_score
+        for r in readable
+        if (r.complete or rule.cut == "rejected_only") and (r.text.strip() or rule.empty == "rejected_only")
+    )
