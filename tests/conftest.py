@@ -39,15 +39,16 @@ def smollm2() -> Path:
     return folder_of(Model(path=BUILTIN_MODEL))
 
 
-@pytest.fixture(scope="session")
-def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random-weight Llama of 0.4M parameters beside its embeddings, with SmolLM2's tokenizer. Tied embeddings."""
+def make_tiny(folder: Path, source: Path, ends: bool) -> Path:
+    """A random-weight Llama of 0.1M parameters beside its tied embeddings, with the tokenizer of `source`.
+
+    With `ends`, the first residual dimension is constant and favours the end token: about one sampled token in ten.
+    """
     import shutil
 
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=64,
@@ -64,10 +65,57 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.2,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if ends:
+        with torch.no_grad():
+            embedding = model.model.embed_tokens.weight
+            embedding[:, 0] = 4.0
+            embedding[2, 0] = 25.0
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight[0] = 0
+                layer.mlp.down_proj.weight[0] = 0
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(smollm2 / name, folder)
+        shutil.copy(source / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that hardly ever ends by itself: greedy outputs are as long as they may be."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2, ends=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose sampled answers mostly end by themselves."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-chat", smollm2, ends=True)
+
+
+@pytest.fixture(scope="session")
+def run_async(request: pytest.FixtureRequest) -> Any:
+    """Runs coroutines in one event loop for the session, which pools and their background tasks belong to."""
+    import asyncio
+
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Any:
+    """One Ray cluster on this machine for all tests that talk to actors themselves."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+    )
+    yield ray
+    ray.shutdown()
 
 
 @pytest.fixture

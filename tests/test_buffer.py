@@ -175,9 +175,9 @@ def test_training_order_differs_by_seed_and_iteration(path: Path) -> None:
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("put"), st.integers(0, 2), st.sampled_from("abcü"), st.booleans()),
-        st.tuples(st.just("mark"), st.integers(0, 2), st.sampled_from("abcü"), st.integers(0, 3)),
-        st.tuples(st.just("forget"), st.integers(0, 2), st.just(""), st.integers(0, 3)),
+        st.tuples(st.just("put"), st.integers(0, 1), st.sampled_from("aü"), st.booleans()),
+        st.tuples(st.just("mark"), st.integers(0, 1), st.sampled_from("aü"), st.integers(0, 3)),
+        st.tuples(st.just("forget"), st.integers(0, 1), st.just(""), st.integers(0, 3)),
     ),
     max_size=12,
 )

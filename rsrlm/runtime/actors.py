@@ -6,6 +6,7 @@ with the least outstanding work, and a replica that failed serves nothing until 
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -53,6 +54,9 @@ class EngineActor:
 
     async def stats(self) -> dict[str, float]:
         return await self._engine.stats()
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def close(self) -> None:
         self._engine.close()

@@ -1,0 +1,75 @@
+"""One rank of the learner outside Ray, started by test_learner.py: gradients and losses of one step, saved by rank 0.
+
+`python learner_rank.py MODEL OUTPUT CASES` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; CASES is JSON: a
+list of [zero_stage, micro_batch, options].
+"""
+
+import json
+import os
+import random
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from rsrlm.config import Model, Train
+from rsrlm.records import PreferencePair
+from rsrlm.runtime.learner import Policy, load_policy
+
+
+def make_pairs() -> list[PreferencePair]:
+    """Five pairs of unequal length; one response is a single token."""
+    numbers = random.Random(3)
+    lengths = [(5, 7, 3), (20, 1, 9), (3, 14, 14), (31, 6, 2), (9, 4, 25)]
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(numbers.randrange(3, 49000) for _ in range(count))
+
+    return [
+        PreferencePair(
+            id=f"00/p{number}/0>1",
+            prompt_id=f"p{number}",
+            kind="actor",
+            chosen_id="c",
+            rejected_id="r",
+            prompt_token_ids=tokens(prompt),
+            chosen_token_ids=tokens(chosen),
+            rejected_token_ids=tokens(rejected),
+            chosen_score=2.0,
+            rejected_score=1.0,
+            weight_version="M0",
+        )
+        for number, (prompt, chosen, rejected) in enumerate(lengths)
+    ]
+
+
+def main() -> None:
+    folder, output, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    pairs = make_pairs()
+    found = []
+    for stage, micro_batch, options in cases:
+        train = Train(
+            lr=1e-3, pairs_per_step=5, zero_stage=stage, micro_batch=micro_batch, max_grad_norm=1e9, **options
+        )
+        policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32")
+        reference = policy.reference_logps([pairs], lambda _: None)
+        # The first step moves the policy off its reference, so that the second loss is not ln 2.
+        first = policy.step(pairs, reference, 1e-3)
+        summed = policy.gradients(pairs, reference)
+        gradients = {}
+        for name, parameter in policy.model.named_parameters():
+            gradient = deepspeed.utils.safe_get_full_grad(parameter)
+            gradients[name] = gradient.detach().clone().float().cpu()
+        found.append({"first": first, "summed": summed, "gradients": gradients, "packed": policy.packed})
+        policy.close()
+    if dist.get_rank() == 0:
+        torch.save(found, output)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    main()

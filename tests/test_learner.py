@@ -1,0 +1,155 @@
+"""The learner with real DeepSpeed ranks: the loss and the gradients do not depend on how pairs are split."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rsrlm.config import ConfigError, Train
+from rsrlm.runtime.learner import newest_checkpoint, set_dropout, share_of, steps_of
+
+SCRIPT = Path(__file__).parent / "learner_rank.py"
+OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(model: Path, output: Path, world_size: int, cases: list[Any]) -> list[dict[str, Any]]:
+    import torch
+
+    port = str(free_port())
+    ranks = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(SCRIPT), str(model), str(output), json.dumps(cases)]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    for rank in ranks:
+        out, _ = rank.communicate(timeout=400)
+        assert rank.returncode == 0, out.decode()[-3000:]
+    return torch.load(output, weights_only=False)
+
+
+@pytest.mark.ray
+def test_loss_and_gradients_do_not_depend_on_the_split(tiny_model: Path, tmp_path: Path) -> None:
+    """Five pairs of unequal length on 1 and 2 ranks, micro-batch 1, 2, 5, ZeRO 0-3, packed and padded, NLL term on."""
+    one = run_ranks(
+        tiny_model,
+        tmp_path / "one.pt",
+        1,
+        [[0, 5, OPTIONS], [0, 1, OPTIONS], [0, 2, OPTIONS], [0, 2, {**OPTIONS, "packed": False}], [2, 2, OPTIONS]],
+    )
+    two = run_ranks(
+        tiny_model,
+        tmp_path / "two.pt",
+        2,
+        [[0, 1, OPTIONS], [0, 2, OPTIONS], [0, 5, OPTIONS], [1, 2, OPTIONS], [2, 1, OPTIONS], [3, 2, OPTIONS]],
+    )
+    import torch
+
+    reference = one[0]
+    assert reference["packed"]
+    assert not one[3]["packed"]
+    # Before the first update every margin is 0: the DPO part of the loss is ln 2.
+    assert reference["first"]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert reference["first"]["grad_norm"] > 0.1
+    assert reference["summed"]["pairs"] == 5
+    # Chosen 7 + 1 + 14 + 6 + 4 and rejected 3 + 9 + 14 + 2 + 25 tokens.
+    assert reference["summed"]["kl_tokens"] == 85
+    for other in one[1:] + two:
+        assert other["summed"]["loss"] == pytest.approx(reference["summed"]["loss"], rel=1e-4)
+        assert other["first"]["grad_norm"] == pytest.approx(reference["first"]["grad_norm"], rel=1e-4)
+        assert other["gradients"].keys() == reference["gradients"].keys()
+        for name, gradient in reference["gradients"].items():
+            scale = gradient.abs().max()
+            assert torch.allclose(other["gradients"][name], gradient, atol=float(1e-3 * scale), rtol=0), name
+
+
+def pairs_of(count: int) -> list[Any]:
+    sys.path.insert(0, str(SCRIPT.parent))
+    from dataclasses import replace
+
+    from rsrlm.records import PreferencePair
+
+    base = PreferencePair(
+        id="",
+        prompt_id="p",
+        kind="actor",
+        chosen_id="c",
+        rejected_id="r",
+        prompt_token_ids=(1,),
+        chosen_token_ids=(2,),
+        rejected_token_ids=(3,),
+        chosen_score=1.0,
+        rejected_score=0.0,
+        weight_version="M0",
+    )
+    return [replace(base, id=str(number)) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "world_size", "micro_batch", "rounds"), [(5, 1, 2, 3), (5, 2, 1, 3), (5, 2, 5, 1), (1, 3, 2, 1), (8, 2, 2, 2)]
+)
+def test_shares_cover_a_batch_once_and_keep_ranks_in_step(
+    count: int, world_size: int, micro_batch: int, rounds: int
+) -> None:
+    batch = pairs_of(count)
+    shares = [share_of(batch, rank, world_size, micro_batch) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {rounds}
+    counted = [p.id for share in shares for pairs, weights in share for p, w in zip(pairs, weights, strict=True) if w]
+    assert sorted(counted) == sorted(pair.id for pair in batch)
+    assert all(1 <= len(pairs) <= micro_batch for share in shares for pairs, _ in share)
+
+
+def test_steps_use_every_pair_once_per_epoch() -> None:
+    train = Train(lr=1e-3, pairs_per_step=4, epochs=3)
+    steps = steps_of(pairs_of(10), train, 0, 0)
+    ids = [[pair.id for pair in step] for step in steps]
+    assert [len(step) for step in ids] == [4, 4, 2] * 3
+    assert ids[:3] == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9"]]
+    epochs = [sum(ids[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
+    assert steps_of(pairs_of(10), train, 0, 0) == steps
+
+
+def test_dropout_is_set_or_refused() -> None:
+    class WithDropout:
+        model_type = "llama"
+        attention_dropout = 0.0
+
+    class Without:
+        model_type = "plain"
+
+    config = WithDropout()
+    set_dropout(config, 0.1)
+    assert config.attention_dropout == 0.1
+    set_dropout(Without(), 0.0)
+    with pytest.raises(ConfigError, match=r"train.dropout=0.1: the architecture plain has no dropout"):
+        set_dropout(Without(), 0.1)
+
+
+def test_the_newest_checkpoint_of_the_iteration_counts(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path, 1) is None
+    for name in ("i00-s000008", "i01-s000002", "i01-s000010", "i01-s000012.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path, 1) == (tmp_path / "checkpoints" / "i01-s000010", 10)

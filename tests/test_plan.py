@@ -1,0 +1,244 @@
+"""Bounds and estimates against values worked out by hand."""
+
+import io
+import json
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rsrlm import plan as planning
+from rsrlm.config import ConfigError, Model
+from rsrlm.plan import GIB, check, disk, memory, plan, show, total_memory
+from rsrlm.progress import Report
+
+PARAMETERS = 100 * 8 + 200  # an embedding of 100 x 8, and a vector
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shape = {"hidden_size": 8, "num_hidden_layers": 3, "intermediate_size": 20, "vocab_size": 100}
+    (folder / "config.json").write_text(json.dumps({**shape, "tie_word_embeddings": True}))
+    (folder / "tokenizer.json").write_bytes(b"t" * 5000)
+    tensors = {"embed": [100, 8], "norm": [200]}
+    header = json.dumps(
+        {name: {"dtype": "BF16", "shape": size, "data_offsets": [0, 0]} for name, size in tensors.items()}
+    ).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return folder
+
+
+# -- requests and tokens: 4 prompts, 2 held out, 2 responses of 24 tokens, a context of 512 ---------------------------
+
+
+def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
+    planned = plan(make_config(judge={"read": "text", "judgements": 3, "max_tokens": 160}), model)
+    assert planned.requests == {
+        "responses": 8,  # 4 * 2
+        "judgements": 24,  # 8 * 3
+        "held-out answers": 2,
+        "held-out judgements": 12,  # 2 * 3, by the new model and by the first
+        "held-out duels": 4,  # 2, in both orders
+    }
+    # 8 * 24 + (24 + 12) * 160 + 2 * 96 + 4 * 1
+    assert planned.generated_tokens == 6148
+    # 8 * (512 - 24) + 36 * (512 - 160) + 2 * (512 - 96) + 4 * 511
+    assert planned.prompt_tokens == 19452
+
+
+def test_bounds_of_a_digits_judge(make_config: Any, model: Path) -> None:
+    planned = plan(make_config(judge={"read": "digits"}, evaluate={"duel": False, "max_tokens": 32}), model)
+    assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (8, 4)
+    assert planned.requests["held-out duels"] == 0
+    assert planned.generated_tokens == 8 * 24 + 12 * 1 + 2 * 32
+    assert planned.prompt_tokens == 8 * 488 + 12 * 511 + 2 * 480
+
+
+def test_bounds_of_a_function_judge(make_config: Any, model: Path) -> None:
+    planned = plan(make_config(judge={"read": "function", "function": "a:b"}), model)
+    assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (0, 0)  # none to an engine
+    assert planned.generated_tokens == 8 * 24 + 2 * 96 + 4
+
+
+def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path) -> None:
+    """It evaluates M0 before it begins, and M1 at its end, which M1 and M0 judge: see loop.run."""
+    planned = plan(make_config(judge={"read": "digits"}), model)
+    assert planned.requests["held-out answers"] >= 2 * 2
+    assert planned.requests["held-out judgements"] >= 2 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [
+        ({"pairs_per_step": 2}, 2),
+        ({"pairs_per_step": 3}, 2),  # 3 pairs and 1
+        ({"pairs_per_step": 5}, 1),
+        ({"pairs_per_step": 3, "epochs": 3}, 6),
+    ],
+)
+def test_optimizer_steps(make_config: Any, model: Path, train: dict[str, int], steps: int) -> None:
+    assert plan(make_config(train=train), model).optimizer_steps == steps
+
+
+def test_actors(make_config: Any, model: Path) -> None:
+    one = plan(make_config(train={"workers": 3}), model).actors
+    assert [(kind, number) for kind, number, _ in one] == [
+        ("engine (samples and judges)", 1),
+        ("learner rank", 3),
+        ("preference buffer", 1),
+    ]
+    two = plan(make_config(engine={"replicas": 4, "threads": 7}, judge={"replicas": 2}), model).actors
+    assert [(kind, number) for kind, number, _ in two][:2] == [("engine (samples)", 4), ("engine (judges)", 2)]
+    assert "7 threads" in two[1][2]
+
+
+# -- memory and disk ---------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_an_engine(make_config: Any, model: Path) -> None:
+    base = memory(make_config(), model)["engine"]
+    # Weights, the tied head once more (100 * 8), both in float32, and the cache.
+    assert base == planning.ENGINE_BASE + 4 * PARAMETERS + 4 * 800 + 0.25 * GIB
+    assert memory(make_config(engine={"kv_cache_gib": 2.25}), model)["engine"] - base == 2 * GIB
+    assert memory(make_config(engine={"kind": "async"}), model)["engine"] - base == planning.ENGINE_CORE_BASE
+    halved = make_config(train={"gpus": 1}).model_copy(update={"model": Model(path="m", dtype="bfloat16")})
+    half = memory(halved, model)["engine"]
+    assert base - half == 2 * (PARAMETERS + 800)
+    untied = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (model / "config.json").write_text(json.dumps(untied))
+    assert base - memory(make_config(), model)["engine"] == 4 * 800
+
+
+def test_memory_of_a_learner(make_config: Any, model: Path) -> None:
+    base = memory(make_config(), model)["learner"]
+    # Weights, gradients and two moments. Activations: min(512, 2 * 24 + 64) = 112 tokens of 3 layers of
+    # 14 * 8 + 4 * 20 = 192 floats. Logits: three times 2 * 24 = 48 rows of 100 floats.
+    assert base == planning.LEARNER_BASE + 4 * 4 * PARAMETERS + 112 * 3 * 192 * 4 + 3 * 48 * 100 * 4
+    assert memory(make_config(train={"zero_stage": 2}), model)["learner"] - base == 4 * PARAMETERS
+    twice = memory(make_config(train={"micro_batch": 2}), model)["learner"]
+    assert twice - base == 112 * 3 * 192 * 4 + 3 * 48 * 100 * 4
+    # A layer keeps its input (8), written twice.
+    checkpointed = memory(make_config(train={"gradient_checkpointing": True}), model)["learner"]
+    assert base - checkpointed == 112 * 3 * (192 - 16) * 4
+
+
+def test_all_processes_count(make_config: Any, model: Path) -> None:
+    one = memory(make_config(), model)
+    assert total_memory(make_config(), one) == sum(one.values())
+    many = make_config(engine={"replicas": 5}, judge={"replicas": 3}, train={"workers": 2})
+    expected = 8 * one["engine"] + 2 * one["learner"] + one["driver"] + one["ray"]
+    assert total_memory(many, memory(many, model)) == pytest.approx(expected)
+    mixed = make_config(judge={"replicas": 3}, train={"workers": 2})
+    expected = 4 * one["engine"] + 2 * one["learner"] + one["driver"] + one["ray"]
+    assert total_memory(mixed, memory(mixed, model)) == pytest.approx(expected)
+
+
+def test_disk_of_a_run(make_config: Any, model: Path) -> None:
+    config = make_config(iterations=3, train={"checkpoint_every_steps": 2})
+    found = disk(config, model, steps=2)
+    beside = (model / "config.json").stat().st_size + 5000
+    assert found["models"] == 3 * (4 * PARAMETERS + beside)
+    assert found["records"] == 3 * 8 * (1800 + 900)
+    assert "checkpoint" not in found  # the last step needs none
+    assert disk(config, model, steps=3)["checkpoint"] == 3 * 4 * PARAMETERS
+
+
+# -- what cannot run ---------------------------------------------------------------------------------------------------
+
+
+def checked(config: Any, model: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(plan(config, model), config)
+    return str(caught.value)
+
+
+def test_a_run_that_fits(make_config: Any, model: Path) -> None:
+    config = make_config(engine={"kv_cache_gib": 0.01})
+    check(plan(config, model), config)
+    assert not config.folder.exists()  # nothing is made by asking
+
+
+def test_too_little_memory(make_config: Any, model: Path) -> None:
+    # 1.15 + 1,000,000 + 0.85 + 0.80 + 0.55 GiB
+    message = checked(make_config(engine={"kv_cache_gib": 1e6}), model)
+    assert "the run needs about 1000003.4 GiB of memory" in message
+    assert "engine.kv_cache_gib" in message
+
+
+def test_replicas_count_against_the_memory(make_config: Any, model: Path) -> None:
+    assert "GiB of memory" in checked(make_config(engine={"replicas": 100_000}), model)
+    assert "GiB of memory" in checked(make_config(judge={"replicas": 100_000}), model)
+    assert "GiB of memory" in checked(make_config(train={"workers": 100_000}), model)
+
+
+@pytest.mark.parametrize("changes", [{"ray": {"address": "ray://head:10001"}}, {"engine": {"gpus": 1}}], ids=str)
+def test_the_memory_of_other_machines_is_not_this_ones(make_config: Any, model: Path, changes: dict[str, Any]) -> None:
+    config = make_config(judge={"replicas": 100_000}, **changes)
+    check(plan(config, model), config)
+    assert total_memory(config, memory(config, model)) > 100_000 * GIB
+
+
+def test_too_little_disk(make_config: Any, model: Path, tmp_path: Path) -> None:
+    message = checked(make_config(iterations=10**12, prompts={"reuse": True}), model)
+    assert "GiB of disk" in message
+    assert f"are free at {tmp_path};" in message  # the runs folder is not there yet
+    assert "runs=FOLDER" in message
+
+
+def test_a_second_checkpoint_stands_beside_the_first(make_config: Any, model: Path) -> None:
+    """`check` needs the room of two where `disk` counts one."""
+    config = make_config()
+    planned = plan(config, model)
+    free = shutil.disk_usage(model).free
+    check(replace(planned, disk={"checkpoint": 0.45 * free}), config)
+    with pytest.raises(ConfigError, match="GiB of disk"):
+        check(replace(planned, disk={"checkpoint": 0.55 * free}), config)
+
+
+# -- other shapes of config.json, and the screen -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "shape"),
+    [
+        (
+            {"n_embd": 8, "n_layer": 2, "vocab_size": 50},  # GPT-2
+            {"hidden": 8, "layers": 2, "intermediate": 32, "vocabulary": 50, "tied": 0},
+        ),
+        (
+            {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 50, "tie_word_embeddings": True},
+            {"hidden": 8, "layers": 2, "intermediate": 32, "vocabulary": 50, "tied": 1},
+        ),
+        (
+            # A model that sees as well: its language part counts.
+            {
+                "vocab_size": 1,
+                "text_config": {"hidden_size": 6, "num_hidden_layers": 4, "intermediate_size": 9, "vocab_size": 70},
+            },
+            {"hidden": 6, "layers": 4, "intermediate": 9, "vocabulary": 70, "tied": 0},
+        ),
+    ],
+)
+def test_shapes(tmp_path: Path, content: dict[str, Any], shape: dict[str, int]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert planning._shape(tmp_path) == shape
+
+
+def test_the_plan_on_the_screen(make_config: Any, model: Path) -> None:
+    screen = io.StringIO()
+    config = make_config(judge={"read": "text"}, engine={"kv_cache_gib": 4})
+    planned = plan(config, model)
+    show(planned, config, Report(Console(file=screen, width=200, soft_wrap=True, highlight=False)))
+    lines = {tuple(cell.strip() for cell in line.strip("│").split("│")) for line in screen.getvalue().splitlines()}
+    assert ("judgements", "24") in lines
+    assert ("optimizer steps", "2") in lines
+    assert ("memory: engine", "5.15 GiB") in lines
+    assert ("memory: all", "7.35 GiB") in lines  # and 0.85 + 0.80 + 0.55
+    assert f"run folder: {config.folder}" in screen.getvalue()
+    assert "max_grad_norm: 1.0" in screen.getvalue()

@@ -1,0 +1,471 @@
+"""What is made for a prompt does not depend on who finishes first, nor on what was made before a kill."""
+
+import asyncio
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rsrlm.config import Config, ConfigError, resolve
+from rsrlm.produce import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, Producer, gather, mean_verdicts, sampling_of
+from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Scored, Unparsed
+from rsrlm.store import Journal
+
+PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "t", "1", "water")]
+TEXT = {"read": "text", "judgements": 3}
+# The digits "0", "4" and "5" have half of the probability; the other half is on other tokens.
+DIGITS = (math.log(0.3), -math.inf, -math.inf, -math.inf, math.log(0.1), math.log(0.1))
+FUNCTION = {"read": "function", "function": f"{__name__}:by_length"}
+
+
+def by_length(prompt: str, response: str) -> float:
+    return float(len(response))
+
+
+def failing(prompt: str, response: str) -> float:
+    raise RuntimeError("no such judge")
+
+
+class Encoder:
+    """Tokens are characters."""
+
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(map(ord, text)))
+
+    def user(self, text: str) -> tuple[int, ...]:
+        return tuple(map(ord, text))
+
+    def encode(self, template: str, fields: Mapping[str, str], prefix: str = "") -> tuple[int, ...]:
+        return tuple(map(ord, f"{fields['instruction']}|{fields['response']}|{fields['fence']}{prefix}"))
+
+
+class Engines:
+    """The answer is a function of the seed alone; `pause` is awaited before it."""
+
+    def __init__(self, pause: Callable[[Request], Any] | None = None, slots: int = 4) -> None:
+        self.requests: list[Request] = []
+        self.slots = slots
+        self._pause = pause
+
+    async def generate(self, request: Request) -> Completion:
+        self.requests.append(request)
+        if self._pause:
+            await self._pause(request)
+        seed = request.sampling.seed
+        text = f"Because.\nScore: {seed % 6}" if "#" in request.id else "word " * (seed % 7)
+        return Completion(
+            request_id=request.id,
+            token_ids=(seed % 50_000, seed % 11),
+            text=text,
+            finish_reason="length" if seed % 5 == 0 else "stop",
+            weight_version="M4",
+            prompt_tokens=len(request.prompt_token_ids),
+            cached_tokens=0,
+            replica=0,
+            label_logprobs=DIGITS if request.label_ids else (),
+        )
+
+
+def config(judge: dict[str, Any], *, responses: int = 3, seed: int = 0, max_model_len: int = 512) -> Config:
+    return resolve(
+        {
+            "name": "produce",
+            "seed": seed,
+            "iterations": 1,
+            "model": "some/id",
+            "prompts": {"path": "builtin", "per_iteration": 4},
+            "sample": {"responses": responses, "max_tokens": 24, "temperature": 0.9, "top_p": 0.8, "top_k": 50},
+            "judge": judge,
+            "train": {"lr": 1e-3, "pairs_per_step": 2},
+            "engine": {"max_model_len": max_model_len},
+        }
+    )
+
+
+def produce(
+    made_by: Config,
+    engines: Any,
+    journal: Path,
+    put: Callable[[Group], Any] | None = None,
+    prompts: list[Prompt] = PROMPTS,
+    iteration: int = 0,
+    tick: Callable[[str, int, int], None] = lambda stage, items, tokens: None,
+) -> list[Group]:
+    async def nothing(group: Group) -> None:
+        pass
+
+    encoder: Any = Encoder()
+    producer = Producer(
+        made_by, encoder, engines, engines, Judging(made_by, encoder), Journal(journal), iteration, tick
+    )
+    return asyncio.run(asyncio.wait_for(producer.all(prompts, put or nothing), 20))
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal.jsonl"
+
+
+# -- order does not matter ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("judge", [TEXT, FUNCTION], ids=["text", "function"])
+def test_groups_do_not_depend_on_who_finishes_first(judge: dict[str, Any], tmp_path: Path) -> None:
+    chosen = config(judge)
+    expected = produce(chosen, Engines(), tmp_path / "undisturbed")
+    assert [group.prompt for group in expected] == PROMPTS
+    finished = set()
+    for number in range(6):
+        rng = random.Random(number)
+
+        async def pause(request: Request, rng: random.Random = rng) -> None:
+            for _ in range(rng.randrange(30)):
+                await asyncio.sleep(0)
+
+        order: list[str] = []
+
+        async def put(group: Group, order: list[str] = order) -> None:
+            order.append(group.id)
+
+        assert produce(chosen, Engines(pause, slots=8), tmp_path / str(number), put) == expected
+        assert sorted(order) == sorted(group.id for group in expected)
+        finished.add(tuple(order))
+    assert len(finished) > 1  # they did overtake each other
+
+
+def test_a_group_carries_all_that_was_made(journal: Path) -> None:
+    chosen = config(TEXT, seed=3)
+    engines = Engines()
+    group = produce(chosen, engines, journal, iteration=2)[1]
+    assert (group.id, group.iteration, group.prompt) == ("02/milk", 2, PROMPTS[1])
+    assert [response.id for response in group.responses] == ["02/milk/0", "02/milk/1", "02/milk/2"]
+    assert [judgement.id for judgement in group.judgements] == [
+        f"02/milk/{response}#{number}" for response in range(3) for number in range(3)
+    ]
+    asked = {request.id: request for request in engines.requests}
+    for response in group.responses:
+        seed = asked[response.id].sampling.seed
+        assert response == Response(
+            id=f"02/milk/{response.index}",
+            prompt_id="milk",
+            index=response.index,
+            role="actor",
+            text="word " * (seed % 7),
+            token_ids=(seed % 50_000, seed % 11),
+            prompt_token_ids=tuple(map(ord, "Say milk.")),
+            finish_reason="length" if seed % 5 == 0 else "stop",
+            weight_version="M4",
+            sampling=sampling_of(chosen.sample, seed),
+        )
+        assert (response.sampling.temperature, response.sampling.top_p, response.sampling.top_k) == (0.9, 0.8, 50)
+    judged = group.judgements[4]
+    seed = asked["02/milk/1#1"].sampling.seed
+    assert (judged.response_id, judged.index, judged.role) == ("02/milk/1", 1, "judge")
+    assert judged.judge == "additive (text)"
+    assert judged.sampling == sampling_of(chosen.judge, seed)
+    assert judged.sampling.max_tokens == 160
+    # A cut answer that ends in its score is not read: it could have gone on.
+    assert judged.verdict == (Unparsed(reason="cut before a score") if seed % 5 == 0 else Scored(points=seed % 6))
+    assert (group.pair is None) == (group.no_pair_reason != "")
+
+
+def test_the_pair_is_made_of_mean_scores(journal: Path) -> None:
+    """Of all groups: chosen and rejected have the means over their readable judgements."""
+    groups = produce(config(TEXT, responses=4), Engines(), journal, prompts=PROMPTS)
+    pairs = [(group, group.pair) for group in groups if group.pair]
+    assert pairs
+    for group, pair in pairs:
+        points = {
+            response.id: [
+                j.verdict.points
+                for j in group.judgements
+                if j.response_id == response.id and isinstance(j.verdict, Scored)
+            ]
+            for response in group.responses
+        }
+        assert pair.chosen_score == pytest.approx(sum(points[pair.chosen_id]) / len(points[pair.chosen_id]))
+        assert pair.rejected_score == pytest.approx(sum(points[pair.rejected_id]) / len(points[pair.rejected_id]))
+
+
+def test_mean_verdicts_by_hand(journal: Path) -> None:
+    group = produce(config(TEXT), Engines(), journal)[0]
+    verdicts = [
+        [Scored(points=1.0), Unparsed(reason="x"), Scored(points=4.0)],
+        [Unparsed(reason="x")] * 3,
+        [Scored(points=3.0), Unparsed(reason="x"), Unparsed(reason="x")],
+    ]
+    judgements = [replace(j, verdict=verdicts[number // 3][number % 3]) for number, j in enumerate(group.judgements)]
+    found = mean_verdicts(group.responses, judgements[::-1])
+    assert found == {
+        "00/tea/0": Scored(points=2.5, variance=2.25),  # of two, not of three
+        "00/tea/1": Unparsed(reason="no readable judgement"),
+        "00/tea/2": Scored(points=3.0),
+    }
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_two_requests_share_a_seed(tmp_path: Path) -> None:
+    """Over iterations, prompts, responses and judgements; ids that look alike included."""
+    engines = Engines()
+    chosen = config(TEXT, responses=12)
+    prompts = [Prompt(id=name, text="Same text.") for name in ("1", "11", "0", "judge", "actor", "a b", "0.1")]
+    for iteration in (0, 1, 10):
+        produce(chosen, engines, tmp_path / str(iteration), prompts=prompts, iteration=iteration)
+    asked = 3 * 7 * (12 + 12 * 3)
+    assert len(engines.requests) == asked
+    assert len({request.sampling.seed for request in engines.requests}) == asked
+    assert len({request.id for request in engines.requests}) == asked
+
+
+def test_another_run_seed_samples_anew(tmp_path: Path) -> None:
+    one, other = Engines(), Engines()
+    produce(config(TEXT, seed=0), one, tmp_path / "0")
+    produce(config(TEXT, seed=1), other, tmp_path / "1")
+    assert {r.id for r in one.requests} == {r.id for r in other.requests}
+    assert not {r.sampling.seed for r in one.requests} & {r.sampling.seed for r in other.requests}
+
+
+@pytest.mark.parametrize(("priority", "expected"), [(True, JUDGE_PRIORITY), (False, SAMPLE_PRIORITY)])
+def test_judging_goes_first_where_the_config_says_so(priority: bool, expected: int, journal: Path) -> None:
+    assert JUDGE_PRIORITY < SAMPLE_PRIORITY  # vLLM serves the lower number first
+    engines = Engines()
+    produce(config({**TEXT, "priority": priority}), engines, journal)
+    assert {r.priority for r in engines.requests if "#" in r.id} == {expected}
+    assert {r.priority for r in engines.requests if "#" not in r.id} == {SAMPLE_PRIORITY}
+
+
+def test_judgements_of_a_response_share_their_prompt(journal: Path) -> None:
+    """Or the prefix cache would compute it N times. The fence differs from response to response."""
+    engines = Engines()
+    produce(config(TEXT), engines, journal)
+    prompts: dict[str, set[tuple[int, ...]]] = {}
+    for request in engines.requests:
+        if "#" in request.id:
+            prompts.setdefault(request.id.split("#")[0], set()).add(request.prompt_token_ids)
+    assert {len(found) for found in prompts.values()} == {1}
+    fences = {"".join(map(chr, next(iter(found))))[-8:] for found in prompts.values()}
+    assert len(prompts) == len(fences) == len(PROMPTS) * 3
+
+
+def test_a_structured_judge_sends_its_regex_and_others_none(tmp_path: Path) -> None:
+    for read in ("text", "structured"):
+        engines = Engines()
+        produce(config({"read": read}), engines, tmp_path / read)
+        regexes = {request.regex for request in engines.requests if "#" in request.id}
+        assert (regexes == {None}) == (read == "text")
+        assert {request.regex for request in engines.requests if "#" not in request.id} == {None}
+
+
+def test_a_digits_judge_decodes_one_token_greedily(journal: Path) -> None:
+    engines = Engines()
+    groups = produce(config({"read": "digits", "temperature": 0.7, "top_p": 0.5, "top_k": 9}), engines, journal)
+    asked = [request for request in engines.requests if "#" in request.id]
+    assert len(asked) == len(PROMPTS) * 3
+    for request in asked:
+        sampling = request.sampling
+        assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.0, 1.0, 0, 1)
+        assert request.label_ids == tuple(map(ord, "012345"))
+        assert "".join(map(chr, request.prompt_token_ids)).endswith("Score: ")
+    # Renormalised 0.6, 0.2, 0.2: the mean is 0.8 + 1.0, the variance 0.6 * 1.8^2 + 0.2 * 2.2^2 + 0.2 * 3.2^2.
+    verdict = groups[0].judgements[0].verdict
+    assert isinstance(verdict, Scored)
+    assert verdict.points == pytest.approx(1.8)
+    assert verdict.variance == pytest.approx(4.96)
+    assert not [group.pair for group in groups if group.pair]  # all the same
+
+
+def test_a_judge_prompt_that_does_not_fit_is_unread_and_not_sent(journal: Path) -> None:
+    """The encoder's judge prompt of "Say t." is 16 characters (with bars and fence) and the response."""
+    engines = Engines()
+    # 160 tokens for the judge; of 196, 36 are left: 16 and 20 characters, which is 4 words.
+    group = produce(config(TEXT, responses=8, max_model_len=196), engines, journal, prompts=[PROMPTS[2]])[0]
+    asked = {request.id.split("#")[0] for request in engines.requests if "#" in request.id}
+    assert asked == {response.id for response in group.responses if len(response.text) <= 20}
+    assert 0 < len(asked) < 8
+    for judgement in group.judgements:
+        unsent = judgement.verdict == Unparsed(reason="judge prompt too long")
+        assert unsent == (judgement.response_id not in asked)
+        assert (judgement.weight_version == "") == unsent
+
+
+def test_a_function_judges_without_an_engine(journal: Path) -> None:
+    engines = Engines()
+    groups = produce(config(FUNCTION), engines, journal)
+    assert len(engines.requests) == len(PROMPTS) * 3
+    assert not [request for request in engines.requests if "#" in request.id]
+    for group in groups:
+        assert [j.verdict for j in group.judgements] == [Scored(points=len(r.text)) for r in group.responses]
+        assert {(j.sampling, j.weight_version, j.judge) for j in group.judgements} == {
+            (None, "", f"{__name__}:by_length")
+        }
+
+
+def test_ticks_add_up(journal: Path) -> None:
+    counts: dict[str, list[int]] = {"respond": [0, 0], "judge": [0, 0]}
+
+    def tick(stage: str, items: int, tokens: int) -> None:
+        counts[stage][0] += items
+        counts[stage][1] += tokens
+
+    produce(config(TEXT), Engines(), journal, tick=tick)
+    # 5 prompts, 3 responses, 3 judgements; two tokens each.
+    assert counts == {"respond": [15, 30], "judge": [45, 90]}
+    produce(config(TEXT), Engines(), journal, tick=tick)  # all of it from the journal: the bars are filled again
+    assert (counts["respond"][0], counts["judge"][0]) == (30, 90)
+
+
+# -- after a kill ------------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_what_the_journal_holds_is_not_generated_again(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    chosen, prompts = config(TEXT, responses=2), PROMPTS[:3]
+    journal = tmp_path_factory.mktemp("produce") / "journal.jsonl"
+    first = Engines()
+    expected = produce(chosen, first, journal, prompts=prompts)
+    everything = {request.id for request in first.requests}
+    assert len(everything) == 3 * 2 * (1 + 3)
+
+    journal.write_bytes(journal.read_bytes()[: data.draw(st.integers(0, journal.stat().st_size))])
+    held = Journal(journal)
+    second = Engines()
+    put: list[str] = []
+
+    async def note(group: Group) -> None:
+        put.append(group.id)
+
+    assert produce(chosen, second, journal, note, prompts=prompts) == expected
+    again = [request.id for request in second.requests]
+    assert sorted(again) == sorted(everything - set(held.responses) - set(held.judgements))
+    assert sorted(put) == ["00/milk", "00/t", "00/tea"]
+    complete = Journal(journal)
+    assert set(complete.responses) | set(complete.judgements) == everything
+
+
+def test_a_function_that_judged_is_not_called_again(journal: Path) -> None:
+    groups = produce(config(FUNCTION), Engines(), journal)
+    # The journal's verdict counts, even where the function would say something else today.
+    again = produce(config({**FUNCTION, "function": f"{__name__}:failing"}), Engines(), journal)
+    assert again == groups
+
+
+# -- failures and bounds -----------------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+def leaves(group: BaseExceptionGroup) -> list[BaseException]:
+    return [one for e in group.exceptions for one in (leaves(e) if isinstance(e, BaseExceptionGroup) else [e])]
+
+
+@pytest.mark.parametrize("failing_id", ["00/milk/1", "00/milk/1#2"])
+def test_a_failing_call_cancels_the_others_and_is_told(failing_id: str, journal: Path) -> None:
+    cancelled, put = [], []
+
+    async def pause(request: Request) -> None:
+        if request.id == failing_id:
+            raise Broken(request.id)
+        if not request.id.startswith("00/milk/1"):
+            try:
+                await asyncio.Event().wait()  # for ever
+            except asyncio.CancelledError:
+                cancelled.append(request.id)
+                raise
+
+    async def note(group: Group) -> None:
+        put.append(group)
+
+    engines = Engines(pause, slots=100)
+    with pytest.raises(ExceptionGroup) as caught:
+        produce(config(TEXT), engines, journal, note)
+    assert [str(error) for error in leaves(caught.value) if isinstance(error, Broken)] == [failing_id]
+    assert [type(error) for error in leaves(caught.value)] == [Broken]
+    waiting = {request.id for request in engines.requests if not request.id.startswith("00/milk/1")}
+    assert set(cancelled) == waiting
+    assert len(waiting) >= 14  # the other responses of all 5 groups
+    assert put == []
+
+
+def test_a_put_that_fails_ends_the_production(journal: Path) -> None:
+    async def put(group: Group) -> None:
+        raise Broken(group.id)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        produce(config(TEXT), Engines(), journal, put)
+    assert {type(error) for error in leaves(caught.value)} == {Broken}
+
+
+def test_a_judge_that_raises_is_the_users_mistake(journal: Path) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        produce(config({**FUNCTION, "function": f"{__name__}:failing"}), Engines(), journal)
+    error = leaves(caught.value)[0]
+    assert isinstance(error, ConfigError)
+    assert "failing raised RuntimeError: no such judge" in str(error)
+
+
+def test_gather_keeps_order_and_takes_nothing() -> None:
+    async def after(turns: int) -> int:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return turns
+
+    assert asyncio.run(gather([after(5), after(0), after(3)])) == [5, 0, 3]
+    assert asyncio.run(gather([])) == []
+
+
+@pytest.mark.parametrize(
+    ("slots", "responses", "bound"),
+    [
+        (3, 2, 3),  # twice the slots over the responses of a group
+        (4, 3, 3),  # 8/3, rounded up
+        (1, 8, 2),  # but always two: one is judged while the next is sampled
+        (64, 2, 20),  # more than there are prompts
+    ],
+)
+def test_open_groups_are_bounded(slots: int, responses: int, bound: int, journal: Path) -> None:
+    open_now: set[str] = set()
+    most = 0
+
+    async def pause(request: Request) -> None:
+        nonlocal most
+        open_now.add(request.id.split("/")[1])
+        most = max(most, len(open_now))
+        for _ in range(request.sampling.seed % 9):
+            await asyncio.sleep(0)
+
+    async def put(group: Group) -> None:
+        await asyncio.sleep(0)  # a group is open until the buffer has it
+        open_now.discard(group.prompt.id)
+
+    prompts = [Prompt(id=f"p{number}", text="x") for number in range(20)]
+    produce(config(TEXT, responses=responses), Engines(pause, slots), journal, put, prompts)
+    assert most == bound
+    assert not open_now
+
+
+def test_judgements_wait_for_their_own_response_only(journal: Path) -> None:
+    """A response is judged while its siblings are still being sampled."""
+    judged = asyncio.Event()
+
+    async def pause(request: Request) -> None:
+        if request.id == "00/tea/0#0":
+            judged.set()
+        if request.id == "00/tea/1":
+            await judged.wait()
+
+    groups = produce(config(TEXT, responses=2), Engines(pause), journal, prompts=PROMPTS[:1])
+    assert isinstance(groups[0].judgements[0], Judgement)
+    assert judged.is_set()
