@@ -99,6 +99,10 @@ class Offline:
         outputs = self._llm.generate(prompts, params, use_tqdm=False, priority=priority)
         return time.perf_counter() - started, [list(output.outputs[0].token_ids) for output in outputs]
 
+    def close(self) -> None:
+        """Ends vLLM's further processes, which would leave their shared memory behind if killed."""
+        self._llm.llm_engine.engine_core.shutdown()
+
 
 def engine_facts(engine: Any) -> dict[str, Any]:
     """What vLLM made of the arguments. `torch_threads` and `cores` are those of the process that was asked."""
@@ -282,6 +286,7 @@ async def measure(prepared: Prepared, rounds: int, plain: bool, out: Path, name:
         Report().line(f"round {number}: ratio {done[-1]['ratio']:.3f}")
     show(done, data)
     await pool.close()
+    await offline.close.remote()
     ray.kill(offline)
 
 

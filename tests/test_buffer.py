@@ -113,9 +113,11 @@ def test_marks(path: Path) -> None:
     assert buffer.trained(0) == {"00/a/1>0": 0, "00/b/1>0": 0}
     buffer.mark_trained(["00/c/1>0"], 1)
     assert buffer.trained(0)["00/c/1>0"] == 1
+    assert state(PreferenceBuffer(path)) == state(buffer)
     buffer.forget_trained_from(0, 0)
     assert buffer.trained(0) == {}
     assert len(buffer.pairs(0, 0)) == 4
+    assert state(PreferenceBuffer(path)) == state(buffer)
 
 
 def test_forgetting_is_for_one_iteration(path: Path) -> None:
@@ -181,6 +183,8 @@ STEPS = st.lists(
     ),
     max_size=12,
 )
+# A pair each in two iterations, so that there is something to mark from the start.
+FIRST = [("put", 0, "a", True), ("put", 1, "ü", True), ("mark", 0, "a", 1)]
 
 
 def do(buffer: PreferenceBuffer, step: tuple[str, int, str, Any]) -> None:
@@ -201,7 +205,7 @@ def test_a_buffer_cut_at_any_byte_is_the_one_of_its_last_whole_line(steps: list[
         path = Path(folder) / "buffer.jsonl"
         buffer = PreferenceBuffer(path)
         states = {0: state(buffer)}  # by the size of the file
-        for step in steps:
+        for step in FIRST + steps:
             do(buffer, step)
             states[path.stat().st_size] = state(buffer)
         cut = data.draw(st.integers(0, path.stat().st_size))

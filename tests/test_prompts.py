@@ -1,6 +1,7 @@
 """Prompt files, line by line, and how prompts are dealt."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,9 @@ def test_no_prompt_is_dealt_twice(
 
 
 def test_the_seed_decides_who_is_dealt() -> None:
-    found = {str(deal(some(20), config(seed=seed))) for seed in range(5)}
-    assert len(found) == 5
+    dealt = [deal(some(20), config(seed=seed)) for seed in range(5)]
+    assert len({str(held) for held, _ in dealt}) == 5
+    assert len({str(hands) for _, hands in dealt}) == 5
 
 
 def test_more_iterations_go_on_with_the_same_cards() -> None:
@@ -201,6 +203,17 @@ def test_reuse_goes_through_the_deck_again_and_again(rest: int, hand: int, seed:
     # Nobody comes a second time before everybody came once.
     dealt = [prompt.id for one in hands for prompt in one]
     assert len(set(dealt[:rest])) == min(rest, len(dealt))
+
+
+def test_reuse_favours_nobody() -> None:
+    """9 prompts, 7 at a time: after 63 iterations everybody had 49 turns, and never one more than another before."""
+    _, hands = deal(some(9), config(iterations=63, heldout=0, per_iteration=7, reuse=True))
+    turns = Counter({prompt.id: 0 for prompt in some(9)})
+    spread = []
+    for hand in hands:
+        turns.update(ids(hand))
+        spread.append(max(turns.values()) - min(turns.values()))
+    assert max(spread) <= 1
 
 
 def test_reuse_shuffles_again() -> None:

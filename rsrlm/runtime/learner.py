@@ -153,7 +153,7 @@ class Policy:
             def forward(self, batch: packing.PairBatch, num_chunks: int) -> torch.Tensor:
                 return packing.response_logps(self.model, batch, num_chunks=num_chunks)
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
         self.engine, *_ = deepspeed.initialize(
             model=ResponseLogps(), optimizer=optimizer, config=deepspeed_config(train, dtype)
         )

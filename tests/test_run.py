@@ -1,0 +1,264 @@
+"""Whole runs from the command line, with real Ray, vLLM and DeepSpeed: finished, without pairs, interrupted, killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+RSRLM = [sys.executable, "-m", "rsrlm.cli"]
+KILLED = [sys.executable, str(Path(__file__).parent / "killed_run.py")]
+MARK = "RSRLM_TEST_RUN"  # in the environment of a run, and so of every process that it starts
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations of a tiny model, three optimizer steps each, a checkpoint after every second one."""
+    folder = tmp_path_factory.mktemp("run")
+    config = {
+        "name": "whole",
+        "runs": str(folder / "runs"),
+        "iterations": 2,
+        "model": str(tiny_chat_model),
+        "prompts": {"path": "builtin", "per_iteration": 10, "heldout": 3},
+        "sample": {"responses": 3, "max_tokens": 24, "temperature": 0.8},
+        "judge": {"read": "digits", "min_mass": 0},
+        "train": {"lr": 1e-3, "lr_final": 1e-4, "pairs_per_step": 3, "micro_batch": 2, "checkpoint_every_steps": 2},
+        "evaluate": {"max_tokens": 16},
+        "engine": {"max_model_len": 768, "max_num_seqs": 4, "kv_cache_gib": 0.25},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run(*arguments: str, command: list[str] = RSRLM) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=600, check=False, env={**os.environ, MARK: "1"}
+    )
+
+
+def our_processes() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if MARK in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_nothing_is_left() -> None:
+    """No process of a run survives it by more than 30 seconds."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and our_processes():
+        time.sleep(0.5)
+    assert not [" ".join(process.cmdline()) for process in our_processes()]
+
+
+@pytest.fixture(scope="module")
+def whole(config_file: Path) -> tuple[Path, str]:
+    """An undisturbed run: its folder and what it printed."""
+    done = run("run", str(config_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_nothing_is_left()
+    return config_file.parent / "runs" / "whole", done.stdout
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_run_trains_and_publishes(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    found = summary(folder)
+    assert found["status"] == "completed"
+    assert len(found["iterations"]) == 2
+    for number, row in enumerate(found["iterations"]):
+        assert row["iteration"] == number
+        assert (row["prompts"], row["responses"], row["judgements"]) == (10, 30, 30)
+        assert row["judgements_unreadable"] == 0
+        assert row["pairs"] == row["pairs_trained"] >= 7
+        assert row["pairs"] + sum(row["no_pair_reasons"].values()) == 10
+        assert row["optimizer_steps"] == math.ceil(row["pairs"] / 3)
+        assert row["dpo_loss_first"] == pytest.approx(math.log(2), abs=1e-3)
+        assert row["dpo_loss_last"] != row["dpo_loss_first"]
+        assert row["weight_version"] == f"M{number + 1}"
+        assert 0 <= row["mean_score"] <= 5
+        assert 0 < row["mean_response_tokens"] <= 24
+        assert row["seconds"] > 0
+        assert row["heldout"]["score_by_first"]["judge"] == "M0"
+        assert row["heldout"]["score_by_current"]["judge"] == f"M{number + 1}"
+        assert f"duel_with_M{number}" in row["heldout"]
+    assert "status: completed" in printed
+    assert "iteration 1: respond 30/30" in printed
+
+
+def test_records_carry_who_made_them(whole: tuple[Path, str]) -> None:
+    folder, _ = whole
+    for number in (0, 1):
+        data = folder / "iterations" / f"{number:02d}"
+        responses = {row["id"]: row for row in pq.read_table(data / "responses.parquet").to_pylist()}
+        judgements = pq.read_table(data / "judgements.parquet").to_pylist()
+        pairs = pq.read_table(data / "pairs.parquet").to_pylist()
+        assert {row["weight_version"] for row in responses.values()} == {f"M{number}"}
+        assert {row["weight_version"] for row in judgements} == {f"M{number}"}
+        assert len({row["sampling"]["seed"] for row in responses.values()}) == len(responses) == 30
+        points = {row["response_id"]: row["points"] for row in judgements}
+        for pair in pairs:
+            chosen, rejected = responses[pair["chosen_id"]], responses[pair["rejected_id"]]
+            assert chosen["prompt_id"] == rejected["prompt_id"] == pair["prompt_id"]
+            assert chosen["finish_reason"] == "stop"
+            assert chosen["token_ids"] == pair["chosen_token_ids"]
+            assert chosen["token_ids"][-1] == 2  # the end token was sampled, so it is trained on
+            assert rejected["token_ids"] == pair["rejected_token_ids"]
+            assert pair["chosen_score"] == points[pair["chosen_id"]] > points[pair["rejected_id"]]
+            siblings = [points[i] for i, row in responses.items() if row["prompt_id"] == pair["prompt_id"]]
+            assert pair["rejected_score"] == min(siblings)
+
+
+def test_exported_models_load_and_differ(whole: tuple[Path, str], tiny_chat_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = whole
+    weights = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).model.embed_tokens.weight
+        for path in (tiny_chat_model, folder / "models" / "M1", folder / "models" / "M2")
+    ]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert AutoTokenizer.from_pretrained(folder / "models" / "M2").chat_template
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_finished_run_is_not_run_again(whole: tuple[Path, str], config_file: Path) -> None:
+    folder, _ = whole
+    again = run("run", str(config_file))
+    assert again.returncode == 2
+    assert "rsrlm resume" in again.stderr
+    resumed = run("resume", str(folder))
+    assert resumed.returncode == 0
+    assert "is finished" in resumed.stdout
+
+
+def without_times(path: Path) -> Any:
+    return pq.read_table(path).to_pylist()
+
+
+def assert_same_as(folder: Path, whole_folder: Path) -> None:
+    """Pair ids, token ids and training order, and what was trained with them."""
+    for number in (0, 1):
+        ours, theirs = (f / "iterations" / f"{number:02d}" for f in (folder, whole_folder))
+        for name in ("responses", "judgements", "pairs", "prompts"):
+            assert without_times(ours / f"{name}.parquet") == without_times(theirs / f"{name}.parquet"), name
+        order = [[json.loads(line)["pair_ids"] for line in (d / "steps.jsonl").open()] for d in (ours, theirs)]
+        assert order[0] == order[1]
+    assert summary(folder)["status"] == "completed"
+
+
+@pytest.mark.parametrize("place", ["responses", "step", "publish"])
+def test_a_killed_driver_is_resumed(place: str, whole: tuple[Path, str], config_file: Path) -> None:
+    """SIGKILL leaves no process and loses nothing: the resumed run ends as the undisturbed one did."""
+    from rsrlm.config import resolve
+    from rsrlm.runtime.weights import stale_files
+
+    killed = run(place, "run", str(config_file), f"name=killed-{place}", command=KILLED)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    assert_nothing_is_left()
+    folder = config_file.parent / "runs" / f"killed-{place}"
+    assert summary(folder)["status"] == "running"
+    journal = folder / "iterations" / "00" / "journal.jsonl"
+    before = journal.read_bytes().rpartition(b"\n")[0]
+    resumed = run("resume", str(folder))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_nothing_is_left()
+    assert_same_as(folder, whole[0])
+    assert journal.read_bytes().startswith(before)  # what was finished was not done again
+    ids = [json.dumps(sorted(json.loads(line).values(), key=str)[0].get("id")) for line in journal.open()]
+    assert len(ids) == len(set(ids)) == 60
+    assert stale_files(folder) == []
+    assert resolve(yaml.safe_load((folder / "config.yaml").read_text())).name == f"killed-{place}"
+    if place == "responses":
+        assert "3 responses" in resumed.stdout
+    if place == "step":
+        assert summary(folder)["iterations"][0]["steps_replayed"] >= 0
+        assert "iteration 0: 30 responses and 30 judgements are done already" in resumed.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_file: Path) -> None:
+    folder = config_file.parent / "runs" / f"interrupted-{number.name}"
+    process = subprocess.Popen(
+        [*RSRLM, "run", str(config_file), f"name={folder.name}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: "1"},
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (folder / "iterations" / "00" / "journal.jsonl").exists():
+        time.sleep(0.2)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, printed + errors
+    assert "status: interrupted" in printed
+    assert f"rsrlm resume {folder}" in printed
+    assert "Traceback" not in errors
+    assert summary(folder)["status"] == "interrupted"
+    assert_nothing_is_left()
+
+
+def test_an_iteration_without_pairs(config_file: Path) -> None:
+    done = run("run", str(config_file), "name=no-pairs", "pair.min_margin=5", "prompts.heldout=0")
+    assert done.returncode == 3, done.stdout + done.stderr
+    found = summary(config_file.parent / "runs" / "no-pairs")
+    assert found["status"] == "no_pairs"
+    assert "margin too small" in found["reason"]
+    assert found["iterations"] == []
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_are_published(config_file: Path) -> None:
+    done = run("run", str(config_file), "name=nan", "train.lr=1e30", "train.lr_final=1e30", "prompts.heldout=0")
+    assert done.returncode == 4, done.stdout + done.stderr
+    folder = config_file.parent / "runs" / "nan"
+    assert "00/" in summary(folder)["reason"]
+    assert "lower train.lr" in summary(folder)["reason"]
+    assert not (folder / "models").exists()
+    published = [json.loads(line) for line in (folder / "events.jsonl").open() if '"publishing"' in line]
+    assert published == []
+
+
+def test_the_real_model_learns_something(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct through the same command: one small iteration of the quickstart."""
+    config = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+    done = run(
+        "run",
+        str(config),
+        f"runs={tmp_path}",
+        "iterations=1",
+        "prompts.per_iteration=8",
+        "prompts.heldout=2",
+        "sample.max_tokens=64",
+        "evaluate.max_tokens=32",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = summary(tmp_path / "quickstart")["iterations"][0]
+    assert row["judgements_unreadable"] == 0
+    assert row["pairs"] >= 3
+    assert row["dpo_loss_first"] == pytest.approx(math.log(2), abs=1e-3)
+    assert row["weight_version"] == "M1"
+    assert row["prefix_cache_hit_share"] > 0.3
+    assert_nothing_is_left()
