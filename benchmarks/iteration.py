@@ -14,11 +14,12 @@ Cores per stage are CPU seconds over wall seconds, by kind of process: engine (a
 learner (a rank), driver (the command line), ray (all the rest of the tree: raylet, GCS, agents, mailbox, buffer,
 idle workers); other is the rest of the machine, idle what nobody used.
 
-Memory: `rss` is the largest resident set seen of the largest process of a kind (all of them together for ray), shared
-pages such as libraries and mapped weight files included; `private` leaves those out, and `uss` is the kernel's own
-count of pages that nobody else maps, taken when the resident set has grown by 3 %. The ratio is each over the plan's
-estimate. What bounds the figures: peaks between two looks are not seen, nor is a process that lives for less; CPU time
-is counted in ticks of 10 ms, and the half second in which a stage ends is divided by time.
+Memory: `rss` is the largest resident set seen of the largest process of a kind, shared pages such as libraries and
+mapped weight files included (for ray the sum over its processes, which counts such pages many times); `private` leaves
+those out, and `uss` is the kernel's own count of pages that nobody else maps, taken when the resident set has grown by
+3 %. The ratio is each over the plan's estimate. What bounds the figures: peaks between two looks are not seen, nor is a
+process that lives for less; CPU time is counted in ticks of 10 ms, and the half second in which a stage ends is divided
+by time.
 """
 
 import json
@@ -47,7 +48,8 @@ from rsrlm.progress import Report
 
 QUESTION = "share of wall time by stage, cores used by whom meanwhile, and peak memory and disk over rsrlm plan's"
 EVERY_S = 0.5
-TITLES = {"ray::EngineActor": "engine", "ray::RayTrainWorker": "learner"}
+# `execute` is what a RayTrainWorker is called while it does what its controller asks.
+TITLES = {"ray::EngineActor": "engine", "ray::RayTrainWorker": "learner", "ray::execute": "learner"}
 KINDS = ("engine", "learner", "driver", "ray")
 GIB = 2**30
 
@@ -227,7 +229,8 @@ def spans_of(run: Path, started: float, ended: float) -> list[Span]:
 
 def stages_of(iteration: int, seconds: dict[str, float], begin: float, end: float) -> list[Span]:
     """The first stages follow the beginning, the last ones lead to the end; writing records is between them."""
-    first, last = [], []
+    first: list[Span] = []
+    last: list[Span] = []
     for name in ("evaluate first model", "produce"):
         first.append(Span(stage=name, iteration=iteration, start=begin, end=begin + seconds.get(name, 0.0)))
         begin = first[-1].end
@@ -365,8 +368,11 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "wall_s": spread([one["wall_s"] for one in rounds]),
         "share": {stage: spread(values) for stage, values in shares.items()},
-        "memory_rss_over_plan": {
-            kind: spread([one["memory"][kind]["rss_over_plan"] for one in rounds]) for kind in rounds[0]["memory"]
+        "memory_over_plan": {
+            kind: {
+                name: spread([one["memory"][kind][f"{name}_over_plan"] for one in rounds]) for name in ("rss", "uss")
+            }
+            for kind in rounds[0]["memory"]
         },
     }
 
@@ -395,7 +401,7 @@ def show_sizes(report: Report, one: dict[str, Any]) -> None:
 
     names = ("rss", "private", "uss", "plan")
     memory = [
-        {"what": kind, **{name: gib(row[name]) for name in names}, "ratio": row["rss_over_plan"]}
+        {"what": kind, **{name: gib(row[name]) for name in names}, "a": row["rss_over_plan"], "b": row["uss_over_plan"]}
         for kind, row in one["memory"].items()
     ]
     together = one["memory_all"]

@@ -15,8 +15,9 @@ pool of two. All three engines are resident and idle. Each measured update follo
   (as the file is written and checked), `torch` is `copy_` with the engine's number of threads.
 
 Ratio: (write + transfer) / memcpy of the same round, and transfer / memcpy. Flat: two replicas over one, for
-write + transfer and for transfer alone. What bounds it: writing a fresh file in shared memory costs page faults beside the copy, and the bytes are read
-once by the checksum of the writer and once by that of every replica, which run at the same time if there are cores.
+write + transfer and for transfer alone. What bounds it: writing a fresh file in shared memory costs page faults beside
+the copy, and the bytes are read once by the checksum of the writer and once by that of every replica, which run at the
+same time if there are cores.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +109,8 @@ class Sync:
             "replicas": reports,
         }
 
-    async def measured(self, replicas: int) -> dict[str, Any]:
+    async def measured(self, replicas: int, number: int) -> dict[str, Any]:
+        """The second of two updates of a pool; every round does the same."""
         await self.update(replicas)
         with Load() as load:
             found = await self.update(replicas)
@@ -196,8 +199,7 @@ async def measure(config: Config, folder: Path, rounds: int, out: Path, name: st
         await sync.start()
         copy: Copy | None = None
         for number in range(rounds):
-            sides = {f"to_{n}": lambda _, n=n: sync.measured(n) for n in REPLICAS}
-            one = await interleaved(number, sides)
+            one = await interleaved(number, {f"to_{n}": partial(sync.measured, n) for n in REPLICAS})
             copy = copy or Copy(one["to_1"]["bytes"], config.engine.threads)
             one["copy"] = copy.seconds()
             one["ratios"] = ratios(one)

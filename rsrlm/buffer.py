@@ -27,7 +27,7 @@ class PreferenceBuffer:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._groups: dict[str, tuple[int, PreferencePair | None, str]] = {}
-        self._trained: dict[str, int] = {}
+        self._trained: dict[str, set[int]] = {}  # steps that used a pair: one for each epoch
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             self._restore()
@@ -37,7 +37,7 @@ class PreferenceBuffer:
         for line in whole_lines(self._path):
             entry = json.loads(line)
             if "trained" in entry:
-                self._trained.update(dict.fromkeys(entry["trained"], entry["step"]))
+                self._train(entry["trained"], entry["step"])
             elif "untrained_after" in entry:
                 self._untrain(entry["iteration"], entry["untrained_after"])
             else:
@@ -79,7 +79,11 @@ class PreferenceBuffer:
         if unknown:
             raise ValueError(f"pair {unknown[0]} is not in the buffer")
         self._append({"trained": pair_ids, "step": step})
-        self._trained.update(dict.fromkeys(pair_ids, step))
+        self._train(pair_ids, step)
+
+    def _train(self, pair_ids: list[str], step: int) -> None:
+        for pair in pair_ids:
+            self._trained.setdefault(pair, set()).add(step)
 
     def forget_trained_from(self, iteration: int, step: int) -> None:
         """Steps from `step` on were lost with their process and will be replayed."""
@@ -88,9 +92,10 @@ class PreferenceBuffer:
 
     def _untrain(self, iteration: int, step: int) -> None:
         of_iteration = {pair.id for at, pair, _ in self._groups.values() if at == iteration and pair is not None}
-        for pair in of_iteration:
-            if self._trained.get(pair, -1) >= step:
-                del self._trained[pair]
+        for pair in of_iteration & self._trained.keys():
+            left = {one for one in self._trained.pop(pair) if one < step}
+            if left:
+                self._trained[pair] = left
 
     def groups(self, iteration: int) -> dict[str, str]:
         """Finished groups of an iteration: group id to the reason why it has no pair ("" when it has one)."""
@@ -99,7 +104,7 @@ class PreferenceBuffer:
     def trained(self, iteration: int) -> dict[str, int]:
         """Trained pairs of an iteration: pair id to the last optimizer step that used it."""
         of_iteration = {pair.id for at, pair, _ in self._groups.values() if at == iteration and pair is not None}
-        return {pair: step for pair, step in self._trained.items() if pair in of_iteration}
+        return {pair: max(steps) for pair, steps in self._trained.items() if pair in of_iteration}
 
     def status(self) -> dict[str, int]:
         """Counts, to look at while the run goes on."""

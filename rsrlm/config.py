@@ -4,6 +4,7 @@ Every section is frozen. A fact stands in one place; what follows from several i
 value and the remedy.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,13 +20,16 @@ class ConfigError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _whole_number_is_a_float(value: Any) -> Any:
     """YAML writes 1 for 1.0, and PyYAML reads 1e-6 (no dot) as a string: both are plainly numbers."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # the same as 1e999, which is refused
+            return math.inf
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
     return value
@@ -236,7 +240,11 @@ class Config(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.runs).expanduser().resolve() / self.name
+        try:
+            runs = Path(self.runs).expanduser()
+        except RuntimeError:
+            raise ConfigError(f"runs={self.runs}: that user has no home folder here; write the folder out") from None
+        return runs.resolve() / self.name
 
 
 def _message(error: ValidationError, source: str) -> str:
@@ -270,14 +278,37 @@ def resolve(data: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(_message(error, source)) from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping with a key twice: PyYAML takes the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Here and not in construct_mapping, which also sees the keys that `<<` merges in.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _parse(text: str) -> Any:
+    """What the YAML says. Raises ValueError with the reason."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, LookupError, AttributeError, RecursionError) as error:  # `!!int ''` is an IndexError
+        raise ValueError(str(error)) from None
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Config from a YAML file and `key.sub=value` overrides, whose values are YAML too. Raises ConfigError."""
     file = Path(path)
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; give the path of a YAML config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:  # UnicodeDecodeError is one, and so is that of an impossible date
         raise ConfigError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: must be a mapping of keys, such as those of configs/quickstart.yaml")
@@ -291,9 +322,12 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{override!r}: overrides are written key.sub=value, such as train.lr=1e-5")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it, as in {key}='\"text\"'") from None
+        value = _parse(text)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{override!r}: the value is not valid YAML; quote it, as in {key}='\"text\"' ({reason})"
+        ) from None
     *parents, last = key.split(".")
     section = data
     for part in parents:

@@ -40,9 +40,7 @@ class Evaluation:
             found = journal.responses.get(f"{group}/0")
             if found is None:
                 seed = seed_of(self._config.seed, EVALUATION, prompt.id, "actor", "0")
-                found = await respond(
-                    engines, self._encoder, prompt, 0, self._config.evaluate, group=group, seed=seed
-                )
+                found = await respond(engines, self._encoder, prompt, 0, self._config.evaluate, group=group, seed=seed)
                 journal.add(found)
             return found
 
@@ -57,9 +55,7 @@ class Evaluation:
             identifier = f"{answer.id}#{index}@{judge_model}"
             found = journal.judgements.get(identifier)
             if found is None:
-                made = await self._judge.judge(
-                    engines, prompt, answer, index, group=prompt.id, iteration=EVALUATION
-                )
+                made = await self._judge.judge(engines, prompt, answer, index, group=prompt.id, iteration=EVALUATION)
                 found = renamed(made, identifier)
                 journal.add(found)
             return found
@@ -119,14 +115,16 @@ class Evaluation:
         identifier = f"{a.id}>{b.id}@{judge_model}"
         if (found := journal.judgements.get(identifier)) is not None:
             return found
-        seed = seed_of(self._config.seed, EVALUATION, prompt.id, "duel", "fence")
+        # One fence for both orders: nothing but the order differs between them.
+        fence_seed = seed_of(self._config.seed, EVALUATION, prompt.id, "duel", "fence")
         fields = {
             "instruction": prompt.text,
             "response_a": a.text,
             "response_b": b.text,
-            "fence": judging.fence_of(seed),
+            "fence": judging.fence_of(fence_seed),
         }
         token_ids = self._encoder.encode(self._template, fields, judging.PAIRWISE_PREFIX)
+        seed = seed_of(self._config.seed, EVALUATION, prompt.id, "duel", f"{a.id}>{b.id}")
         sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
         verdict: Scored | Unparsed = Unparsed(reason="judge prompt too long")
         text, version = "", ""

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import math
 import numbers
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -62,7 +63,7 @@ def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES) -> 
     It must print all of `variables` and may print `fence` (see `fence_of`); anything else is a ConfigError.
     """
     own = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
-    path = own.get(name.removesuffix(".jinja"), Path(name).expanduser())
+    path = own.get(name.removesuffix(".jinja"), Path(os.path.expanduser(name)))
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

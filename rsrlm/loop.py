@@ -171,21 +171,20 @@ async def produce(iteration: int, config: Config, inputs: Inputs, ports: Ports) 
     return groups, round(hits / queries, 4) if queries > 0 else None
 
 
-async def train(
-    iteration: int, config: Config, pairs: Sequence[PreferencePair], ports: Ports
-) -> dict[str, Any]:
+async def train(iteration: int, config: Config, pairs: Sequence[PreferencePair], ports: Ports) -> dict[str, Any]:
     """Train M_{t+1} on the pairs, or take the result of an earlier attempt that got so far."""
     store = ports.store
     finished = store.iteration(iteration) / "training.json"
     if finished.exists():
-        return json.loads(finished.read_text())
+        return json.loads(finished.read_text(encoding="utf-8"))
     log = store.steps(iteration)
     files = None
     done: dict[str, Any] = {}
     replayed = 0
     ports.report.line(f"iteration {iteration}: training M{iteration + 1} on {len(pairs)} pairs")
     total = -(-len(pairs) // config.train.pairs_per_step) * config.train.epochs
-    rounds = -(-(-(-len(pairs) // config.train.workers)) // config.train.micro_batch)
+    per_rank = -(-len(pairs) // config.train.workers)
+    rounds = -(-per_rank // config.train.micro_batch)
     with ports.report.stage(f"iteration {iteration}", {"reference": rounds, "steps": total}) as tick:
         async for event in ports.learner.train(iteration, f"M{iteration}", f"M{iteration + 1}", pairs):
             if event["event"] == "reference":
@@ -233,9 +232,8 @@ async def evaluate(evaluation: Evaluation, index: int, config: Config, ports: Po
     engines = ports.pools.samplers
     journal = ports.store.evaluation(model)
     try:
-        per_answer = config.judge.judgements or 1
         duels = 2 * config.prompts.heldout if index and config.evaluate.duel else 0
-        totals = {"answers": config.prompts.heldout, "scores": config.prompts.heldout * per_answer}
+        totals = {"answers": config.prompts.heldout, "scores": config.prompts.heldout * config.judge.per_response}
         with ports.report.stage(f"held-out {model}", totals) as tick:
             await ports.pools.hold(model)
             answers = await evaluation.answers(engines, model, journal)
@@ -300,4 +298,3 @@ def summary_of(iteration: int, groups: Sequence[Group], pairs: Sequence[Preferen
         "mean_response_tokens": fmean(len(response.token_ids) for response in responses),
         "mean_margin": fmean(pair.chosen_score - pair.rejected_score for pair in pairs) if pairs else None,
     }
-

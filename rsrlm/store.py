@@ -43,7 +43,8 @@ class RunFolder:
         folder = config.folder
         if (folder / "config.yaml").exists():
             raise ConfigError(
-                f"{folder} holds a run already; go on with `rsrlm resume {folder}`, or choose another name with name=NAME"
+                f"{folder} holds a run already; go on with `rsrlm resume {folder}`, or choose another name "
+                "with name=NAME"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class RunFolder:
     def fix(self, name: str, value: Any) -> Any:
         """The value noted under this name when the run started, or this one from now on."""
         path = self.folder / "start.json"
-        noted = json.loads(path.read_text()) if path.exists() else {}
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if name not in noted:
             noted[name] = value
             self.write_json(path, noted)
@@ -130,7 +131,7 @@ class RunFolder:
         """Metrics of the finished iterations, in order."""
         found: list[dict[str, Any]] = []
         while (path := self.iteration(len(found)) / "metrics.json").exists():
-            found.append(json.loads(path.read_text()))
+            found.append(json.loads(path.read_text(encoding="utf-8")))
         return found
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -138,7 +139,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def event(self, kind: str, **fields: Any) -> None:
         """One line of events.jsonl. `g` in the fields is the id of a group or of what was made for it."""

@@ -128,7 +128,7 @@ def make_config(tmp_path: Path) -> Any:
             "name": "test",
             "runs": str(tmp_path / "runs"),
             "iterations": 1,
-            "model": "smollm2-135m-instruct",
+            "model": {"path": "smollm2-135m-instruct"},
             "prompts": {"path": "builtin", "per_iteration": 4, "heldout": 2},
             "sample": {"responses": 2, "max_tokens": 24, "temperature": 0.8},
             "judge": {"read": "digits"},

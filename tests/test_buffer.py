@@ -137,6 +137,10 @@ def test_forgetting_a_second_epoch_leaves_the_first(path: Path) -> None:
     buffer.mark_trained(["00/a/1>0"], 2)
     buffer.forget_trained_from(0, 2)
     assert buffer.trained(0) == {"00/a/1>0": 0, "00/b/1>0": 1}
+    assert buffer.status()["trained"] == 2
+    buffer.forget_trained_from(0, 1)
+    assert buffer.trained(0) == {"00/a/1>0": 0}
+    assert state(PreferenceBuffer(path)) == state(buffer)
 
 
 def test_marks_on_pairs_that_are_not_there_are_errors(path: Path) -> None:

@@ -162,7 +162,7 @@ def test_wrong_values_are_named_and_never_repaired(small: Path, override: str, s
 
 
 @pytest.mark.parametrize("key", ["train.lr", "sample.temperature"])
-@pytest.mark.parametrize("value", [".inf", "1e999"])
+@pytest.mark.parametrize("value", [".inf", "1e999", "1" + "0" * 400])
 def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None:
     assert f"{key}=inf" in refused(small, f"{key}={value}")
 
@@ -265,6 +265,9 @@ def test_whatever_stands_in_a_config_it_is_taken_or_refused_by_name(section: str
         (b"? [a]\n: b\n", "not valid YAML"),
         (b"name: !!python/object/apply:os.getcwd []\n", "not valid YAML"),  # nothing is executed
         (b"name: 2024-31-12\n", "not valid YAML"),  # PyYAML makes a date of it, in vain
+        (b"name: !!int ''\n", "not valid YAML"),
+        (b"name: !!bool 7\n", "not valid YAML"),
+        (b"name: " + b"[" * 5000, "not valid YAML"),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, content: bytes, said: str) -> None:
@@ -282,8 +285,21 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_key_written_twice_is_refused(small: Path) -> None:
     """PyYAML takes the last one, and the first would be gone without a word."""
-    small.write_text(small.read_text() + "train: {lr: 0.5, pairs_per_step: 2}\n")
-    assert "train" in refused(small)
+    text = small.read_text()
+    small.write_text(text + "train: {lr: 0.5, pairs_per_step: 2}\n")
+    assert "the key 'train' stands twice" in refused(small)
+    small.write_text(text + "pair: {min_margin: 1, cut: drop, 'min_margin': 2}\n")
+    assert "the key 'min_margin' stands twice" in refused(small)
+    small.write_text(text)
+    assert "the key 'lr' stands twice" in refused(small, "train={lr: 1, lr: 2, pairs_per_step: 2}")
+
+
+def test_a_key_may_replace_one_that_is_merged_in(small: Path) -> None:
+    text = "evaluate: &deep\n  <<: &base {max_tokens: 9, top_k: 3}\n  top_k: 4\n"
+    small.write_text(text + small.read_text().replace("sample:\n", "sample:\n  <<: *deep\n"))
+    config = load(small)
+    assert (config.evaluate.max_tokens, config.evaluate.top_k) == (9, 4)
+    assert (config.sample.max_tokens, config.sample.top_k) == (24, 4)
 
 
 def test_overrides_are_yaml(small: Path) -> None:
@@ -359,3 +375,5 @@ def test_the_run_folder_is_absolute(small: Path, tmp_path: Path, monkeypatch: py
     assert load(small).folder == tmp_path / "runs" / "small"
     assert load(small, ["runs=~/results"]).folder == Path("/home/ann/results/small")
     assert load(small, ["runs=/data/runs", "name=try2"]).folder == Path("/data/runs/try2")
+    with pytest.raises(ConfigError, match="runs=~nobody-of-this-name/results: that user has no home folder"):
+        _ = load(small, ["runs=~nobody-of-this-name/results"]).folder

@@ -110,7 +110,30 @@ def test_a_shard_that_is_missing(model: Path) -> None:
 def test_weights_that_are_none_are_refused_before_anything_starts(model: Path, content: bytes) -> None:
     """As an interrupted download leaves them, or `git clone` without git-lfs."""
     (model / "model.safetensors").write_bytes(content)
-    assert "model.safetensors" in refused(model)
+    assert "model.safetensors is not a whole safetensors file" in refused(model)
+
+
+@pytest.mark.parametrize("header", [b"{", b"[]", b'"text"', b'{"embed": {"shape": [1]}}', b'{"embed": 7}', b"\xff"])
+def test_headers_that_are_none(model: Path, header: bytes) -> None:
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "model.safetensors is not a whole safetensors file" in refused(model)
+
+
+def test_weights_that_end_too_early_or_too_late(model: Path) -> None:
+    shard(model)
+    last = model / "model-00002-of-00002.safetensors"
+    whole = last.read_bytes()
+    for content in (whole[:-1], whole + b"\0"):
+        last.write_bytes(content)
+        assert f"{last.name} is not a whole safetensors file" in refused(model)
+    last.write_bytes(whole)
+    check_folder(model)
+
+
+@pytest.mark.parametrize("content", ["", '{"weight_map": {"embed": "mod', "{}", "[]", '{"weight_map": [1]}'])
+def test_an_index_that_is_none(model: Path, content: str) -> None:
+    (model / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json cannot be read; download the model again" in refused(model)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

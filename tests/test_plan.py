@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from rsrlm import plan as planning
-from rsrlm.config import ConfigError, Model
+from rsrlm.config import ConfigError
 from rsrlm.plan import GIB, check, disk, memory, plan, show, total_memory
 from rsrlm.progress import Report
 
@@ -42,28 +42,28 @@ def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
     assert planned.requests == {
         "responses": 8,  # 4 * 2
         "judgements": 24,  # 8 * 3
-        "held-out answers": 2,
-        "held-out judgements": 12,  # 2 * 3, by the new model and by the first
+        "held-out answers": 4,  # 2 by the first model, 2 by the new one
+        "held-out judgements": 18,  # 2 * 3 by the first on itself, by the new one on itself, by the first on the new
         "held-out duels": 4,  # 2, in both orders
     }
-    # 8 * 24 + (24 + 12) * 160 + 2 * 96 + 4 * 1
-    assert planned.generated_tokens == 6148
-    # 8 * (512 - 24) + 36 * (512 - 160) + 2 * (512 - 96) + 4 * 511
-    assert planned.prompt_tokens == 19452
+    # 8 * 24 + (24 + 18) * 160 + 4 * 96 + 4 * 1
+    assert planned.generated_tokens == 7300
+    # 8 * (512 - 24) + 42 * (512 - 160) + 4 * (512 - 96) + 4 * 511
+    assert planned.prompt_tokens == 22396
 
 
 def test_bounds_of_a_digits_judge(make_config: Any, model: Path) -> None:
     planned = plan(make_config(judge={"read": "digits"}, evaluate={"duel": False, "max_tokens": 32}), model)
-    assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (8, 4)
+    assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (8, 6)
     assert planned.requests["held-out duels"] == 0
-    assert planned.generated_tokens == 8 * 24 + 12 * 1 + 2 * 32
-    assert planned.prompt_tokens == 8 * 488 + 12 * 511 + 2 * 480
+    assert planned.generated_tokens == 8 * 24 + 14 * 1 + 4 * 32
+    assert planned.prompt_tokens == 8 * 488 + 14 * 511 + 4 * 480
 
 
 def test_bounds_of_a_function_judge(make_config: Any, model: Path) -> None:
     planned = plan(make_config(judge={"read": "function", "function": "a:b"}), model)
     assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (0, 0)  # none to an engine
-    assert planned.generated_tokens == 8 * 24 + 2 * 96 + 4
+    assert planned.generated_tokens == 8 * 24 + 4 * 96 + 4
 
 
 def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path) -> None:
@@ -107,8 +107,7 @@ def test_memory_of_an_engine(make_config: Any, model: Path) -> None:
     assert base == planning.ENGINE_BASE + 4 * PARAMETERS + 4 * 800 + 0.25 * GIB
     assert memory(make_config(engine={"kv_cache_gib": 2.25}), model)["engine"] - base == 2 * GIB
     assert memory(make_config(engine={"kind": "async"}), model)["engine"] - base == planning.ENGINE_CORE_BASE
-    halved = make_config(train={"gpus": 1}).model_copy(update={"model": Model(path="m", dtype="bfloat16")})
-    half = memory(halved, model)["engine"]
+    half = memory(make_config(train={"gpus": 1}, model={"dtype": "bfloat16"}), model)["engine"]
     assert base - half == 2 * (PARAMETERS + 800)
     untied = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
     (model / "config.json").write_text(json.dumps(untied))
@@ -152,6 +151,11 @@ def test_disk_of_a_run(make_config: Any, model: Path) -> None:
 # -- what cannot run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
 def checked(config: Any, model: Path) -> str:
     with pytest.raises(ConfigError) as caught:
         check(plan(config, model), config)
@@ -182,6 +186,27 @@ def test_the_memory_of_other_machines_is_not_this_ones(make_config: Any, model: 
     config = make_config(judge={"replicas": 100_000}, **changes)
     check(plan(config, model), config)
     assert total_memory(config, memory(config, model)) > 100_000 * GIB
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "joins"),
+    [
+        (None, "", False),
+        (None, "local", False),  # Ray starts a cluster here for that
+        (None, "10.0.0.1:6379", True),
+        ("local", "10.0.0.1:6379", False),  # the config comes first
+        ("10.0.0.1:6379", "local", True),
+    ],
+)
+def test_which_cluster_a_run_joins(
+    make_config: Any, model: Path, monkeypatch: pytest.MonkeyPatch, address: str | None, variable: str, joins: bool
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    config = make_config(judge={"replicas": 100_000}, ray={"address": address})
+    if joins:
+        check(plan(config, model), config)
+    else:
+        assert "GiB of memory" in checked(config, model)
 
 
 def test_too_little_disk(make_config: Any, model: Path, tmp_path: Path) -> None:
@@ -222,6 +247,10 @@ def test_a_second_checkpoint_stands_beside_the_first(make_config: Any, model: Pa
                 "text_config": {"hidden_size": 6, "num_hidden_layers": 4, "intermediate_size": 9, "vocab_size": 70},
             },
             {"hidden": 6, "layers": 4, "intermediate": 9, "vocabulary": 70, "tied": 0},
+        ),
+        (
+            {"hidden_size": 8, "n_layer": 2, "vocab_size": None, "tie_word_embeddings": None, "text_config": None},
+            {"hidden": 8, "layers": 2, "intermediate": 32, "vocabulary": 0, "tied": 0},
         ),
     ],
 )

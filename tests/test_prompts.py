@@ -57,6 +57,10 @@ def test_prompts_come_in_the_order_of_the_file(file: Path) -> None:
         ('{"id": "a>b", "prompt": "x"}', "id 'a>b' must be a text"),
         ('{"id": "a\\nb", "prompt": "x"}', "id 'a\\nb' must be a text"),
         ('{"id": "a\\u001fb", "prompt": "x"}', "id 'a\\x1fb' must be a text"),  # the separator of seeds
+        ('{"id": "a\\rb", "prompt": "x"}', "id 'a\\rb' must be a text"),
+        ('{"id": "a\\u0000b", "prompt": "x"}', "id 'a\\x00b' must be a text"),
+        ('{"id": "a\\u0085b", "prompt": "x"}', "id 'a\\x85b' must be a text"),
+        ('{"id": "a\\u2028b", "prompt": "x"}', "id 'a\\u2028b' must be a text"),
         ('{"id": "a", "prompt": 7}', "prompt of 'a' must be a text that is not empty"),
         ('{"id": "a", "prompt": ["x"]}', "prompt of 'a' must be a text that is not empty"),
         ('{"id": "a", "prompt": " \\n"}', "prompt of 'a' must be a text that is not empty"),
@@ -115,6 +119,8 @@ def test_the_project_brings_prompts() -> None:
 def test_a_path_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     assert file_of(Prompts(path="~/mine.jsonl", per_iteration=1)) == Path("/home/ann/mine.jsonl")
+    nobodys = file_of(Prompts(path="~nobody-of-this-name/mine.jsonl", per_iteration=1))
+    assert "prompts.path=~nobody-of-this-name/mine.jsonl: No such file" in refused(nobodys)
 
 
 # -- dealing -----------------------------------------------------------------------------------------------------------
