@@ -39,7 +39,7 @@ class Evaluation:
             group = f"{model}/{prompt.id}"
             found = journal.responses.get(f"{group}/0")
             if found is None:
-                seed = seed_of(self._config.seed, EVALUATION, prompt.id, "actor", "0")
+                seed = seed_of(self._config.seed, EVALUATION, group, "actor", "0")
                 found = await respond(engines, self._encoder, prompt, 0, self._config.evaluate, group=group, seed=seed)
                 journal.add(found)
             return found
@@ -55,7 +55,7 @@ class Evaluation:
             identifier = f"{answer.id}#{index}@{judge_model}"
             found = journal.judgements.get(identifier)
             if found is None:
-                made = await self._judge.judge(engines, prompt, answer, index, group=prompt.id, iteration=EVALUATION)
+                made = await self._judge.judge(engines, prompt, answer, index, group=f"{answer.id}@{judge_model}", iteration=EVALUATION)
                 found = renamed(made, identifier)
                 journal.add(found)
             return found
