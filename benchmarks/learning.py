@@ -6,27 +6,33 @@
 Every seed is a run of `rsrlm run` with this file's `fewer_words` as the judge. On held-out prompts the mean length in
 words must fall by at least 30 %, and the judge's mean must rise in every iteration. Collapse would do that too, so
 these must hold as well: at least 95 % of the outputs end by themselves and have five words or more, distinct-2 stays
-above half of M0's, and the negative log-likelihood of a fixed text rises by at most 10 %. Of M0's outputs the cap may
+above half of M0's, and the negative log-likelihood of a fixed text rises by at most 10 % (all for M3; the other rows
+are in the results). Of M0's outputs the cap may
 cut fewer than 10 %. Results: benchmarks/results/learning.json and learning.png.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from rsrlm.config import Prompts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ITERATIONS = 3
 LEAST_WORDS = 5
 
-FIXED_TEXT = """The old harbour lies at the end of a narrow valley, where a river meets the sea. In winter the fishing boats
-stay behind the stone wall, and people mend nets in the long wooden sheds. When spring comes, the first boats leave
+FIXED_TEXT = """The old harbour lies at the end of a narrow valley, where a river meets the sea. In winter the
+fishing boats stay behind the stone wall, and people mend nets in the long wooden sheds. When spring comes, the first
+boats leave
 before sunrise and return in the afternoon with cod and herring. Children wait on the quay and count the crates.
 A small museum keeps tools, photographs and letters from the last two hundred years. Most visitors arrive by train,
 walk along the water for an hour, drink a cup of tea and leave again. Those who stay longer learn the names of the
@@ -41,12 +47,22 @@ def fewer_words(prompt: str, response: str) -> float:
     return 0.0 if words < LEAST_WORDS else max(0.0, 5.0 - (words - LEAST_WORDS) / 20)
 
 
+def write_prompts(path: Path) -> None:
+    """The built-in prompts that ask for a short answer: of those the cap cuts few of M0's outputs."""
+    from rsrlm.prompts import file_of, read
+
+    asks = re.compile(r"sentence|bullet|brief|short|words|few|single|one word|one line|one-line|paragraph|quick", re.I)
+    found = [prompt for prompt in read(file_of(Prompts(path="builtin", per_iteration=1))) if asks.search(prompt.text)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": one.id, "prompt": one.text}) + "\n" for one in found))
+
+
 def run_seed(seed: int, runs: Path, extra: list[str]) -> Path:
     """One run of the real loop; returns its folder."""
     name = f"learning-{seed}"
     command = [
         sys.executable, "-m", "rsrlm.cli", "run", str(HERE / "learning.yaml"),
-        f"name={name}", f"runs={runs}", f"seed={seed}", *extra,
+        f"name={name}", f"runs={runs}", f"seed={seed}", f"prompts.path={runs / 'prompts.jsonl'}", *extra,
     ]  # fmt: skip
     print(" ".join(command), flush=True)
     code = subprocess.run(command, cwd=HERE, check=False).returncode
@@ -108,8 +124,8 @@ def verdicts(rows: list[dict[str, float]]) -> dict[str, bool]:
     means = [row["judge_mean"] for row in rows]
     return {
         "words fall by 30 %": last["words"] <= 0.7 * first["words"],
-        "judge's mean rises every iteration": all(b > a for a, b in zip(means, means[1:], strict=False)),
-        "95 % end by themselves with five words": all(row["ended_with_five_words"] >= 0.95 for row in rows[1:]),
+        "judge's mean rises every iteration": all(b > a for a, b in pairwise(means)),
+        "95 % end by themselves with five words": last["ended_with_five_words"] >= 0.95,
         "distinct-2 above half of M0's": all(row["distinct_2"] > 0.5 * first["distinct_2"] for row in rows),
         "NLL rises by at most 10 %": all(row["nll"] <= 1.1 * first["nll"] for row in rows),
         "cap cuts fewer than 10 % of M0": first["cut_share"] < 0.1,
@@ -131,7 +147,9 @@ def plot(seeds: dict[int, list[dict[str, float]]], path: Path) -> None:
     )
     for axis, (key, title) in zip(axes, panels, strict=True):
         for seed, rows in seeds.items():
-            axis.plot([f"M{row['model']}" for row in rows], [row[key] for row in rows], marker="o", label=f"seed {seed}")
+            axis.plot(
+                [f"M{row['model']}" for row in rows], [row[key] for row in rows], marker="o", label=f"seed {seed}"
+            )
         axis.set_title(title)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -152,6 +170,7 @@ def main() -> None:
 
     first_model = folder_of(load(HERE / "learning.yaml").model)
     runs = arguments.runs or Path(tempfile.mkdtemp(prefix="rsrlm-learning-"))
+    write_prompts(runs.resolve() / "prompts.jsonl")
     seeds = {}
     for seed in range(arguments.seeds):
         folder = runs.resolve() / f"learning-{seed}"

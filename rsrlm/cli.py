@@ -35,7 +35,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     from rsrlm.store import RunFolder
 
     resolved = configs.load(config, overrides)
-    _refuse_existing(resolved)
+    RunFolder.check_new(resolved.folder)
     report = Report()
     prepared = launch.prepare(resolved)
     _check_room(resolved, prepared.model)
@@ -86,14 +86,6 @@ def doctor(
     raise typer.Exit(checks.exit_code(findings))
 
 
-def _refuse_existing(config: Config) -> None:
-    if (config.folder / "config.yaml").exists():
-        raise ConfigError(
-            f"{config.folder} holds a run already; go on with `rsrlm resume {config.folder}`, or choose another name "
-            "with name=NAME"
-        )
-
-
 def _check_room(config: Config, model: Path) -> None:
     """Refuse a run that cannot fit, before anything starts. Raises ConfigError."""
     from rsrlm import plan as planning
@@ -113,6 +105,11 @@ def main() -> None:
         app()
     except ConfigError as error:
         print(f"rsrlm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # before a run starts, all that can fail is reading the user's files
+        if error.filename is None:
+            raise
+        print(f"rsrlm: {error.filename}: {error.strerror}; give a path that you can use", file=sys.stderr)
         sys.exit(2)
 
 

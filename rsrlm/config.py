@@ -198,7 +198,7 @@ class Ray(Section):
 class Config(Section):
     """One run. `name` is the run folder under `runs`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     runs: str = "runs"
     seed: int = Field(0, ge=0)
     iterations: int = Field(gt=0)

@@ -29,7 +29,8 @@ class Evaluation:
         self._template = ""
         self._winners: tuple[int, ...] = ()
         if config.evaluate.duel:
-            self._template = judging.load_template(config.evaluate.template, judging.PAIRWISE_VARIABLES)
+            name = config.evaluate.template
+            self._template = judging.load_template(name, judging.PAIRWISE_VARIABLES, "evaluate.template")
             self._winners = judging.label_ids(encoder.tokenizer, judging.PAIRWISE_PREFIX, judging.WINNERS)
 
     async def answers(self, engines: Engines, model: str, journal: Journal) -> list[Response]:
@@ -55,7 +56,14 @@ class Evaluation:
             identifier = f"{answer.id}#{index}@{judge_model}"
             found = journal.judgements.get(identifier)
             if found is None:
-                made = await self._judge.judge(engines, prompt, answer, index, group=f"{answer.id}@{judge_model}", iteration=EVALUATION)
+                made = await self._judge.judge(
+                    engines,
+                    prompt,
+                    answer,
+                    index,
+                    group=f"{answer.id}@{judge_model}",
+                    iteration=EVALUATION,
+                )
                 found = renamed(made, identifier)
                 journal.add(found)
             return found

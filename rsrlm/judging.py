@@ -57,8 +57,8 @@ _WINNER = re.compile(
 )
 
 
-def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES) -> str:
-    """The source of a judge template: the name of one of rsrlm's, or the path of a Jinja2 file.
+def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES, key: str = "template") -> str:
+    """The source of a judge template: the name of one of rsrlm's, or the path of a Jinja2 file. `key` is the config's.
 
     It must print all of `variables` and may print `fence` (see `fence_of`); anything else is a ConfigError.
     """
@@ -68,18 +68,18 @@ def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES) -> 
         source = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"template={name!r}: neither one of rsrlm's ({', '.join(own)}) nor a readable Jinja2 file: {error}; "
+            f"{key}={name!r}: neither one of rsrlm's ({', '.join(own)}) nor a readable Jinja2 file: {error}; "
             "give one of these names or a path"
         ) from None
     try:
         used = template_variables(source)
     except ConfigError as error:
-        raise ConfigError(f"template={name!r}: {error}") from None
+        raise ConfigError(f"{key}={name!r}: {error}") from None
     if missing := variables - used:
-        raise ConfigError(f"template={name!r}: does not use {_listed(missing)}; add {{{{ {min(missing)} }}}}")
+        raise ConfigError(f"{key}={name!r}: does not use {_listed(missing)}; add {{{{ {min(missing)} }}}}")
     if unknown := used - variables - OPTIONAL_VARIABLES:
         known = _listed(variables | OPTIONAL_VARIABLES)
-        raise ConfigError(f"template={name!r}: uses {_listed(unknown)}, which nobody fills; known here: {known}")
+        raise ConfigError(f"{key}={name!r}: uses {_listed(unknown)}, which nobody fills; known here: {known}")
     return source
 
 

@@ -221,6 +221,7 @@ async def train(iteration: int, config: Config, pairs: Sequence[PreferencePair],
         "learner": {**done, "memory_gib": max(row["memory_gib"] for row in rows)},
     }
     store.write_json(finished, trained)
+    store.drop_checkpoints()  # the next iteration starts from the exported model
     return {**trained, "files": files}
 
 

@@ -93,16 +93,15 @@ def folder_of(model: Model) -> Path:
         raise ConfigError(
             f"model.path={model.path}: no such folder; give a folder, a Hugging Face id (owner/name) or {BUILTIN_MODEL}"
         )
-    return _download(model.path)
+    return _download(model.path, ["*.py"] if model.trust_remote_code else [])
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, more: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *more]
     try:
-        folder = Path(
-            snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-        )
+        folder = Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean that the model is not here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
@@ -179,10 +178,38 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
+    except Exception as error:  # a broken tokenizer.json raises whatever its contents lead to
+        raise _unusable(folder, "the tokenizer", error) from None
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's config. Raises ConfigError unless transformers knows the architecture, or may run the code of it."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise _unusable(folder, "config.json", error) from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
             raise ConfigError(
-                f"model.path={folder}: the model brings Python code of its own; read it, then set "
-                "model.trust_remote_code=true to run it"
-            ) from None
-        raise ConfigError(f"model.path={folder}: the tokenizer cannot be read: {error}") from None
+                f"model.path={folder}: model_type={config.model_type} of its config.json is no causal language model "
+                "that this transformers knows; use another model, or a newer transformers"
+            )
+        if not trust_remote_code:
+            raise _unusable(folder, "config.json", ValueError("trust_remote_code"))
+    return config
+
+
+def _unusable(folder: Path, what: str, error: Exception) -> ConfigError:
+    if "trust_remote_code" in str(error):
+        return ConfigError(
+            f"model.path={folder}: the model brings Python code of its own; read it, then set "
+            "model.trust_remote_code=true to run it"
+        )
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return ConfigError(
+        f"model.path={folder}: {what} cannot be read ({type(error).__name__}: {reason}); download the model again, or "
+        "save it with save_pretrained"
+    )

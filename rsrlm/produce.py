@@ -110,7 +110,7 @@ class Judging:
             self._labels = judging.label_ids(encoder.tokenizer, judging.ANSWER_PREFIX, judging.SCORES)
         elif judge.read == "structured":
             self._regex = judging.points_regex(judge.max_tokens)
-        self._template = judging.load_template(template, judging.ADDITIVE_VARIABLES)
+        self._template = judging.load_template(template, judging.ADDITIVE_VARIABLES, "judge.template")
         self.name = f"{template} ({judge.read})"
 
     @property
@@ -261,9 +261,7 @@ class Producer:
         made = await gather([self._scored_response(prompt, index) for index in range(self._config.sample.responses)])
         responses = tuple(response for one in made for response in one.responses)
         judgements = tuple(judgement for one in made for judgement in one.judgements)
-        pair = best_against_worst(
-            responses, mean_verdicts(responses, judgements), self._config.pair, self._iteration
-        )
+        pair = best_against_worst(responses, mean_verdicts(responses, judgements), self._config.pair, self._iteration)
         return Group(
             id=group_id(self._iteration, prompt.id),
             iteration=self._iteration,

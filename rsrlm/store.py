@@ -41,11 +41,7 @@ class RunFolder:
     def create(cls, config: Config) -> "RunFolder":
         """A new run folder with its config. Raises ConfigError when it exists or cannot be written."""
         folder = config.folder
-        if (folder / "config.yaml").exists():
-            raise ConfigError(
-                f"{folder} holds a run already; go on with `rsrlm resume {folder}`, or choose another name "
-                "with name=NAME"
-            )
+        cls.check_new(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.yaml", dump(config).encode())
@@ -54,6 +50,17 @@ class RunFolder:
                 f"run folder {folder}: {error.strerror}; choose a folder that you can write with runs=FOLDER"
             ) from None
         return cls(folder)
+
+    @staticmethod
+    def check_new(folder: Path) -> None:
+        """Raises ConfigError where the folder of a new run holds something: a run, or files that are none of ours."""
+        if (folder / "config.yaml").exists():
+            raise ConfigError(
+                f"{folder} holds a run already; go on with `rsrlm resume {folder}`, or choose another name "
+                "with name=NAME"
+            )
+        if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {".config.yaml.tmp"}):
+            raise ConfigError(f"{folder} holds other files ({min(others)}); choose another name with name=NAME")
 
     @classmethod
     def open(cls, folder: Path) -> tuple["RunFolder", Config]:
@@ -136,6 +143,9 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self.write_json(self.folder / "summary.json", summary)
+
+    def drop_checkpoints(self) -> None:
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"

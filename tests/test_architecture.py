@@ -18,7 +18,8 @@ LAYERS = {
     "runtime.weights": 6, "runtime.vllm_worker": 7, "runtime.engine": 7, "runtime.learner": 7,
     "runtime.actors": 8, "runtime.launch": 9, "cli": 10,
 }  # fmt: skip
-SIDEWAYS = {("judging", "chat"), ("losses", "packing"), ("plan", "store"), ("runtime.engine", "runtime.vllm_worker")}
+SIDEWAYS = {("judging", "chat"), ("losses", "packing"), ("plan", "store"), ("doctor", "plan"),
+            ("runtime.engine", "runtime.vllm_worker")}  # fmt: skip
 # Who may import what that is heavy, anywhere in the module.
 ALLOWED = {
     "torch": {"losses", "packing", "model", "runtime.*"},

@@ -95,8 +95,10 @@ def expected(cluster: Any, run_async: Any, module_config: Any, exported: list[Pa
 
     async def fresh(folder: Path) -> list[tuple[int, ...]]:
         config = module_config()
-        actor = cluster.remote(EngineActor).options(num_cpus=0.2, max_concurrency=100).remote(
-            config, str(folder), "fresh", 0
+        actor = (
+            cluster.remote(EngineActor)
+            .options(num_cpus=0.2, max_concurrency=100)
+            .remote(config, str(folder), "fresh", 0)
         )
         try:
             return await greedy(lambda one: actor.generate.remote(one), "fresh")
@@ -228,7 +230,7 @@ def check_a_flipped_byte_is_refused(pool: Any, run_async: Any, folder: Path, kep
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(PoolFailed, match="refused weights M9.*checksum"):
+    with pytest.raises(PoolFailed, match=r"refused weights M9.*checksum"):
         run_async(pool.publish(weights, no_broadcast))
     assert run_async(greedy(only(pool, 0), "kept")) == kept
     assert not pool._replicas[0].ready.is_set()
@@ -270,8 +272,10 @@ def test_without_the_repair_the_head_is_stale(
             vllm_worker.repair_tied_head = lambda model: None
             await EngineActor.__init__(self, *arguments)
 
-    actor = cluster.remote(Unrepaired).options(num_cpus=0.2, max_concurrency=100).remote(
-        module_config(), str(tiny_model), "M0", 0
+    actor = (
+        cluster.remote(Unrepaired)
+        .options(num_cpus=0.2, max_concurrency=100)
+        .remote(module_config(), str(tiny_model), "M0", 0)
     )
 
     async def updated() -> list[tuple[int, ...]]:
@@ -297,7 +301,10 @@ async def sampled(pool: Any, label: str, order_seed: int, judge_load: bool) -> d
     random.Random(order_seed).shuffle(requests)
     load = []
     if judge_load:
-        load = [request(f"judge-{number}", ids, tokens=4, temperature=1.0, priority=0) for number, ids in enumerate(prompts(30))]
+        load = [
+            request(f"judge-{number}", ids, tokens=4, temperature=1.0, priority=0)
+            for number, ids in enumerate(prompts(30))
+        ]
     everything = [value for pair in zip(requests, load + requests[len(load) :], strict=False) for value in pair]
     wanted = {one.id for one in requests}
     unique = list({one.id: one for one in everything}.values())
@@ -338,9 +345,7 @@ async def most_unfinished_groups(pool: Any, groups: int, judge_priority: int) ->
         await pool.generate(request(f"g{group}/{index}-{judge_priority}", ids, tokens=12, temperature=1.0))
         begun.setdefault(group, 2)
         worst = max(worst, sum(left > 0 for left in begun.values()))
-        await pool.generate(
-            request(f"g{group}/{index}#-{judge_priority}", ids, tokens=1, priority=judge_priority)
-        )
+        await pool.generate(request(f"g{group}/{index}#-{judge_priority}", ids, tokens=1, priority=judge_priority))
         begun[group] -= 1
 
     await asyncio.gather(*(member(group, index) for group in range(groups) for index in range(2)))

@@ -107,7 +107,8 @@ def pairs_of(count: int) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("count", "world_size", "micro_batch", "rounds"), [(5, 1, 2, 3), (5, 2, 1, 3), (5, 2, 5, 1), (1, 3, 2, 1), (8, 2, 2, 2)]
+    ("count", "world_size", "micro_batch", "rounds"),
+    [(5, 1, 2, 3), (5, 2, 1, 3), (5, 2, 5, 1), (1, 3, 2, 1), (8, 2, 2, 2)],
 )
 def test_shares_cover_a_batch_once_and_keep_ranks_in_step(
     count: int, world_size: int, micro_batch: int, rounds: int
@@ -126,7 +127,7 @@ def test_steps_use_every_pair_once_per_epoch() -> None:
     ids = [[pair.id for pair in step] for step in steps]
     assert [len(step) for step in ids] == [4, 4, 2] * 3
     assert ids[:3] == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9"]]
-    epochs = [sum(ids[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[pair for step in ids[i : i + 3] for pair in step] for i in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
     assert steps_of(pairs_of(10), train, 0, 0) == steps

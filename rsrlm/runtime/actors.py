@@ -83,9 +83,7 @@ def _work(request: Request) -> int:
 class EnginePool:
     """Replicas with the same weights. Use it from one event loop."""
 
-    def __init__(
-        self, config: Config, weights: WeightSet, name: str, replicas: int, note: Callable[..., None]
-    ) -> None:
+    def __init__(self, config: Config, weights: WeightSet, name: str, replicas: int, note: Callable[..., None]) -> None:
         self._config = config
         self._weights = weights
         self._name = name

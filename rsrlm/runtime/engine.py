@@ -144,6 +144,7 @@ class InProcessEngine:
         from vllm import EngineArgs, LLMEngine
 
         self._replica = replica
+        self._threads = config.engine.threads
         self._engine: Any = LLMEngine.from_engine_args(
             EngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
         )
@@ -155,6 +156,10 @@ class InProcessEngine:
         self._thread.start()
 
     def _serve(self) -> None:
+        import torch
+
+        # OpenMP counts threads for each thread that asks: vLLM's setting was for the one that made the engine.
+        torch.set_num_threads(self._threads)
         try:
             while True:
                 idle = not self._engine.has_unfinished_requests()
@@ -260,7 +265,7 @@ class AsyncEngine:
         engine = await self._named()
         output = None
         try:
-            async for output in engine.generate(
+            async for output in engine.generate(  # noqa: B007 - the last one is the answer
                 tokens_input(list(request.prompt_token_ids)),
                 sampling_params(request),
                 request.id,

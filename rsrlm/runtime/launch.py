@@ -16,12 +16,14 @@ from typing import Any
 from rsrlm import prompts as prompt_files
 from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.config import Config, ConfigError
+from rsrlm.evaluate import Evaluation
 from rsrlm.loop import Inputs, NoPairs, Ports
 from rsrlm.loop import run as run_loop
-from rsrlm.model import folder_of, load_tokenizer, weight_files
+from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
 from rsrlm.produce import Judging
 from rsrlm.progress import Report
 from rsrlm.records import PreferencePair
+from rsrlm.runtime.learner import set_dropout
 from rsrlm.store import RunFolder
 
 EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 4, 130
@@ -59,6 +61,7 @@ def prepare(config: Config) -> Prepared:
     path = prompt_files.file_of(config.prompts)
     prompts = prompt_files.read(path)
     model = folder_of(config.model)
+    set_dropout(load_config(model, config.model.trust_remote_code), config.train.dropout)
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     check_tokenizer(tokenizer, config.model.path)
     encoder = ChatEncoder(tokenizer)
@@ -66,18 +69,24 @@ def prepare(config: Config) -> Prepared:
     usable, left_out = prompt_files.usable(prompts, lengths, config)
     heldout, hands = prompt_files.deal(usable, config)
     inputs = Inputs(encoder=encoder, judging=Judging(config, encoder), heldout=heldout, hands=hands)
+    Evaluation(config, encoder, inputs.judging, heldout)  # refuses a template that it cannot use
     return Prepared(config=config, model=model, inputs=inputs, left_out=left_out)
 
 
 def _check_devices(config: Config) -> None:
     wanted = config.engine.gpus or config.train.gpus
-    joins = config.ray.address or os.environ.get("RAY_ADDRESS")
-    if wanted and not joins and not Path("/proc/driver/nvidia").exists():
+    if wanted and not _address(config) and not Path("/proc/driver/nvidia").exists():
         key = "engine.gpus" if config.engine.gpus else "train.gpus"
         raise ConfigError(
             f"{key}={wanted}: this machine has no NVIDIA GPU; set engine.gpus=0 and train.gpus=0, or join a cluster "
             "that has them with ray.address=HOST:PORT"
         )
+
+
+def _address(config: Config) -> str | None:
+    """The cluster to join. "local" is Ray's word for none: one of this run's own."""
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
 
 
 class Pools:
@@ -243,7 +252,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
     except Exception as error:
         status, code, reason = _failure(error)
     _write_summary(store, status, reason)
-    store.event("run_ended", status=status, reason=reason or None)
+    with contextlib.suppress(OSError):
+        store.event("run_ended", status=status, reason=reason or None)
     _show(store, status, reason, report)
     return code
 
@@ -257,13 +267,16 @@ def _first_of(group: BaseExceptionGroup) -> BaseException:
 
 def _failure(error: BaseException) -> tuple[str, int, str]:
     """Status, exit code and reason. A full disk and a wrong config are the user's to mend; no stack trace for them."""
+    from ray.exceptions import RayTaskError
+
     from rsrlm.runtime.actors import LearnerFailed, PoolFailed
 
-    if isinstance(error, ConfigError):
-        return "failed", EXIT_USER, str(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, LearnerFailed) and "No space left" in str(error)):
-        return "failed", EXIT_USER, f"the disk is full ({error}); free some space, then resume"
+    cause = error.cause if isinstance(error, RayTaskError) else error  # the actor's own, which has its errno
+    if isinstance(cause, ConfigError):
+        return "failed", EXIT_USER, str(cause)
+    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, (LearnerFailed, PoolFailed)) and "No space left" in str(error)):
+        return "failed", EXIT_USER, f"the disk is full ({cause}); free some space, then resume"
     if isinstance(error, (PoolFailed, LearnerFailed)):
         return "failed", EXIT_FAILED, str(error)
     logging.getLogger("rsrlm").error("the run failed", exc_info=error)
@@ -301,9 +314,9 @@ HELDOUT_COLUMNS = {
 
 
 def _heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = [store.fix("heldout_first", {})] + [row["heldout"] for row in rows]
+    found = [row["heldout"] for row in rows if row["heldout"]]
     table = []
-    for entry in (entry for entry in found if entry):
+    for entry in [store.fix("heldout_first", {}), *found] if found else []:
         duel = next((value for key, value in entry.items() if key.startswith("duel_with_")), None)
         shares = [duel[key] for key in ("win", "tie", "loss")] if duel and duel["n"] else None
         table.append(
@@ -331,11 +344,13 @@ def _ray(config: Config, store: RunFolder) -> Any:
 
     for stale in stale_files(store.folder):
         stale.unlink(missing_ok=True)
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         arguments["address"] = address
     else:
+        # No node of one machine is taken away with notice: one process less.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         arguments |= {
             "address": "local",  # without it Ray joins any cluster that runs on this machine
             "include_dashboard": False,

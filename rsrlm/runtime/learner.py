@@ -167,7 +167,7 @@ class Policy:
         return built.to(self.device)
 
     def num_chunks(self, pairs: Sequence[PreferencePair]) -> int:
-        """Chunks of any micro-batch of these pairs: the same on all ranks, which ZeRO-3 gathers the head in step for."""
+        """Chunks of any micro-batch of these pairs: the same on all ranks, since ZeRO-3 gathers the head for each."""
         longest = max(len(pair.chosen_token_ids) + len(pair.rejected_token_ids) for pair in pairs)
         return math.ceil(self.train.micro_batch * longest / CHUNK_TOKENS)
 
