@@ -14,7 +14,9 @@ of a step, which vLLM chooses by the class that asks for it, is set to rsrlm's. 
 prefix cache holds what the four responses to a prompt share, and nothing of earlier rounds.
 
 What bounds the figure: the ratio is 1 when the engine never waits for rsrlm. On a CPU, engine and driver share the
-cores, so that all of the driver's work counts. `other_cores` says how much of the machine somebody else used.
+cores, so that all of the driver's work counts. `other_cores` says how much of the machine somebody else used: with
+anybody else's work beside it the figure means nothing, since the OpenMP threads of `LLM`, which spin while they wait,
+lose several times more by it than those of the engine's thread.
 """
 
 import asyncio

@@ -24,7 +24,7 @@ app = typer.Typer(
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override keys of the file, such as train.lr=1e-5 name=try2"),
+    typer.Argument(metavar="KEY.SUB=VALUE", help="override keys of the file, such as train.lr=1e-5 name=try2"),
 ]
 
 
@@ -73,7 +73,7 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command(help="Check what a run needs on this machine, and say how to mend what is not right.")
 def doctor(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="check for this config")] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="check for this config")] = None,
     overrides: Overrides = None,
 ) -> None:
     from rich.console import Console

@@ -4,6 +4,7 @@ Nothing here imports torch, Ray, vLLM, DeepSpeed or transformers: a broken one i
 cannot take away from the machine (packages, cores, GPUs, memory) the checks are given.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -39,7 +40,7 @@ VISION = ("torchvision", "torchaudio", "torchcodec")  # transformers imports the
 MAKE_SETUP = "run `make setup`, which installs what cpu.lock names"
 GPU_SETUP = "run `pip install -e '.[gpu]'` in an environment of its own"
 # configs/quickstart.yaml, as far as its needs depend on it; that file is not installed with the package.
-QUICKSTART = {
+QUICKSTART: dict[str, Any] = {
     "name": "quickstart",
     "iterations": 2,
     "model": BUILTIN_MODEL,
@@ -197,7 +198,7 @@ def check_ray(address: str, source: str) -> Finding:
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65_536:
         why = f"{source}={address} is not the HOST:PORT of a cluster (an http:// one is for `ray job submit` alone)"
         return Finding("ray", "fail", why, f"set {source} to one such as 10.0.0.1:6379, or {own}")
-    refusal = problem(socket.create_connection, (host, int(port)), timeout=5)
+    refusal = problem(socket.create_connection, (host.strip("[]"), int(port)), timeout=5)
     joins = f"the run would join the cluster of {source}={address}"
     if refusal is None:
         return Finding("ray", "ok", f"{joins}, which answers")
@@ -225,21 +226,20 @@ def find_model(path: str) -> tuple[Path | None, Finding]:
     except (OSError, ValueError) as error:
         mend = "download it again, or let this user read it: `chmod -R u+rX`"
         return None, Finding("model", "fail", f"model.path={path}: cannot be read: {error}", mend)
-    return folder, Finding("model", "ok", f"{path}, complete in {folder}")
+    return folder, Finding("model", "ok", f"complete in {folder}")
 
 
 def _find_download(repo: str) -> tuple[Path | None, Finding]:
     offline = False
-    try:
+    with contextlib.suppress(Exception):  # the hub client's many types all mean that it is not in the cache
         from huggingface_hub import constants, snapshot_download
 
         offline = constants.HF_HUB_OFFLINE
-        folder = Path(snapshot_download(repo, local_files_only=True))
-        model.check_folder(folder)
-        return folder, Finding("model", "ok", f"{repo}, complete in {folder}")
-    except Exception:  # the hub client raises many unrelated types: all mean that it is not whole in the cache
-        if not offline:
-            return None, Finding("model", "ok", f"{repo} will be downloaded; what it takes is not known before")
+        folder, finding = find_model(snapshot_download(repo, local_files_only=True))
+        if folder:
+            return folder, finding
+    if not offline:
+        return None, Finding("model", "ok", f"{repo} will be downloaded; what it takes is not known before")
     mend = f"run `HF_HUB_OFFLINE=0 hf download {repo}` where there is a network, or set model.path to a folder"
     return None, Finding("model", "fail", f"{repo}: not whole in the cache, and HF_HUB_OFFLINE is set", mend)
 
@@ -375,13 +375,8 @@ def diagnose(config: Config | None = None) -> list[Finding]:
         check_accelerator(config, gpus_present(environ), versions),
     ]
     if joins:
-        elsewhere = "(on this machine; the cluster may have it)"
-        compute = [
-            replace(finding, level="warn", detail=f"{finding.detail} {elsewhere}")
-            if finding.level == "fail"
-            else finding
-            for finding in compute
-        ]
+        note = "(on this machine; the cluster may have it)"
+        compute = [replace(f, level="warn", detail=f"{f.detail} {note}") if f.level == "fail" else f for f in compute]
     return [
         check_versions(versions),
         check_setuptools(util.find_spec("setuptools") is not None),

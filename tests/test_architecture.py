@@ -15,7 +15,7 @@ LAYERS = {
     "records": 0, "config": 0, "files": 0,
     "chat": 1, "judging": 1, "pairing": 1, "prompts": 1, "buffer": 1, "losses": 1, "packing": 1, "model": 1,
     "progress": 1, "store": 2, "plan": 2, "doctor": 2, "produce": 3, "evaluate": 4, "loop": 5,
-    "runtime.weights": 6, "runtime.vllm_worker": 7, "runtime.engine": 7, "runtime.learner": 7,
+    "runtime.weights": 6, "runtime.mailbox": 6, "runtime.vllm_worker": 7, "runtime.engine": 7, "runtime.learner": 7,
     "runtime.actors": 8, "runtime.launch": 9, "cli": 10,
 }  # fmt: skip
 SIDEWAYS = {("judging", "chat"), ("losses", "packing"), ("plan", "store"), ("doctor", "plan"),

@@ -23,6 +23,7 @@ from rsrlm.config import Config
 from rsrlm.records import Completion, Request, Sampling
 from rsrlm.runtime.engine import EngineDead, cpu_environment, make_engine
 from rsrlm.runtime.learner import BroadcastJob, TrainJob, serve
+from rsrlm.runtime.mailbox import Mailbox
 from rsrlm.runtime.weights import WeightSet
 
 MAX_ATTEMPTS = 3  # of one request, over as many engines that died under it
@@ -137,8 +138,9 @@ class EnginePool:
             raise PoolFailed(f"replica {replica.index} of pool {self._name} did not start: {error.cause!r}") from error
         except RayActorError as error:
             raise PoolFailed(f"replica {replica.index} of pool {self._name} did not start: {error}") from error
-        if weights.version != self._weights.version:  # published while it came up
-            await self._update(replica, self._weights)
+        if weights is not self._weights:  # published while it came up: once more, from the new folder
+            ray.kill(replica.actor)
+            return await self._bring_up(replica)
         replica.outstanding = 0
         replica.last_answer = time.monotonic()
         replica.ready.set()
@@ -349,49 +351,6 @@ class SharedBuffer:
     async def close(self) -> None:
         with contextlib.suppress(Exception):
             ray.kill(self._actor)
-
-
-class Mailbox:
-    """Jobs for the learner's ranks and events from rank 0. Ranks wait here, never inside a collective."""
-
-    def __init__(self) -> None:
-        self._jobs: list[Any] = []
-        self._events: list[list[dict[str, Any]]] = []
-        self._finished: set[int] = set()
-        self._changed = asyncio.Condition()
-
-    async def post(self, job: Any) -> int:
-        async with self._changed:
-            self._jobs.append(job)
-            self._events.append([])
-            self._changed.notify_all()
-            return len(self._jobs) - 1
-
-    async def next(self, done: int, wait_s: float = 10.0) -> tuple[int, Any]:
-        """The first unfinished job after number `done`; (done, None) when there is none for a while."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s), self._changed:
-                while True:
-                    for number in range(done + 1, len(self._jobs)):
-                        if number not in self._finished:
-                            return number, self._jobs[number]
-                    await self._changed.wait()
-        return done, None
-
-    async def emit(self, number: int, event: dict[str, Any]) -> None:
-        async with self._changed:
-            self._events[number].append(event)
-            if event["event"] in ("done", "failed"):
-                self._finished.add(number)
-            self._changed.notify_all()
-
-    async def events(self, number: int, since: int, wait_s: float = 5.0) -> list[dict[str, Any]]:
-        """Events of a job from index `since` on; waits a while for the first."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s), self._changed:
-                while len(self._events[number]) <= since:
-                    await self._changed.wait()
-        return self._events[number][since:]
 
 
 class LearnerFailed(RuntimeError):

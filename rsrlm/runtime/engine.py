@@ -140,26 +140,36 @@ class InProcessEngine:
     """vLLM's LLMEngine in this process. Everything that touches it runs in one thread, between two steps."""
 
     def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:
-        os.environ.update(cpu_environment(config.engine))
-        from vllm import EngineArgs, LLMEngine
-
         self._replica = replica
-        self._threads = config.engine.threads
-        self._engine: Any = LLMEngine.from_engine_args(
-            EngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
-        )
-        self._engine.set_weight_version(version)
+        self._engine: Any = None
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._waiting: dict[str, tuple[Request, Future[Completion]]] = {}
         self._dead: Exception | None = None
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        made: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._serve, args=(config, folder, version, made), name="engine", daemon=True
+        )
         self._thread.start()
+        made.result()
 
-    def _serve(self) -> None:
-        import torch
+    def _make(self, config: Config, folder: str, version: str) -> None:
+        os.environ.update(cpu_environment(config.engine))
+        from vllm import EngineArgs, LLMEngine
+        from vllm.usage.usage_lib import UsageContext
 
-        # OpenMP counts threads for each thread that asks: vLLM's setting was for the one that made the engine.
-        torch.set_num_threads(self._threads)
+        arguments = EngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
+        # The context of vLLM's LLM: with another one, vLLM would choose a smaller token budget for a step.
+        self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+        self._engine.set_weight_version(version)
+
+    def _serve(self, config: Config, folder: str, version: str, made: Future[None]) -> None:
+        try:
+            # In the thread that steps it: OpenMP keeps a pool of threads for each thread that computes.
+            self._make(config, folder, version)
+            made.set_result(None)
+        except Exception as error:
+            made.set_exception(error)
+            return
         try:
             while True:
                 idle = not self._engine.has_unfinished_requests()
@@ -244,13 +254,13 @@ class AsyncEngine:
     def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:
         os.environ.update(cpu_environment(config.engine))
         from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._replica = replica
         self._initial_version: str | None = version
-        self._engine: Any = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
-        )
+        arguments = AsyncEngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
+        self._engine: Any = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
     async def _named(self) -> Any:
         if self._initial_version is not None:

@@ -1,0 +1,792 @@
+"""A user's mistake is told before anything starts: what is wrong, where, and the remedy. No stack trace, no files."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from rsrlm import cli
+from rsrlm.config import Config, ConfigError
+from rsrlm.loop import NoPairs
+from rsrlm.progress import Report
+from rsrlm.runtime import launch
+from rsrlm.store import RunFolder
+
+PROMPTS = [{"id": f"p{number}", "prompt": f"Say {number}."} for number in range(7)]
+EXECUTE = launch.execute
+NO_GPU = pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="needs a machine without an NVIDIA GPU")
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: Any
+    out: str
+    err: str
+
+
+class Started(BaseException):
+    """Instead of a run: the arguments of `launch.execute`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__("a run was started")
+        self.arguments = arguments
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(*arguments: Any) -> int:
+        raise Started(*arguments)
+
+    monkeypatch.setattr(launch, "execute", execute)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # main() puts the working directory there
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def rsrlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`rsrlm ARGUMENTS` in this process."""
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["rsrlm", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        out, err = (re.sub(r"\x1b\[[0-9;]*m", "", text) for text in said)
+        return Ended(ended.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with zeros for weights, and a real tokenizer cut down to single bytes, which loads at once."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    for name in ("tokenizer_config.json", "chat_template.jinja", "config.json"):
+        shutil.copy(smollm2 / name, folder)
+    tokenizer = json.loads((smollm2 / "tokenizer.json").read_text())
+    added = {token["content"] for token in tokenizer["added_tokens"]}
+    kept = [token for token in tokenizer["model"]["vocab"] if token in added or len(token) == 1]
+    tokenizer["model"] |= {"vocab": {token: number for number, token in enumerate(kept)}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    header = json.dumps({"embed": {"dtype": "BF16", "shape": [10, 4], "data_offsets": [0, 80]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(80))
+    return folder
+
+
+@pytest.fixture
+def model(small_model: Path, tmp_path: Path) -> Path:
+    """A folder of one's own to break."""
+    return Path(shutil.copytree(small_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, small_model: Path) -> Path:
+    """A config that could run, with a prompt file of seven."""
+    data = {
+        "name": "mine",
+        "runs": str(tmp_path / "runs"),
+        "iterations": 1,
+        "model": str(small_model),
+        "prompts": {"path": str(tmp_path / "prompts.jsonl"), "per_iteration": 4, "heldout": 2},
+        "sample": {"responses": 2, "max_tokens": 24},
+        "judge": {"read": "digits"},
+        "train": {"lr": 1e-3, "pairs_per_step": 2},
+        "engine": {"max_model_len": 512, "kv_cache_gib": 0.25},
+    }
+    write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def write_prompts(path: Path, entries: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+@pytest.fixture
+def refused(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path) -> Callable[..., str]:
+    """The message on a `run` with these overrides, which ends with 2 and leaves nothing behind."""
+
+    def call(*overrides: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        ended = rsrlm("run", config_file, *overrides)
+        assert ended.code == 2
+        assert ended.out == ""
+        assert ended.err.startswith("rsrlm: ")
+        assert "Traceback" not in ended.err
+        assert sorted(tmp_path.rglob("*")) == before
+        return ended.err
+
+    return call
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    data = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+# -- what is right -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_right_starts(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, smollm2: Path) -> None:
+    """Or every refusal below could be one of something else."""
+    with pytest.raises(Started) as started:
+        rsrlm("run", config_file, "model=smollm2-135m-instruct", "seed=7")
+    prepared, store, _ = started.value.arguments
+    assert prepared.config.seed == 7
+    assert prepared.model == smollm2
+    assert prepared.left_out == []
+    assert (len(prepared.inputs.heldout), [len(hand) for hand in prepared.inputs.hands]) == (2, [4])
+    assert store.folder == tmp_path / "runs" / "mine"
+    assert [path.name for path in store.folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("code", [0, 3, 4, 130])
+def test_the_exit_code_is_that_of_the_run(
+    code: int, rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "prepare", lambda config: SimpleNamespace(model=None))
+    monkeypatch.setattr(cli, "_check_room", lambda config, model: None)
+    monkeypatch.setattr(launch, "execute", lambda *_: code)
+    assert rsrlm("run", config_file).code == code
+
+
+def test_an_interruption_while_preparing(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "prepare", prepare)
+    ended = rsrlm("run", config_file)
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+# -- config ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_in_a_process_of_its_own(config_file: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rsrlm.cli", "run", str(config_file), "prompts.path=nowhere.jsonl"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "rsrlm: prompts.path=nowhere.jsonl: No such file or directory; give a JSONL file with id and prompt per line, "
+        "or 'builtin'\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_that_is_not_there(rsrlm: Callable[..., Ended], tmp_path: Path) -> None:
+    for command in ("run", "plan", "doctor"):
+        ended = rsrlm(command, "nowhere.yaml")
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err == "rsrlm: nowhere.yaml: No such file or directory; give the path of a YAML config\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learning_rate=1e-5", ["train.learning_rate: unknown key; known here: ", " lr, "]),
+        ("trian.lr=1e-5", ["trian: unknown key; known here: ", " train, "]),
+        ("train.lr=fast", ["train.lr='fast': ", "number"]),
+        ("prompts.per_iteration=4.5", ["prompts.per_iteration=4.5: ", "integer"]),
+        ("sample.responses=1", ["sample.responses=1: ", "greater than or equal to 2"]),
+        ("judge.read=oracle", ["judge.read='oracle': ", "'digits'"]),
+        ("lr", ["'lr': overrides are written key.sub=value, such as train.lr=1e-5"]),
+        ("name=a/b", ["name='a/b': "]),
+        (f"name={'x' * 300}", ["at most 200 characters"]),
+    ],
+)
+def test_keys_and_values(override: str, said: list[str], refused: Callable[..., str]) -> None:
+    message = refused(override)
+    for part in said:
+        assert part in message
+
+
+def test_every_command_that_reads_a_config_refuses_it_alike(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    told = [rsrlm(command, config_file, "train.learning_rate=1") for command in ("run", "plan", "doctor")]
+    assert {(ended.code, ended.out) for ended in told} == {(2, "")}
+    assert len({ended.err for ended in told}) == 1
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (None, ": No such file or directory; give a JSONL file with id and prompt per line, or 'builtin'"),
+        (["", " "], ": no prompts in it; write one JSON object with id and prompt per line"),
+        (['{"id": "a", "prompt": "x"}', "", '{"id": "b", "pro'], ", line 3: not JSON ("),
+        (['{"id": "a", "prompt": "x"}', '{"id": "b"}'], ', line 2: must be an object such as {"id": "tea", '),
+        (
+            ['{"id": "a", "prompt": "x"}', '{"id": "b", "prompt": "y"}', '{"id": "a", "prompt": "z"}'],
+            ", line 3: id 'a' stands in line 1 already; ids are unique",
+        ),
+    ],
+    ids=["missing", "empty", "malformed", "no-prompt", "duplicate"],
+)
+def test_prompt_files(lines: list[str] | None, said: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "theirs.jsonl"
+    if lines is not None:
+        path.write_text("\n".join(lines))
+    assert f"prompts.path={path}{said}" in refused(f"prompts.path={path}")
+
+
+def test_too_few_prompts(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert refused("iterations=2") == (
+        f"rsrlm: prompts.path={tmp_path / 'prompts.jsonl'}: 7 usable prompts, but 10 are needed (2 held out, 4 for "
+        "each of 2 iterations); add prompts, lower prompts.per_iteration or set prompts.reuse=true\n"
+    )
+
+
+def with_a_long_one(path: Path) -> None:
+    write_prompts(path, [*PROMPTS[:6], {"id": "long", "prompt": "tea " * 600}])
+
+
+def test_a_prompt_that_is_too_long_stops_the_run(refused: Callable[..., str], tmp_path: Path) -> None:
+    with_a_long_one(tmp_path / "prompts.jsonl")
+    message = refused("prompts.overlong=error")
+    # 512 less the 96 of evaluate.max_tokens
+    found = re.match(r"rsrlm: prompt 'long' has (\d+) tokens, more than the 416 that ", message)
+    assert found
+    assert int(found[1]) > 600
+    assert "engine.max_model_len=512" in message
+    assert "prompts.overlong=drop" in message
+
+
+def test_a_prompt_that_is_too_long_is_left_out(
+    rsrlm: Callable[..., Ended], refused: Callable[..., str], config_file: Path, tmp_path: Path
+) -> None:
+    with_a_long_one(tmp_path / "prompts.jsonl")
+    assert "6 usable prompts, but 7 are needed" in refused("prompts.heldout=3")  # the default is drop
+    with pytest.raises(Started) as started:
+        rsrlm("run", config_file, "prompts.overlong=drop")
+    prepared = started.value.arguments[0]
+    assert prepared.left_out == ["long"]
+    dealt = [*prepared.inputs.heldout, *prepared.inputs.hands[0]]
+    assert {prompt.id for prompt in dealt} == {f"p{number}" for number in range(6)}
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there(refused: Callable[..., str]) -> None:
+    message = refused("model=./nowhere")
+    assert message.startswith("rsrlm: model.path=./nowhere: no such folder; give a folder, a Hugging Face id")
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("model.safetensors", "no *.safetensors; save the model with save_pretrained first"),
+        ("config.json", "no config.json; give the folder of a Hugging Face model"),
+        ("tokenizer.json", "no tokenizer files; save the tokenizer into the same folder"),
+        ("chat_template.jinja", "its tokenizer has no chat template; use an instruction-tuned model, or add"),
+    ],
+)
+def test_a_model_folder_that_lacks_something(missing: str, said: str, model: Path, refused: Callable[..., str]) -> None:
+    (model / missing).unlink()
+    assert refused(f"model={model}").startswith(f"rsrlm: model.path={model}: {said}")
+
+
+def test_a_tokenizer_without_an_end_token(model: Path, refused: Callable[..., str]) -> None:
+    edit(model / "tokenizer_config.json", eos_token=None)
+    message = refused(f"model={model}")
+    assert message.startswith(f"rsrlm: model.path={model}: its tokenizer has no end token")
+    assert "set eos_token in tokenizer_config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", "{}", "the tokenizer cannot be read (KeyError: "),
+        ("tokenizer.json", '{"version": "1.0", "model', "the tokenizer cannot be read ("),
+        ("tokenizer_config.json", "{", "the tokenizer cannot be read ("),
+        ("config.json", "{", "config.json cannot be read ("),
+        ("config.json", "[]", "config.json cannot be read ("),
+        ("config.json", "{}", "config.json cannot be read ("),
+        ("config.json", '{"model_type": "brandnew"}', "config.json cannot be read ("),
+    ],
+)
+def test_broken_files(name: str, content: str, said: str, model: Path, refused: Callable[..., str]) -> None:
+    (model / name).write_text(content)
+    message = refused(f"model={model}")
+    assert message.startswith(f"rsrlm: model.path={model}: {said}")
+    assert "download the model again" in message
+    assert message.count("\n") == 1
+
+
+def test_a_model_that_is_none_of_language(model: Path, refused: Callable[..., str]) -> None:
+    edit(model / "config.json", model_type="vit")
+    message = refused(f"model={model}")
+    assert message.startswith(f"rsrlm: model.path={model}: model_type=vit of its config.json is no causal language")
+    assert "use another model" in message
+
+
+def test_dropout_of_an_architecture_without(model: Path, refused: Callable[..., str]) -> None:
+    (model / "config.json").write_text('{"model_type": "mamba"}')
+    assert refused(f"model={model}", "train.dropout=0.1") == (
+        "rsrlm: train.dropout=0.1: the architecture mamba has no dropout; set train.dropout=0\n"
+    )
+
+
+# -- code that comes with a model --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def marker(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model brings `remote.py`, which leaves this file behind when it is imported."""
+    found = tmp_path / "executed"
+    (model / "remote.py").write_text(
+        f"open({str(found)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig):\n    model_type = 'remote'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+        "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    # Where transformers would copy it to.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return found
+
+
+CONFIG_MAP = {"AutoConfig": "remote.Config"}
+MODEL_MAP = {"AutoModelForCausalLM": "remote.Model"}
+
+
+@pytest.fixture(params=["config and model", "config", "model", "tokenizer"])
+def needing(request: pytest.FixtureRequest, model: Path, marker: Path) -> Path:
+    """The model cannot be used without its code."""
+    if request.param == "tokenizer":
+        changes = {"tokenizer_class": "RemoteTokenizer", "auto_map": {"AutoTokenizer": ["remote.Tokenizer", None]}}
+        edit(model / "tokenizer_config.json", **changes)
+    elif request.param == "model":
+        # An encoder's config, which transformers knows, with a language model's class.
+        edit(model / "config.json", model_type="vit", auto_map=MODEL_MAP)
+    else:
+        auto_map = {**CONFIG_MAP, **(MODEL_MAP if "model" in request.param else {})}
+        edit(model / "config.json", model_type="remote", auto_map=auto_map)
+    return model
+
+
+def test_code_of_a_model_is_not_executed(needing: Path, marker: Path, refused: Callable[..., str]) -> None:
+    assert refused(f"model={needing}") == (
+        f"rsrlm: model.path={needing}: the model brings Python code of its own; read it, then set "
+        "model.trust_remote_code=true to run it\n"
+    )
+    assert not marker.exists()
+
+
+def test_code_of_a_model_that_is_trusted(
+    rsrlm: Callable[..., Ended], config_file: Path, model: Path, marker: Path
+) -> None:
+    """And would have left its mark above."""
+    edit(model / "config.json", model_type="remote", auto_map={**CONFIG_MAP, **MODEL_MAP})
+    ended = rsrlm("plan", config_file, f"model={model}", "model.trust_remote_code=true")
+    assert ended.code == 0, ended.err
+    assert marker.exists()
+
+
+def test_code_that_transformers_has_itself_is_not_needed(
+    rsrlm: Callable[..., Ended], config_file: Path, model: Path, marker: Path
+) -> None:
+    """Many models still carry the files from before their architecture was taken into transformers."""
+    edit(model / "config.json", auto_map={**CONFIG_MAP, **MODEL_MAP})
+    assert rsrlm("plan", config_file, f"model={model}").code == 0
+    assert not marker.exists()
+
+
+# -- judges ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["judge.template", "evaluate.template"])
+def test_a_template_that_is_missing(key: str, refused: Callable[..., str]) -> None:
+    message = refused(f"{key}=mine.jinja")
+    assert message.startswith(f"rsrlm: {key}='mine.jinja': neither one of rsrlm's (additive, ")
+    assert message.endswith("give one of these names or a path\n")
+
+
+def test_a_template_for_something_else(refused: Callable[..., str]) -> None:
+    assert "evaluate.template='additive': does not use response_a, response_b; add" in refused(
+        "evaluate.template=additive"
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("their_judge:longer", "=their_judge:longer: cannot be imported: AttributeError: "),
+        ("no_such_module:shorter", "=no_such_module:shorter: cannot be imported: ModuleNotFoundError: "),
+        ("their_judge:alone", "=their_judge:alone: must be callable with (prompt, response): "),
+        ("shorter", "='shorter': write module:name, such as my_judges:shorter"),
+    ],
+)
+def test_functions_that_cannot_judge(
+    function: str, said: str, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "their_judge", raising=False)
+    (tmp_path / "their_judge.py").write_text("def alone(prompt):\n    return 1\n")
+    message = refused("judge.read=function", f"judge.function={function}")
+    assert message.startswith(f"rsrlm: judge.function{said}")
+
+
+def test_a_function_beside_the_working_directory_is_found(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "my_judge", raising=False)
+    (tmp_path / "my_judge.py").write_text("def shorter(prompt, response):\n    return -len(response)\n")
+    assert rsrlm("plan", config_file, "judge.read=function", "judge.function=my_judge:shorter").code == 0
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_the_memory(refused: Callable[..., str]) -> None:
+    message = refused("engine.kv_cache_gib=10000")
+    need, have = map(float, re.findall(r"([\d.]+)(?: GiB of memory|; use)", message))
+    assert need > 10000 > have
+    assert "use a smaller model.path, engine.kv_cache_gib or train.micro_batch" in message
+
+
+def test_more_than_the_disk(refused: Callable[..., str], tmp_path: Path) -> None:
+    message = refused("iterations=30000", "prompts.reuse=true", "model=smollm2-135m-instruct")
+    assert message.startswith(f"rsrlm: runs={tmp_path / 'runs'}: the run needs about ")
+    assert re.search(r"GiB of disk, [\d.]+ are free at ", message)
+    assert "runs=FOLDER" in message
+
+
+def test_a_place_that_cannot_be_written(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("theirs")
+    for runs in (tmp_path / "file", tmp_path / "file" / "runs"):
+        assert refused(f"runs={runs}") == (
+            f"rsrlm: run folder {runs / 'mine'}: Not a directory; choose a folder that you can write with runs=FOLDER\n"
+        )
+    assert (tmp_path / "file").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("key", ["runs", "model"])
+def test_paths_that_the_system_refuses(key: str, refused: Callable[..., str]) -> None:
+    """Too long here; a folder that the user may not enter is the same."""
+    message = refused(f"{key}=./{'x' * 300}")
+    assert "xxx" in message
+    assert "File name too long; give a path that you can use" in message
+
+
+def test_a_run_that_is_there(refused: Callable[..., str], make_config: Any, tmp_path: Path) -> None:
+    store = RunFolder.create(make_config(name="mine", seed=5))
+    before = (store.folder / "config.yaml").read_text()
+    assert refused() == (
+        f"rsrlm: {store.folder} holds a run already; go on with `rsrlm resume {store.folder}`, or choose another name "
+        "with name=NAME\n"
+    )
+    assert (store.folder / "config.yaml").read_text() == before
+
+
+def test_a_folder_of_something_else(refused: Callable[..., str], tmp_path: Path) -> None:
+    """A run removes half-written files under its folder: it must be its own."""
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "thesis.tmp").write_text("years of work")
+    assert refused() == (
+        f"rsrlm: {tmp_path / 'runs' / 'mine'} holds other files (thesis.tmp); choose another name with name=NAME\n"
+    )
+
+
+def test_a_folder_that_an_earlier_attempt_left_empty(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / ".config.yaml.tmp").write_text("name: mi")
+    with pytest.raises(Started):
+        rsrlm("run", config_file)
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.gpus=1", "engine.kind=async"],
+        ["train.gpus=1"],
+        ["engine.gpus=1", "ray.address=local"],  # Ray's word for a cluster of the run's own
+    ],
+)
+def test_gpus_on_a_machine_without(overrides: list[str], refused: Callable[..., str]) -> None:
+    message = refused(*overrides, "model.dtype=bfloat16")
+    assert message.startswith(f"rsrlm: {overrides[0]}: this machine has no NVIDIA GPU; set engine.gpus=0 and train.gp")
+    assert "ray.address=HOST:PORT" in message
+
+
+# -- resume ------------------------------------------------------------------------------------------------------------
+
+
+def test_resume_of_what_is_no_run(rsrlm: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        ended = rsrlm("resume", folder)
+        assert (ended.code, ended.out) == (2, "")
+        assert (
+            ended.err == f"rsrlm: {folder}: no run here (no config.yaml); give the folder of a run, such as runs/NAME\n"
+        )
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_resume_looks_at_the_inputs_again(rsrlm: Callable[..., Ended], make_config: Any, tmp_path: Path) -> None:
+    store = RunFolder.create(make_config(prompts={"path": str(tmp_path / "gone.jsonl")}))
+    ended = rsrlm("resume", store.folder)
+    assert (ended.code, ended.out) == (2, "")
+    assert f"prompts.path={tmp_path / 'gone.jsonl'}: No such file" in ended.err
+    assert [path.name for path in store.folder.iterdir()] == ["config.yaml"]
+
+
+def test_resume_of_a_finished_run_does_nothing(
+    rsrlm: Callable[..., Ended], make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunFolder.create(make_config(iterations=2, model={"path": "./gone"}))
+    for iteration in range(2):
+        store.write_metrics(iteration, {})
+    ended = rsrlm("resume", store.folder)
+    assert ended.code == 0
+    assert f"{store.folder} is finished: 2 iterations" in ended.out
+
+
+# -- help and plan -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("run", ["CONFIG", "KEY.SUB=VALUE"]),
+        ("resume", ["RUN"]),
+        ("plan", ["CONFIG", "KEY.SUB=VALUE"]),
+        ("doctor", ["CONFIG", "KEY.SUB=VALUE"]),
+    ],
+)
+def test_help_of_a_command(command: str, arguments: list[str], rsrlm: Callable[..., Ended]) -> None:
+    ended = rsrlm(command, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    usage, _, rest = ended.out.partition("Arguments")
+    for argument in arguments:
+        assert argument in usage
+        assert argument in rest
+
+
+def test_help_lists_the_commands(rsrlm: Callable[..., Ended]) -> None:
+    ended = rsrlm("--help")
+    assert ended.code == 0
+    for command in ("run", "resume", "plan", "doctor"):
+        assert re.search(rf"^\W*{command}\b", ended.out, re.MULTILINE)
+    assert "Exit codes" in ended.out
+
+
+def test_no_arguments_print_help(rsrlm: Callable[..., Ended]) -> None:
+    ended = rsrlm()
+    assert ended.code in (0, 2)  # Click changed its mind in 8.2
+    said = ended.out + ended.err
+    assert "Usage" in said
+    assert "resume" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["train"], "No such command 'train'"), (["run"], "Missing argument"), (["run", "a", "--fast"], "No such option")],
+)
+def test_words_that_mean_nothing(arguments: list[str], said: str, rsrlm: Callable[..., Ended]) -> None:
+    ended = rsrlm(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_plan_prints_the_bounds_and_starts_nothing(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path
+) -> None:
+    files, children = sorted(tmp_path.rglob("*")), psutil.Process().children()
+    ended = rsrlm("plan", config_file, "train.lr=2e-5")
+    assert (ended.code, ended.err) == (0, "")
+    assert "lr: 2.0e-05" in ended.out
+    rows = {
+        cells[0].strip(): cells[1].strip()
+        for line in ended.out.splitlines()
+        if len(cells := line.strip("│ ").split("│")) == 2
+    }
+    assert rows["responses"] == "8"  # 4 prompts, 2 each
+    assert rows["judgements"] == "8"
+    assert rows["held-out answers"] == "4"  # of M0 and M1
+    assert rows["held-out duels"] == "4"  # in both orders
+    assert rows["optimizer steps"] == "2"
+    assert {"memory: all", "disk: models"} <= set(rows)
+    assert f"run folder: {tmp_path / 'runs' / 'mine'}" in ended.out
+    assert sorted(tmp_path.rglob("*")) == files
+    assert psutil.Process().children() == children
+
+
+def test_plan_shows_what_does_not_fit(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    ended = rsrlm("plan", config_file, "engine.kv_cache_gib=10000")
+    assert ended.code == 0
+    assert re.search(r"memory: engine │ 10\d{3}\.\d\d GiB", ended.out)
+
+
+# -- a run that fails --------------------------------------------------------------------------------------------------
+
+FULL = "[Errno 28] No space left on device"
+
+
+def of_an_actor(error: Exception) -> BaseException:
+    """The error as Ray raises it in the driver."""
+    from ray.exceptions import RayTaskError
+
+    return RayTaskError("put", "Traceback of the actor", error).as_instanceof_cause()
+
+
+def of_the_learner(message: str) -> Exception:
+    from rsrlm.runtime.actors import LearnerFailed
+
+    return LearnerFailed(message)
+
+
+def of_a_pool(message: str) -> Exception:
+    from rsrlm.runtime.actors import PoolFailed
+
+    return PoolFailed(message)
+
+
+def full(number: int = errno.ENOSPC) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (full, FULL),
+        (lambda: full(errno.EDQUOT), "[Errno 122] Disk quota exceeded"),
+        (lambda: of_an_actor(full()), FULL),
+        (lambda: of_the_learner(f"OSError: {FULL}: '/dev/shm/x'"), f"OSError: {FULL}: '/dev/shm/x'"),
+        (lambda: of_a_pool(f"replica 0 did not start: OSError: {FULL}"), f"replica 0 did not start: OSError: {FULL}"),
+    ],
+    ids=["driver", "quota", "actor", "learner", "pool"],
+)
+def test_a_full_disk_is_the_users_to_mend(
+    make: Callable[[], BaseException], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = ("failed", 2, f"the disk is full ({reason}); free some space, then resume")
+    assert launch._failure(make()) == expected
+    assert caplog.records == []  # no stack trace
+
+
+def test_mistakes_that_show_later_are_the_users_as_well(caplog: pytest.LogCaptureFixture) -> None:
+    for error in (ConfigError("judge.function f raised"), of_an_actor(ConfigError("judge.function f raised"))):
+        assert launch._failure(error) == ("failed", 2, "judge.function f raised")
+    assert caplog.records == []
+
+
+def test_other_failures_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    assert launch._failure(of_the_learner("rank 0 died")) == ("failed", 4, "rank 0 died")
+    assert launch._failure(of_a_pool("no engine")) == ("failed", 4, "no engine")
+    assert caplog.records == []
+    with caplog.at_level(logging.ERROR):
+        assert launch._failure(full(errno.EIO))[:2] == ("failed", 4)
+        assert launch._failure(of_an_actor(ValueError("x")))[:2] == ("failed", 4)
+    assert [bool(record.exc_info) for record in caplog.records] == [True, True]
+
+
+class Screen(Report):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def executed(
+    monkeypatch: pytest.MonkeyPatch, store: RunFolder, config: Config, error: BaseException | None
+) -> tuple[int, list[str]]:
+    """Exit code and lines of a run whose cluster raises this."""
+
+    @contextlib.contextmanager
+    def cluster(config: Config, store: RunFolder) -> Iterator[None]:
+        if error:
+            raise error
+        yield
+
+    async def nothing(*_: Any) -> None: ...
+
+    monkeypatch.setattr(launch, "_ray", cluster)
+    monkeypatch.setattr(launch, "_run", nothing)
+    screen = Screen()
+    inputs: Any = None
+    prepared = launch.Prepared(config=config, model=Path(), inputs=inputs, left_out=["long", "longer"])
+    return EXECUTE(prepared, store, screen), screen.lines
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (None, 0, "completed"),
+        (NoPairs("iteration 0 has no pairs"), 3, "no_pairs"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ExceptionGroup("", [ExceptionGroup("", [full()])]), 2, "failed"),
+    ],
+    ids=["completed", "no-pairs", "interrupted", "full"],
+)
+def test_how_a_run_ends(
+    error: BaseException | None, code: int, status: str, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    store = RunFolder.create(config)
+    ended, lines = executed(monkeypatch, store, config, error)
+    assert ended == code
+    assert lines[0] == "2 prompts are too long and left out: long, longer"
+    assert any(line.startswith(f"status: {status}") for line in lines)
+    assert (lines[-1] == f"go on with: rsrlm resume {store.folder}") == (code != 0)
+    summary = store.summary()
+    assert summary["status"] == status
+    assert ("reason" in summary) == (status in ("no_pairs", "failed"))
+    events = [json.loads(line) for line in (store.folder / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["status"]) for event in events] == [("run_ended", status)]
+
+
+def test_a_disk_that_stays_full_does_not_hide_the_reason(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the summary nor the events can be written: /dev/full is a full disk."""
+    config = make_config()
+    store = RunFolder.create(config)
+    for name in ("events.jsonl", ".summary.json.tmp"):
+        (store.folder / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        store.write_summary({})
+    with pytest.raises(OSError, match="No space left on device"):
+        store.event("any")
+    launch._write_summary(store, "failed", "the reason")
+    monkeypatch.setattr(RunFolder, "remove_scratch", lambda store: None)
+    code, lines = executed(monkeypatch, store, config, full())
+    assert code == 2
+    assert f"status: failed: the disk is full ({FULL}); free some space, then resume" in lines
+    assert store.summary() == {}
