@@ -22,7 +22,7 @@ ENGINE_BASE = 1.15 * GIB
 ENGINE_CORE_BASE = 1.40 * GIB  # further processes of AsyncLLM
 LEARNER_BASE = 0.85 * GIB
 DRIVER = 0.80 * GIB
-RAY = 0.55 * GIB  # raylet, GCS, agents, and the small actors around them
+RAY = 1.50 * GIB  # raylet, GCS, agents, buffer, mailbox and the helpers of Ray Train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ import pytest
 import yaml
 
 from rsrlm import cli
-from rsrlm.config import Config, ConfigError
+from rsrlm.config import Config, ConfigError, Model
 from rsrlm.loop import NoPairs
+from rsrlm.model import folder_of
 from rsrlm.progress import Report
 from rsrlm.runtime import launch
 from rsrlm.store import RunFolder
@@ -422,6 +423,23 @@ def test_code_that_transformers_has_itself_is_not_needed(
     edit(model / "config.json", auto_map={**CONFIG_MAP, **MODEL_MAP})
     assert rsrlm("plan", config_file, f"model={model}").code == 0
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_is_downloaded_only_where_it_is_trusted(
+    trusted: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    patterns: list[str] = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        patterns.extend(allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert folder_of(Model(path="owner/model", trust_remote_code=trusted)) == model
+    assert ("*.py" in patterns) == trusted
 
 
 # -- judges ------------------------------------------------------------------------------------------------------------

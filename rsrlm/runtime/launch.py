@@ -351,6 +351,8 @@ def _ray(config: Config, store: RunFolder) -> Any:
     else:
         # No node of one machine is taken away with notice: one process less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Ray's workers run at nice 15: beside any busy process their threads would wait for each other most of the time.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         arguments |= {
             "address": "local",  # without it Ray joins any cluster that runs on this machine
             "include_dashboard": False,
