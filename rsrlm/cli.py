@@ -39,7 +39,9 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     report = Report()
     prepared = launch.prepare(resolved)
     _check_room(resolved, prepared.model)
-    raise typer.Exit(launch.execute(prepared, RunFolder.create(resolved), report))
+    store = RunFolder.create(resolved)
+    launch.check_inputs(prepared, store)
+    raise typer.Exit(launch.execute(prepared, store, report))
 
 
 @app.command(help="Go on with a run that was interrupted or killed. Nothing that is finished is done again.")
@@ -53,9 +55,12 @@ def resume(
     store, resolved = RunFolder.open(folder)
     report = Report()
     if len(store.metrics()) >= resolved.iterations:
+        launch.write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
         report.line(f"{folder} is finished: {resolved.iterations} iterations, see {store.folder / 'summary.json'}")
         raise typer.Exit(0)
-    raise typer.Exit(launch.execute(launch.prepare(resolved), store, report))
+    prepared = launch.prepare(resolved)
+    launch.check_inputs(prepared, store)
+    raise typer.Exit(launch.execute(prepared, store, report))
 
 
 @app.command(

@@ -21,6 +21,8 @@ from rsrlm.progress import Report
 from rsrlm.records import Group, PreferencePair, Prompt, Scored, Unparsed
 from rsrlm.store import RunFolder
 
+CACHE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits")
+
 
 class NoPairs(Exception):
     """An iteration whose groups gave no preference pair: nothing to train on."""
@@ -166,9 +168,9 @@ async def produce(iteration: int, config: Config, inputs: Inputs, ports: Ports) 
     finally:
         journal.close()
     after = await ports.pools.stats()
-    queries = after["prefix_cache_queries"] - before["prefix_cache_queries"]
-    hits = after["prefix_cache_hits"] - before["prefix_cache_hits"]
-    return groups, round(hits / queries, 4) if queries > 0 else None
+    queries, hits = (after.get(name, 0.0) - before.get(name, 0.0) for name in CACHE_COUNTERS)
+    # A replaced engine counts from 0 again: then the share is not known.
+    return groups, round(hits / queries, 4) if queries > 0 and 0 <= hits <= queries else None
 
 
 async def train(iteration: int, config: Config, pairs: Sequence[PreferencePair], ports: Ports) -> dict[str, Any]:
@@ -191,6 +193,10 @@ async def train(iteration: int, config: Config, pairs: Sequence[PreferencePair],
                 tick("reference", 1, 0)
             elif event["event"] == "resumed":
                 lost = [row for row in log.rows if row["step"] >= event["step"]]
+                known = {row["step"] for row in log.rows}
+                for row in (row for row in event["rows"] if row["step"] not in known):
+                    await ports.buffer.call("mark_trained", row["pair_ids"], row["step"])
+                    log.add(row)
                 if event["step"]:
                     tick("reference", rounds, 0)
                     tick("steps", event["step"], 0)
@@ -201,10 +207,10 @@ async def train(iteration: int, config: Config, pairs: Sequence[PreferencePair],
                     store.event("replay", iteration=iteration, steps=len(lost), after=event["step"])
                 log.keep_before(event["step"])
             elif event["event"] == "step":
-                await ports.buffer.call("mark_trained", event["pair_ids"], event["step"])
-                row = {"step": event["step"], "pair_ids": event["pair_ids"], **event["metrics"]}
+                row = event["row"]
+                await ports.buffer.call("mark_trained", row["pair_ids"], row["step"])
                 log.add(row)
-                store.event("step", iteration=iteration, step=event["step"], loss=row["loss"], pairs=row["pair_ids"])
+                store.event("step", iteration=iteration, step=row["step"], loss=row["loss"], pairs=row["pair_ids"])
                 tick("steps", 1, int(row["tokens"]))
             elif event["event"] == "done":
                 files = event["files"]

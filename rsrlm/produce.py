@@ -114,6 +114,11 @@ class Judging:
         self.name = f"{template} ({judge.read})"
 
     @property
+    def source(self) -> str:
+        """What the judge asks: a template's source or a function's name."""
+        return self._template or self.name
+
+    @property
     def per_response(self) -> int:
         return self._judge.per_response
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
-Role = Literal["actor", "judge", "duel"]
+Role = Literal["actor", "judge", "duel", "learner"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

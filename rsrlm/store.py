@@ -4,6 +4,7 @@ A journal per iteration takes each response and judgement as it finishes, so tha
 when the iteration's pairs are complete it becomes Parquet files that `datasets.load_dataset` reads.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -71,6 +72,15 @@ class RunFolder:
         # The folder may have been moved since.
         config = config.model_copy(update={"runs": str(folder.resolve().parent), "name": folder.resolve().name})
         return cls(folder.resolve()), config
+
+    def lock(self) -> IO[bytes]:
+        """Held until it is closed. Raises ConfigError when another process runs in this folder."""
+        file = (self.folder / ".lock").open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{self.folder}: another process is running it; wait for it or stop it first") from None
+        return file
 
     def iteration(self, iteration: int) -> Path:
         return self.folder / "iterations" / f"{iteration:02d}"

@@ -162,7 +162,7 @@ def test_trusted_pieces_are_made_once_per_kind_of_prompt(tokenizer: Any, monkeyp
             mine, name, lambda *a, _o=original, _n=name, **k: calls.append(_n) or _o(*a, **k), raising=True
         )
     encoder = ChatEncoder(tokenizer)
-    encoder._tokenizer = mine
+    encoder.tokenizer = mine
     for index in range(5):
         encoder.encode("Rate {{ a }} now", {"a": f"text {index}"}, "Score: ")
     assert calls == ["apply_chat_template", "encode", "encode", "encode"]

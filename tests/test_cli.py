@@ -802,7 +802,7 @@ def test_a_disk_that_stays_full_does_not_hide_the_reason(make_config: Any, monke
         store.write_summary({})
     with pytest.raises(OSError, match="No space left on device"):
         store.event("any")
-    launch._write_summary(store, "failed", "the reason")
+    launch.write_summary(store, "failed", "the reason")
     monkeypatch.setattr(RunFolder, "remove_scratch", lambda store: None)
     code, lines = executed(monkeypatch, store, config, full())
     assert code == 2

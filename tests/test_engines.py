@@ -448,7 +448,6 @@ def test_a_killed_engine_comes_back_with_the_current_weights(
         assert run_async(greedy(only(pool, replica), f"back{replica}")) == expected[1]
 
 
-@pytest.mark.full
 def test_a_stuck_engine_is_replaced(pool: Any, run_async: Any, cluster: Any, events: list[dict[str, Any]]) -> None:
     """A stopped process keeps its port open and gives no token: it is found and replaced."""
     undisturbed = run_async(sampled(pool, "x", 5, judge_load=False))

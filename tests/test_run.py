@@ -201,8 +201,12 @@ def test_a_killed_driver_is_resumed(place: str, whole: tuple[Path, str], config_
         assert "iteration 0: 30 responses and 30 judgements are done already" in resumed.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "begun"), [(signal.SIGINT, "steps.jsonl"), (signal.SIGTERM, "journal.jsonl")], ids=["SIGINT", "SIGTERM"]
+)
+def test_an_interrupted_run_says_how_to_go_on(
+    number: signal.Signals, begun: str, config_file: Path, whole: tuple[Path, str]
+) -> None:
     folder = config_file.parent / "runs" / f"interrupted-{number.name}"
     process = subprocess.Popen(
         [*RSRLM, "run", str(config_file), f"name={folder.name}"],
@@ -212,8 +216,8 @@ def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_fil
         env={**os.environ, MARK: "1"},
     )
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (folder / "iterations" / "00" / "journal.jsonl").exists():
-        time.sleep(0.2)
+    while time.monotonic() < deadline and not (folder / "iterations" / "00" / begun).exists():
+        time.sleep(0.05)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=90)
     assert process.returncode == 130, printed + errors
@@ -222,6 +226,26 @@ def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, config_fil
     assert "Traceback" not in errors
     assert summary(folder)["status"] == "interrupted"
     assert_nothing_is_left()
+    if begun == "steps.jsonl":
+        # The learner may have gone on to a checkpoint that the driver did not see; nothing is missing from the books.
+        resumed = run("resume", str(folder))
+        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+        assert_same_as(folder, whole[0])
+        rows = summary(folder)["iterations"]
+        assert [row["optimizer_steps"] for row in rows] == [
+            row["optimizer_steps"] for row in summary(whole[0])["iterations"]
+        ]
+        assert all(row["pairs_trained"] == row["pairs"] for row in rows)
+
+
+def test_a_run_is_not_run_twice_at_once(whole: tuple[Path, str]) -> None:
+    from rsrlm.config import ConfigError
+    from rsrlm.store import RunFolder
+
+    store, _ = RunFolder.open(whole[0])
+    with store.lock(), pytest.raises(ConfigError, match="another process is running it"):
+        store.lock()
+    store.lock().close()
 
 
 def test_an_iteration_without_pairs(config_file: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from rsrlm.buffer import PreferenceBuffer
 from rsrlm.config import Config
@@ -27,6 +27,8 @@ from rsrlm.runtime.mailbox import Mailbox
 from rsrlm.runtime.weights import WeightSet
 
 MAX_ATTEMPTS = 3  # of one request, over as many engines that died under it
+# Ways in which a replica is gone and can be replaced; Ray's memory monitor has one of its own.
+GONE = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDead)
 
 
 class PoolFailed(RuntimeError):
@@ -55,6 +57,10 @@ class EngineActor:
 
     async def stats(self) -> dict[str, float]:
         return await self._engine.stats()
+
+    async def progress(self) -> int:
+        """Grows with every step of the engine."""
+        return self._engine.progress()
 
     async def pid(self) -> int:
         return os.getpid()
@@ -136,7 +142,7 @@ class EnginePool:
             ) from None
         except RayTaskError as error:
             raise PoolFailed(f"replica {replica.index} of pool {self._name} did not start: {error.cause!r}") from error
-        except RayActorError as error:
+        except GONE as error:
             raise PoolFailed(f"replica {replica.index} of pool {self._name} did not start: {error}") from error
         if weights is not self._weights:  # published while it came up: once more, from the new folder
             ray.kill(replica.actor)
@@ -180,7 +186,7 @@ class EnginePool:
                 completion = await replica.actor.generate.remote(sent)
                 replica.last_answer = time.monotonic()
                 return replace(completion, request_id=request.id)
-            except (ActorDiedError, ActorUnavailableError, EngineDead) as error:
+            except GONE as error:
                 self._lost(replica, generation, error)
                 if attempt == MAX_ATTEMPTS - 1:
                     raise PoolFailed(f"request {request.id} failed on {MAX_ATTEMPTS} engines: {error}") from error
@@ -195,7 +201,12 @@ class EnginePool:
         replica.generation += 1
         replica.ready.clear()
         self._restarts += 1
-        self._note("engine_lost", pool=self._name, replica=replica.index, error=str(error).splitlines()[0][:300])
+        self._note(
+            "engine_lost",
+            pool=self._name,
+            replica=replica.index,
+            error=(str(error) or repr(error)).splitlines()[0][:300],
+        )
         if self._restarts > 5 * len(self._replicas):
             self._failure = PoolFailed(f"pool {self._name}: engines died {self._restarts} times; last: {error}")
             self._spawn(self._wake())
@@ -213,19 +224,25 @@ class EnginePool:
             await self._wake()
 
     async def _watch(self, every_s: float = 15.0, silence_s: float = 60.0) -> None:
-        """Health is a generated token: a replica that has work and is silent must produce one."""
+        """A replica that has work and makes no step between two looks, or does not even say so, is replaced."""
         while True:
             await asyncio.sleep(every_s)
-            for replica in self._replicas:
-                silent = time.monotonic() - replica.last_answer > silence_s
-                if not (replica.ready.is_set() and replica.outstanding and silent):
-                    continue
-                generation = replica.generation
-                try:
-                    await asyncio.wait_for(self._one_token(replica), silence_s)
-                    replica.last_answer = time.monotonic()
-                except Exception as error:
-                    self._lost(replica, generation, error)
+            now = time.monotonic()
+            busy = [replica for replica in self._replicas if replica.ready.is_set() and replica.outstanding]
+            silent = [replica for replica in busy if now - replica.last_answer > silence_s]
+            await asyncio.gather(*(self._check(replica, silence_s) for replica in silent))
+
+    async def _check(self, replica: Replica, patience_s: float) -> None:
+        generation = replica.generation
+        try:
+            before = await asyncio.wait_for(replica.actor.progress.remote(), patience_s)
+            await asyncio.sleep(patience_s)
+            after = await asyncio.wait_for(replica.actor.progress.remote(), patience_s)
+        except (*GONE, TimeoutError) as error:
+            self._lost(replica, generation, error)
+            return
+        if after == before and replica.outstanding and replica.generation == generation:
+            self._lost(replica, generation, EngineDead(f"no step in {patience_s} s with requests in flight"))
 
     async def publish(self, weights: WeightSet, broadcast: Callable[[WeightSet, str, int, int], Any]) -> list[Any]:
         """The version on every replica, or PoolFailed with a reason within weights.deadline_s.
@@ -284,7 +301,7 @@ class EnginePool:
         """Replicas that hold the version serve again; dead ones are replaced; any other failure fails the update."""
         good = []
         for replica, report in zip(replicas, reports, strict=True):
-            if isinstance(report, (ActorDiedError, ActorUnavailableError)):
+            if isinstance(report, GONE):
                 self._lost(replica, replica.generation, report)
             elif isinstance(report, TimeoutError):
                 raise PoolFailed(
@@ -302,14 +319,35 @@ class EnginePool:
         await self._wake()
         return good
 
-    async def stats(self) -> list[dict[str, float]]:
+    async def _ask(self, method: str, timeout_s: float = 30.0) -> list[Any]:
+        """Answers of the replicas that serve; one that is gone or silent is replaced and leaves its answer out."""
         ready = [replica for replica in self._replicas if replica.ready.is_set()]
-        return await asyncio.gather(*(replica.actor.stats.remote() for replica in ready))
+        generations = [replica.generation for replica in ready]
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(getattr(replica.actor, method).remote(), timeout_s) for replica in ready),
+            return_exceptions=True,
+        )
+        found = []
+        for replica, generation, answer in zip(ready, generations, answers, strict=True):
+            if isinstance(answer, (*GONE, TimeoutError)):
+                self._lost(replica, generation, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found.append(answer)
+        return found
+
+    async def stats(self) -> list[dict[str, float]]:
+        """Counters of each replica since it started."""
+        return await self._ask("stats")
 
     async def versions(self) -> list[str]:
         """What each engine itself says it holds."""
-        ready = [replica for replica in self._replicas if replica.ready.is_set()]
-        return await asyncio.gather(*(replica.actor.version.remote() for replica in ready))
+        return await self._ask("version")
+
+    @property
+    def restarts(self) -> int:
+        return self._restarts
 
     async def close(self) -> None:
         self._failure = PoolFailed("the pool is closed")
@@ -336,17 +374,13 @@ class SharedBuffer:
     """The preference buffer as a Ray actor, awaitable from the driver."""
 
     def __init__(self, path: Path) -> None:
-        self._actor: Any = ray.remote(PreferenceBuffer).options(num_cpus=0, max_restarts=-1).remote(str(path))
+        self._actor: Any = (
+            ray.remote(PreferenceBuffer).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(str(path))
+        )
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Any method of `PreferenceBuffer`. A restarted actor reads its journal, and every method may be repeated."""
-        for attempt in range(3):
-            try:
-                return await getattr(self._actor, method).remote(*arguments)
-            except (ActorUnavailableError, ActorDiedError):
-                if attempt == 2:
-                    raise
-                await asyncio.sleep(1)
+        return await getattr(self._actor, method).remote(*arguments)
 
     async def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -447,7 +481,12 @@ def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
     environment = {"OMP_NUM_THREADS": str(train.threads), "DS_ACCELERATOR": "cuda" if train.gpus else "cpu"}
     return TorchTrainer(
         serve,
-        train_loop_config={"model": config.model, "train": train, "mailbox": mailbox},
+        train_loop_config={
+            "model": config.model,
+            "train": train,
+            "mailbox": mailbox,
+            "folder": str(config.folder),
+        },
         torch_config=TorchConfig(backend="nccl" if train.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.workers, use_gpu=bool(train.gpus), resources_per_worker=resources
@@ -455,7 +494,7 @@ def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
         run_config=RunConfig(
             name="group",
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=train.max_restarts),
+            failure_config=FailureConfig(max_failures=train.max_restarts, controller_failure_limit=3),
             worker_runtime_env={"env_vars": environment},
         ),
     )

@@ -35,6 +35,8 @@ class Engine(Protocol):
 
     async def stats(self) -> dict[str, float]: ...
 
+    def progress(self) -> int: ...
+
     def close(self) -> None: ...
 
 
@@ -145,6 +147,7 @@ class InProcessEngine:
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._waiting: dict[str, tuple[Request, Future[Completion]]] = {}
         self._dead: Exception | None = None
+        self._steps = 0
         made: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._serve, args=(config, folder, version, made), name="engine", daemon=True
@@ -183,6 +186,7 @@ class InProcessEngine:
                     except Exception as error:
                         done.set_exception(error)
                     idle = not self._engine.has_unfinished_requests()
+                self._steps += 1
                 for output in self._engine.step():
                     if output.finished and output.request_id in self._waiting:
                         request, answer = self._waiting.pop(output.request_id)
@@ -243,6 +247,10 @@ class InProcessEngine:
     async def stats(self) -> dict[str, float]:
         return counters(await self._between_steps(self._engine.get_metrics))
 
+    def progress(self) -> int:
+        """Steps so far."""
+        return self._steps
+
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join(timeout=10)
@@ -298,12 +306,19 @@ class AsyncEngine:
     async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
         """Load a version while generation is paused; requests in flight go on with the new weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        from vllm.v1.engine.exceptions import EngineDeadError
 
+        try:
+            return await self._updated(WeightTransferUpdateRequest(update_info=update_info), version)
+        except EngineDeadError as error:
+            raise EngineDead(f"replica {self._replica}: {error!r}") from error
+
+    async def _updated(self, request: Any, version: str) -> dict[str, float]:
         engine = await self._named()
         await engine.pause_generation(mode="keep", clear_cache=True)
         try:
             await engine.start_weight_update()
-            await engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+            await engine.update_weights(request)
             await engine.finish_weight_update(version)
             await engine.reset_prefix_cache(reset_running_requests=True)
         finally:
@@ -318,6 +333,12 @@ class AsyncEngine:
         from vllm.v1.metrics.reader import get_metrics_snapshot
 
         return counters(get_metrics_snapshot())
+
+    def progress(self) -> int:
+        """Generated tokens so far."""
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        return int(counters(get_metrics_snapshot())["generation_tokens"])
 
     def close(self) -> None:
         self._engine.shutdown()

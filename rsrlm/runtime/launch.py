@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import os
 import secrets
@@ -233,12 +235,11 @@ def _interruptible(work: Any) -> Any:
 def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
     """Run to the end, to the user's interruption or to a failure; returns the exit code. The summary always fits."""
     config = prepared.config
+    lock = store.lock()
     store.remove_scratch()
     if prepared.left_out:
-        report.line(
-            f"{len(prepared.left_out)} prompts are too long and left out: {', '.join(prepared.left_out[:5])}"
-        )
-    _write_summary(store, "running")
+        report.line(f"{len(prepared.left_out)} prompts are too long and left out: {', '.join(prepared.left_out[:5])}")
+    write_summary(store, "running")
     status, code, reason = "completed", EXIT_OK, ""
     try:
         with _ray(config, store), _tracker(config, store) as log:
@@ -251,11 +252,33 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
         status, code, reason = _failure(_first_of(group))
     except Exception as error:
         status, code, reason = _failure(error)
-    _write_summary(store, status, reason)
+    write_summary(store, status, reason)
     with contextlib.suppress(OSError):
         store.event("run_ended", status=status, reason=reason or None)
     _show(store, status, reason, report)
+    lock.close()
     return code
+
+
+def check_inputs(prepared: Prepared, store: RunFolder) -> None:
+    """Raises ConfigError when prompts, templates or model are no longer those that the run started with."""
+    inputs = prepared.inputs
+    dealt = [[(prompt.id, prompt.text) for prompt in hand] for hand in (inputs.heldout, *inputs.hands)]
+    now = {
+        "prompts": _digest(json.dumps(dealt)),
+        "judge": _digest(inputs.judging.source),
+        "model": [[file.name, file.stat().st_size] for file in weight_files(prepared.model)],
+    }
+    for name, value in store.fix("inputs", now).items():
+        if value != now[name]:
+            raise ConfigError(
+                f"{store.folder}: the {name} of this run changed since it was started; restore the former, or start a "
+                "new run with another name"
+            )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _first_of(group: BaseExceptionGroup) -> BaseException:
@@ -283,7 +306,7 @@ def _failure(error: BaseException) -> tuple[str, int, str]:
     return "failed", EXIT_FAILED, repr(error)
 
 
-def _write_summary(store: RunFolder, status: str, reason: str = "") -> None:
+def write_summary(store: RunFolder, status: str, reason: str = "") -> None:
     summary: dict[str, Any] = {"status": status, "iterations": store.metrics()}
     if reason:
         summary["reason"] = reason
@@ -342,8 +365,11 @@ def _ray(config: Config, store: RunFolder) -> Any:
 
     from rsrlm.runtime.weights import stale_files
 
-    for stale in stale_files(store.folder):
-        stale.unlink(missing_ok=True)
+    def remove_stale() -> None:
+        for stale in stale_files(store.folder):
+            stale.unlink(missing_ok=True)
+
+    remove_stale()
     address = _address(config)
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
@@ -351,7 +377,7 @@ def _ray(config: Config, store: RunFolder) -> Any:
     else:
         # No node of one machine is taken away with notice: one process less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Ray's workers run at nice 15: beside any busy process their threads would wait for each other most of the time.
+        # Ray's workers run at nice 15: beside any busy process their threads would wait for each other all the time.
         os.environ.setdefault("RAY_worker_niceness", "0")
         arguments |= {
             "address": "local",  # without it Ray joins any cluster that runs on this machine
@@ -361,21 +387,28 @@ def _ray(config: Config, store: RunFolder) -> Any:
     context = ray.init(**arguments)
     store.event("ray", address=address or "local", session=context.address_info.get("session_dir"))
     try:
-        needed = _cpus(config)
-        there = ray.cluster_resources().get("CPU", 0.0)
-        if needed > there:
-            raise ConfigError(
-                f"engine.cpus={config.engine.cpus} for each replica and train.cpus={config.train.cpus} for each rank "
-                f"make {needed:g} Ray CPUs, but there are {there:g}; lower them (they place actors, threads are apart)"
-            )
+        _check_resources(config, ray.cluster_resources())
         yield
     finally:
         ray.shutdown()
+        remove_stale()
 
 
-def _cpus(config: Config) -> float:
+def _check_resources(config: Config, there: dict[str, float]) -> None:
+    """Raises ConfigError when the cluster can never place all engines and ranks."""
     engines = config.engine.replicas + config.judge.replicas
-    return engines * config.engine.cpus + config.train.workers * config.train.cpus
+    for resource, engine, rank in (
+        ("CPU", config.engine.cpus, config.train.cpus),
+        ("GPU", config.engine.gpus, config.train.gpus),
+    ):
+        needed = engines * engine + config.train.workers * rank
+        if needed > there.get(resource, 0.0):
+            key = resource.lower() + "s"
+            raise ConfigError(
+                f"engine.{key}={engine:g} for each of {engines} engines and train.{key}={rank:g} for each of "
+                f"{config.train.workers} ranks make {needed:g}, but the cluster has {there.get(resource, 0.0):g} Ray "
+                f"{resource}s; lower them or the number of engines and ranks"
+            )
 
 
 @contextlib.contextmanager

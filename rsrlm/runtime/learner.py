@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm.config import ConfigError, Model, Train
-from rsrlm.records import PreferencePair
+from rsrlm.records import PreferencePair, seed_of
 
 Emit = Callable[[dict[str, Any]], None]
+FULL_BYTES = 64 << 20  # less free space than this explains a failed write
 CHUNK_TOKENS = 512  # response tokens whose logits exist at a time
 DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout")
 
@@ -326,19 +327,22 @@ def newest_checkpoint(run: Path, iteration: int) -> tuple[Path, int] | None:
     return (found[-1], int(found[-1].name.rpartition("s")[2])) if found else None
 
 
-def save_checkpoint(policy: Policy, run: Path, iteration: int, step: int, reference: dict[str, list[float]]) -> None:
-    """Published under its name when every rank has written its part; older ones go."""
+def save_checkpoint(
+    policy: Policy, run: Path, iteration: int, reference: dict[str, list[float]], rows: list[dict[str, Any]]
+) -> None:
+    """Published under its name when every rank has written its part; older ones go. `rows` are the steps behind it."""
     import torch.distributed as dist
 
-    path = checkpoint_path(run, iteration, step)
+    path = checkpoint_path(run, iteration, len(rows))
     scratch = path.with_name(path.name + ".tmp")
     policy.engine.save_checkpoint(
         str(scratch),
         tag="state",
-        client_state={"rsrlm_step": step, "rsrlm_reference": reference, "rsrlm_ranks": dist.get_world_size()},
+        client_state={"rsrlm_reference": reference, "rsrlm_rows": rows},
     )
     dist.barrier()
     if dist.get_rank() == 0:
+        sync_files(scratch)
         scratch.rename(path)
         for old in path.parent.glob("i*-s*"):
             if old != path and not old.name.endswith(".tmp"):
@@ -346,8 +350,8 @@ def save_checkpoint(policy: Policy, run: Path, iteration: int, step: int, refere
     dist.barrier()
 
 
-def load_checkpoint(policy: Policy, path: Path) -> dict[str, list[float]]:
-    """Restore weights and optimizer; returns the reference log-probabilities. Raises TrainingFailed."""
+def load_checkpoint(policy: Policy, path: Path) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+    """Restore weights and optimizer; returns reference log-probabilities and step rows. Raises TrainingFailed."""
     import torch.distributed as dist
 
     if os.stat(path).st_uid != os.getuid():
@@ -362,7 +366,7 @@ def load_checkpoint(policy: Policy, path: Path) -> dict[str, list[float]]:
             f"with train.workers={ranks}, or delete it to start the iteration's training again"
         )
     _, client = policy.engine.load_checkpoint(str(path), tag="state")
-    return client["rsrlm_reference"]
+    return client["rsrlm_reference"], client["rsrlm_rows"]
 
 
 # -- a job -------------------------------------------------------------------------------------------------------------
@@ -370,6 +374,7 @@ def load_checkpoint(policy: Policy, path: Path) -> dict[str, list[float]]:
 
 def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
     """Train one iteration. Rank 0 emits `resumed`, `reference`, `step` and finally `done` events."""
+    import torch
     import torch.distributed as dist
 
     from rsrlm import losses
@@ -384,14 +389,15 @@ def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
         checkpoint = newest_checkpoint(run, job.iteration)
         if checkpoint:
             path, first = checkpoint
-            reference = load_checkpoint(policy, path)
+            reference, rows = load_checkpoint(policy, path)
         else:
-            first = 0
+            first, rows = 0, []
             rounds = math.ceil(math.ceil(len(job.pairs) / dist.get_world_size()) / train.micro_batch)
             reference = policy.reference_logps(
                 steps, lambda number: emit({"event": "reference", "done": number + 1, "of": rounds})
             )
-        emit({"event": "resumed", "step": first, "of": len(steps), "packed": policy.packed})
+        # The rows, because a driver that was interrupted may not have seen the last steps before the checkpoint.
+        emit({"event": "resumed", "step": first, "of": len(steps), "packed": policy.packed, "rows": rows})
         for number in range(first, len(steps)):
             batch = steps[number]
             lr = losses.lr_at(
@@ -402,18 +408,13 @@ def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
                 warmup_steps=train.warmup_steps,
                 schedule=train.schedule,
             )
+            # Dropout draws the same masks when a step is replayed, and others on every rank.
+            torch.manual_seed(seed_of(job.seed, job.iteration, str(number), "learner", str(dist.get_rank())))
             metrics = policy.step(batch, reference, lr)
-            emit(
-                {
-                    "event": "step",
-                    "step": number,
-                    "of": len(steps),
-                    "pair_ids": [pair.id for pair in batch],
-                    "metrics": metrics,
-                }
-            )
+            rows.append({"step": number, "pair_ids": [pair.id for pair in batch], **metrics})
+            emit({"event": "step", "row": rows[-1]})
             if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < len(steps):
-                save_checkpoint(policy, run, job.iteration, number + 1, reference)
+                save_checkpoint(policy, run, job.iteration, reference, rows)
         trained = time.perf_counter()
         state = policy.state()
         if root:
@@ -450,8 +451,19 @@ def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model) -> N
     generation = Path(job.model) / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, scratch)
+    sync_files(scratch)
     shutil.rmtree(output, ignore_errors=True)
     scratch.rename(output)
+
+
+def sync_files(folder: Path) -> None:
+    """On disk before it is renamed: a power cut must not leave a folder that is whole by its name only."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def send(job: BroadcastJob) -> None:
@@ -492,7 +504,7 @@ def serve(settings: dict[str, Any]) -> None:
             continue
 
         def emit(event: dict[str, Any], number: int = number) -> None:
-            if rank == 0:
+            if rank == 0 or event["event"] == "failed":
                 ray.get(mailbox.emit.remote(number, event))
 
         try:
@@ -505,4 +517,9 @@ def serve(settings: dict[str, Any]) -> None:
         except (TrainingFailed, ConfigError) as error:
             # The user's to mend: a rebuilt group would fail in the same way.
             emit({"event": "failed", "message": str(error)})
+        except (OSError, RuntimeError) as error:
+            # torch and safetensors say in words of their own that a disk is full.
+            if shutil.disk_usage(settings["folder"]).free > FULL_BYTES:
+                raise
+            emit({"event": "failed", "message": f"No space left on device ({error})"})
         done = number

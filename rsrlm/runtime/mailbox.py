@@ -37,6 +37,7 @@ class Mailbox:
             self._events[number].append(event)
             if event["event"] in ("done", "failed"):
                 self._finished.add(number)
+                self._jobs[number] = None  # its pairs are not needed any more
             self._changed.notify_all()
 
     async def events(self, number: int, since: int, wait_s: float = 5.0) -> list[dict[str, Any]]:

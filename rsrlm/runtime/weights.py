@@ -67,7 +67,10 @@ def tensors_in(data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     body = data[8 + length :]
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
-        yield name, body[start:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+        piece, dtype = body[start:end], _TYPES[entry["dtype"]]
+        if (8 + length + start) % dtype.itemsize:  # some writers do not pad the header
+            piece = piece.clone()
+        yield name, piece.view(dtype).reshape(entry["shape"])
 
 
 def verified(data: torch.Tensor, file: WeightFile, where: str) -> torch.Tensor:
@@ -97,8 +100,8 @@ def transfer_folder(size: int, fallback: Path) -> Path:
 
 
 def stale_files(run: Path) -> list[Path]:
-    """Files that a killed run of this folder left in shared memory."""
-    return sorted(SHM.glob(f"{file_prefix(run)}*"))
+    """Transfer files of this run that were not taken away, because it was interrupted or killed."""
+    return sorted([*SHM.glob(f"{file_prefix(run)}*"), *(run / "transfer").glob(f"{file_prefix(run)}*")])
 
 
 def file_prefix(run: Path) -> str:
