@@ -110,8 +110,8 @@ def memory(config: Config, model: Path) -> dict[str, float]:
     weights = num_parameters(model) * BYTES[config.model.dtype]
     head = shape["vocabulary"] * shape["hidden"] * BYTES[config.model.dtype]
     engine, train = config.engine, config.train
-    # A tied LM head is packed apart from the embedding.
-    one_engine = ENGINE_BASE + weights + head * shape["tied"] + engine.kv_cache_gib * GIB
+    # A tied LM head is packed apart from the embedding; the files of an update are mapped while it is loaded.
+    one_engine = ENGINE_BASE + 2 * weights + head * shape["tied"] + engine.kv_cache_gib * GIB
     if engine.kind == "async":
         one_engine += ENGINE_CORE_BASE
     copies = 4 if train.zero_stage == 0 else 5  # weights, gradients, two moments; ZeRO's flat copy

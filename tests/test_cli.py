@@ -158,7 +158,7 @@ def test_what_is_right_starts(rsrlm: Callable[..., Ended], config_file: Path, tm
     assert prepared.left_out == []
     assert (len(prepared.inputs.heldout), [len(hand) for hand in prepared.inputs.hands]) == (2, [4])
     assert store.folder == tmp_path / "runs" / "mine"
-    assert [path.name for path in store.folder.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["config.yaml", "start.json"]
 
 
 @pytest.mark.parametrize("code", [0, 3, 4, 130])
@@ -167,6 +167,7 @@ def test_the_exit_code_is_that_of_the_run(
 ) -> None:
     monkeypatch.setattr(launch, "prepare", lambda config: SimpleNamespace(model=None))
     monkeypatch.setattr(cli, "_check_room", lambda config, model: None)
+    monkeypatch.setattr(launch, "check_inputs", lambda *_: None)
     monkeypatch.setattr(launch, "execute", lambda *_: code)
     assert rsrlm("run", config_file).code == code
 
@@ -182,6 +183,21 @@ def test_an_interruption_while_preparing(
     assert ended.code == 130
     assert "Traceback" not in ended.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_resume_refuses_other_prompts(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line more in the prompt file would deal other prompts to every iteration."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"id": f"p{number}", "prompt": f"Name {number} colours."}) for number in range(8)]
+    prompts.write_text("\n".join(lines))
+    with pytest.raises(Started):
+        rsrlm("run", config_file, "model=smollm2-135m-instruct", f"prompts.path={prompts}")
+    prompts.write_text("\n".join([*lines, json.dumps({"id": "new", "prompt": "One more."})]))
+    ended = rsrlm("resume", tmp_path / "runs" / "mine")
+    assert ended.code == 2
+    assert "the prompts of this run changed since it was started" in ended.err
 
 
 # -- config ------------------------------------------------------------------------------------------------------------

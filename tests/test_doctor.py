@@ -264,7 +264,7 @@ def test_needs_are_those_of_the_plan(tmp_path: Path) -> None:
     assert memory == int(planning.total_memory(quickstart, planning.memory(quickstart, folder)))
     assert disk == sum(planning.disk(quickstart, folder, steps=4).values()) + 12 * 15  # and a second checkpoint
     assert shared == 66
-    assert doctor.needs(config_with(engine={"gpus": 1}), folder)[0] == doctor.needs(quickstart, None)[0] == 8 * GIB
+    assert doctor.needs(config_with(engine={"gpus": 1}), folder)[0] == doctor.needs(quickstart, None)[0] == 9.5 * GIB
 
 
 @pytest.mark.torch

@@ -104,11 +104,11 @@ def test_actors(make_config: Any, model: Path) -> None:
 def test_memory_of_an_engine(make_config: Any, model: Path) -> None:
     base = memory(make_config(), model)["engine"]
     # Weights, the tied head once more (100 * 8), both in float32, and the cache.
-    assert base == planning.ENGINE_BASE + 4 * PARAMETERS + 4 * 800 + 0.25 * GIB
+    assert base == planning.ENGINE_BASE + 2 * 4 * PARAMETERS + 4 * 800 + 0.25 * GIB
     assert memory(make_config(engine={"kv_cache_gib": 2.25}), model)["engine"] - base == 2 * GIB
     assert memory(make_config(engine={"kind": "async"}), model)["engine"] - base == planning.ENGINE_CORE_BASE
     half = memory(make_config(train={"gpus": 1}, model={"dtype": "bfloat16"}), model)["engine"]
-    assert base - half == 2 * (PARAMETERS + 800)
+    assert base - half == 2 * (2 * PARAMETERS + 800)
     untied = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": False}
     (model / "config.json").write_text(json.dumps(untied))
     assert base - memory(make_config(), model)["engine"] == 4 * 800
