@@ -48,11 +48,14 @@ def fewer_words(prompt: str, response: str) -> float:
 
 
 def write_prompts(path: Path) -> None:
-    """The built-in prompts that ask for a short answer: of those the cap cuts few of M0's outputs."""
+    """The built-in prompts that ask for a short answer, of which the cap cuts few of M0's, and that a good answer of
+    less than five words does not meet: those would make the judge's floor meaningless."""
     from rsrlm.prompts import file_of, read
 
-    asks = re.compile(r"sentence|bullet|brief|short|words|few|single|one word|one line|one-line|paragraph|quick", re.I)
-    found = [prompt for prompt in read(file_of(Prompts(path="builtin", per_iteration=1))) if asks.search(prompt.text)]
+    short = re.compile(r"sentence|bullet|brief|short|words|few|single|one line|one-line|paragraph|quick", re.I)
+    a_word_will_do = re.compile(r"translat|title|label|html|code|python|how far|how many|how much|slogan|name", re.I)
+    found = [prompt for prompt in read(file_of(Prompts(path="builtin", per_iteration=1))) if short.search(prompt.text)]
+    found = [prompt for prompt in found if not a_word_will_do.search(prompt.text)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"id": one.id, "prompt": one.text}) + "\n" for one in found))
 

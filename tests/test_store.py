@@ -2,6 +2,7 @@
 
 import json
 import resource
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,26 +77,31 @@ PAIR = PreferencePair(
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Any:
-    """Files stop growing at 1000 bytes: a real write that fails half-way, as on a full disk."""
+    """Files stop growing at 1000 bytes: a real write that fails half-way, as on a full disk.
+
+    Around the write alone: pytest's own output may be a larger file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_failed_write_leaves_no_half_file(tmp_path: Path, small_disk: None) -> None:
+def test_a_failed_write_leaves_no_half_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.json"
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), small_disk():
         write_whole(path, b"x" * 5000)
     assert not path.exists()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, small_disk: None) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     write_whole(path, b"old")
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), small_disk():
         write_whole(path, b"x" * 5000)
     assert path.read_bytes() == b"old"
     write_whole(path, b"new")  # over what the failure left beside it
