@@ -21,7 +21,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 ENGINE_BASE = 1.15 * GIB
 ENGINE_CORE_BASE = 1.40 * GIB  # further processes of AsyncLLM
 LEARNER_BASE = 0.85 * GIB
-DRIVER = 0.80 * GIB
+DRIVER = 0.60 * GIB
 RAY = 1.50 * GIB  # raylet, GCS, agents, buffer, mailbox and the helpers of Ray Train
 
 
