@@ -5,6 +5,7 @@ model M0. Which of two models wins is asked of M0 in both orders; orders that di
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -64,7 +65,7 @@ class Evaluation:
                     group=f"{answer.id}@{judge_model}",
                     iteration=EVALUATION,
                 )
-                found = renamed(made, identifier)
+                found = replace(made, id=identifier)
                 journal.add(found)
             return found
 
@@ -174,12 +175,6 @@ def winner_in(judgement: Judgement) -> Any:
     """A, B, tie or Unparsed of a pairwise judgement."""
     verdict = judgement.verdict
     return verdict if isinstance(verdict, Unparsed) else {1.0: "A", 0.5: "tie", 0.0: "B"}[verdict.points]
-
-
-def renamed(judgement: Judgement, identifier: str) -> Judgement:
-    from dataclasses import replace
-
-    return replace(judgement, id=identifier)
 
 
 def share(outcomes: Sequence[str], outcome: str) -> float | None:

@@ -345,10 +345,6 @@ class EnginePool:
         """What each engine itself says it holds."""
         return await self._ask("version")
 
-    @property
-    def restarts(self) -> int:
-        return self._restarts
-
     async def close(self) -> None:
         self._failure = PoolFailed("the pool is closed")
         for task in list(self._tasks):

@@ -6,7 +6,6 @@ checksum is right, so a refused update leaves the engine as it was.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +113,7 @@ def gloo_group(address: str, port: int, rank: int, world_size: int) -> Any:
     return stateless_init_torch_distributed_process_group(address, port, rank, world_size, "gloo")
 
 
-def broadcast(group: Any, data: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
+def broadcast(group: Any, data: torch.Tensor) -> None:
     """Broadcast a uint8 tensor from rank 0 in buckets; both sides cut at the same places."""
     options = torch.distributed.BroadcastOptions()
     options.rootRank = 0
