@@ -104,6 +104,10 @@ class ChatEncoder:
         """The prompt that asks the model `text`."""
         return self.encode("{{ prompt }}", {"prompt": text})
 
+    def target(self, text: str) -> tuple[int, ...]:
+        """The answer `text` as a model would write it: the tokens of the text alone, and the end token."""
+        return (*self._encode_literally(text), self.tokenizer.eos_token_id)
+
     def _trusted_pieces(self, template: str, answer_prefix: str, names: list[str]) -> tuple[str | tuple[int, ...], ...]:
         """Token ids of the trusted pieces, and between them the names of the fields."""
         turn = _render(template, names)

@@ -4,12 +4,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rsrlm import config as configs
-from rsrlm.config import Config, ConfigError
+from rsrlm.config import ConfigError
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +38,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     RunFolder.check_new(resolved.folder)
     report = Report()
     prepared = launch.prepare(resolved)
-    _check_room(resolved, prepared.model)
+    _check_room(prepared)
     store = RunFolder.create(resolved)
     launch.check_inputs(prepared, store)
     raise typer.Exit(launch.execute(prepared, store, report))
@@ -73,7 +73,7 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
     resolved = configs.load(config, overrides)
     prepared = launch.prepare(resolved)
-    planning.show(planning.plan(resolved, prepared.model), resolved, Report())
+    planning.show(launch.planned(prepared), resolved, Report())
 
 
 @app.command(help="Check what a run needs on this machine, and say how to mend what is not right.")
@@ -91,11 +91,12 @@ def doctor(
     raise typer.Exit(checks.exit_code(findings))
 
 
-def _check_room(config: Config, model: Path) -> None:
+def _check_room(prepared: Any) -> None:
     """Refuse a run that cannot fit, before anything starts. Raises ConfigError."""
     from rsrlm import plan as planning
+    from rsrlm.runtime import launch
 
-    planning.check(planning.plan(config, model), config)
+    planning.check(launch.planned(prepared), prepared.config)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN_MODEL = "smollm2-135m-instruct"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class ConfigError(Exception):
@@ -110,9 +111,74 @@ class Pair(Section):
     )
     empty: Literal["rejected_only", "drop"] = Field("drop", description="a response without text, likewise")
     max_chosen_chars: int | None = Field(None, gt=0, description="drop pairs whose chosen response is longer")
+    kinds: list[Literal["actor", "judge"]] = Field(
+        ["actor"], min_length=1, description="what the learner trains on: pairs of responses, pairs of judgements"
+    )
+    rho: Number = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="length control: chosen is the shortest response whose score is within this share of the group's "
+        "range below the best, rejected the longest within it above the worst; 0 is off",
+    )
+    ties: Literal["first", "length", "random"] = Field(
+        "first",
+        description="of equal scores with rho=0: lowest index, shortest chosen and longest rejected, or by seed",
+    )
+    length: Literal["chars", "tokens"] = Field("chars", description="unit of rho's and ties' length")
+    duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="drop: of responses with the same text only the first takes part"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"pair.kinds={self.kinds}: name each kind once")
+        if self.rho and self.ties != "first":
+            raise ValueError(
+                f"pair.ties={self.ties} does not apply to pair.rho={self.rho}, which goes by length; remove pair.ties"
+            )
+        return self
+
+
+class Meta(Section):
+    """The meta-judge: which of two judgements of one response is the better one (2407.19594v2, section 2.3)."""
+
+    read: Literal["text", "structured", "letters"] = Field(
+        "text",
+        description="text: reasoning and a winner line; structured: the same with the line guaranteed; letters: the "
+        "probabilities of A and B in one decoding step",
+    )
+    template: str = Field("meta", description="name of a template of rsrlm, or path of a Jinja2 file")
+    temperature: Number = Field(0.7, ge=0)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_tokens: int = Field(300, gt=0)
+    min_mass: Number = Field(
+        0.05, ge=0, le=1, description="letters: less probability than this on A and B is unreadable"
+    )
+    weights: Literal["iteration", "prompt", "none"] = Field(
+        "iteration",
+        description="wins by the judgement shown first or second are weighted against the position's bias, counted "
+        "over the iteration or over each prompt alone; none: 0.5 each",
+    )
+    ridge: Number = Field(0.01, gt=0, description="times the sum of squared scores: keeps the Bradley-Terry fit finite")
+    max_chosen_chars: int | None = Field(None, gt=0, description="drop pairs whose chosen judgement is longer")
+    opponents: int | None = Field(
+        None, gt=0, description="comparisons that a judgement takes part in, at least; None: with every other one"
+    )
+    collapse: bool = Field(False, description="judgements with the same text are compared once")
+    skip_agreed: bool = Field(False, description="no comparisons where all judgements of the response give one score")
 
 
 class Train(Section):
+    method: Literal["dpo", "sft"] = Field(
+        "dpo", description="dpo: on preference pairs; sft: on targets, see sft.sources"
+    )
+    start: Literal["before", "first"] = Field(
+        "before",
+        description="the model that training starts from: that of the iteration before (M_t), or the first (M0)",
+    )
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     beta: Number = Field(0.1, gt=0)
     label_smoothing: Number = Field(0.0, ge=0, lt=0.5)
@@ -125,9 +191,22 @@ class Train(Section):
     weight_decay: Number = Field(0.0, ge=0)
     max_grad_norm: Number = Field(1.0, gt=0)
     epochs: int = Field(1, gt=0)
-    pairs_per_step: int = Field(gt=0, description="pairs of one optimizer step, over all ranks")
-    micro_batch: int = Field(1, gt=0, description="pairs of one forward pass of one rank")
-    packed: bool = Field(True, description="chosen and rejected in one row behind their shared prompt")
+    stop_after_epoch: int | None = Field(
+        None, gt=0, description="train no further than this epoch; the learning rate is that of all epochs"
+    )
+    candidate_every_steps: int | None = Field(
+        None, gt=0, description="export the model every so many steps too, for train.choose"
+    )
+    choose: Literal["last", "score", "duel"] = Field(
+        "last",
+        description="which candidate becomes the next model: the last one; the best mean score of its held-out answers "
+        "by itself; duel: the last one that won against the candidate before it (early stopping)",
+    )
+    pairs_per_step: int = Field(gt=0, description="pairs (or examples) of one optimizer step, over all ranks")
+    micro_batch: int = Field(1, gt=0, description="pairs (or examples) of one forward pass of one rank")
+    packed: bool = Field(
+        True, description="chosen and rejected in one row behind their shared prompt; examples likewise"
+    )
     gradient_checkpointing: bool = False
     dropout: Number = Field(0.0, ge=0, lt=1)
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -145,6 +224,59 @@ class Train(Section):
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError(
                 f"train.label_smoothing={self.label_smoothing} does not apply to train.loss=ipo; set it to 0"
+            )
+        if self.stop_after_epoch is not None and self.stop_after_epoch > self.epochs:
+            raise ValueError(
+                f"train.stop_after_epoch={self.stop_after_epoch} is after train.epochs={self.epochs}; lower it"
+            )
+        if (self.choose == "last") != (self.candidate_every_steps is None):
+            raise ValueError(
+                f"train.choose={self.choose} with train.candidate_every_steps={self.candidate_every_steps}: candidates "
+                "are for choosing among them; set both, or neither"
+            )
+        return self
+
+
+class Source(Section):
+    path: str = Field(
+        description="JSONL of examples (`rsrlm data`), or made by the run itself: 'ift' and 'eft' from data.trees, "
+        "'positive' from responses with sft.positive_score"
+    )
+    weight: Number = Field(
+        1.0, gt=0, description="times that each example appears in an epoch; the fraction is drawn by seed"
+    )
+
+
+class SFT(Section):
+    sources: list[Source] = Field([], description="what train.method=sft trains on")
+    positive_score: Number = Field(5.0, description="least mean score of a response that source 'positive' takes")
+
+
+class Data(Section):
+    """Human-ranked seed data, and how IFT and EFT examples are taken from it (2401.10020v3, section 3.1.1)."""
+
+    trees: str | None = Field(
+        None,
+        description="ranked data: Open Assistant trees (.jsonl, .jsonl.gz), other ranked files, or a Hugging Face id",
+    )
+    language: str | None = Field("en", description="of the trees; None: all")
+    ift_share: Number = Field(0.6, ge=0, le=1, description="of the trees, by a hash of the tree id")
+    eft_share: Number = Field(0.3, ge=0, le=1, description="likewise; what is left is for evaluation")
+    max_ift: int | None = Field(None, gt=0)
+    max_eft: int | None = Field(None, gt=0, description="judgements kept at most")
+    max_chars: int | None = Field(None, gt=0, description="leave out trees with a longer prompt, and longer replies")
+    eft_judgements: int = Field(3, gt=0, description="judgements sampled for each ranked reply")
+    accept: Literal["order", "pairs"] = Field(
+        "order", description="judgements kept: of trees whose whole order agrees with people, or of pairs that agree"
+    )
+    most_common: Number = Field(1.0, gt=0, le=1, description="the most common score is thinned to this share")
+    minimum: int = Field(8, gt=0, description="fewer examples of a source than this fail the stage")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.ift_share + self.eft_share > 1:
+            raise ValueError(
+                f"data.ift_share={self.ift_share} and data.eft_share={self.eft_share} add up to more than 1; lower them"
             )
         return self
 
@@ -181,6 +313,10 @@ class Weights(Section):
 class Evaluate(SamplingParams):
     temperature: Number = Field(0.0, ge=0)
     max_tokens: int = Field(96, gt=0)
+    judge: Literal["letters", "text"] = Field(
+        "letters", description="how the pairwise verdict is read: the letters' probabilities, or a written winner line"
+    )
+    judge_max_tokens: int = Field(300, gt=0, description="of a written pairwise verdict")
     duel: bool = Field(True, description="win rate over the previous model by the pairwise judge, in both orders")
     template: str = Field("pairwise", description="pairwise judge template: a name of rsrlm's or a Jinja2 file")
 
@@ -198,7 +334,7 @@ class Ray(Section):
 class Config(Section):
     """One run. `name` is the run folder under `runs`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    name: str = Field(pattern=f"^{NAME}$", max_length=200)
     runs: str = "runs"
     seed: int = Field(0, ge=0)
     iterations: int = Field(gt=0)
@@ -206,8 +342,16 @@ class Config(Section):
     prompts: Prompts
     sample: Sample
     judge: Judge = Judge()
+    meta: Meta = Meta()
     pair: Pair = Pair()
+    sft: SFT = SFT()
+    data: Data = Data()
     train: Train
+    schedule: list[dict[str, Any]] = Field(
+        [],
+        description="changes of each iteration, in order: any of name (of the model it trains), prompts.per_iteration, "
+        "sample, judge, meta, pair, sft, train; empty: all iterations alike",
+    )
     engine: Engine = Engine()
     weights: Weights = Weights()
     evaluate: Evaluate = Evaluate()
@@ -236,7 +380,54 @@ class Config(Section):
                 )
         if self.train.gpus == 0 and self.engine.gpus == 0 and self.model.dtype == "bfloat16":
             raise ValueError("model.dtype=bfloat16 without GPUs is slow and untested; use model.dtype=float32")
+        if "judge" in self.pair.kinds and (
+            self.judge.read not in ("text", "structured") or self.judge.per_response < 2
+        ):
+            raise ValueError(
+                f"pair.kinds={self.pair.kinds} compares judgements of one response, but judge.read={self.judge.read} "
+                f"gives {self.judge.per_response}; use judge.read=text or structured, and judge.judgements of 2 or more"
+            )
+        if "judge" in self.pair.kinds and self.meta.max_tokens >= self.engine.max_model_len:
+            raise ValueError(
+                f"meta.max_tokens={self.meta.max_tokens} leaves no room for a prompt in engine.max_model_len="
+                f"{self.engine.max_model_len}; lower the first or raise the second"
+            )
+        made = {source.path for source in self.sft.sources} & {"ift", "eft"}
+        if made and self.data.trees is None:
+            raise ValueError(
+                f"sft.sources names {', '.join(sorted(made))}, which is made from ranked data: set data.trees=PATH, "
+                "such as the message trees of Open Assistant (2023-04-12_oasst_ready.trees.jsonl.gz from "
+                "huggingface.co/datasets/OpenAssistant/oasst1), or data.trees=OpenAssistant/oasst1"
+            )
+        if "eft" in made and self.judge.read not in ("text", "structured"):
+            raise ValueError(
+                f"sft.sources names eft, whose targets are written judgements, but judge.read={self.judge.read}; use "
+                "judge.read=text or structured"
+            )
         return self
+
+    def _merged(self, iteration: int) -> dict[str, Any]:
+        """Plain data of this iteration's config: the schedule's changes over everything else."""
+        data = self.model_dump()
+        for section, changes in self.schedule[iteration].items():
+            if section != "name":
+                data[section] = {**data[section], **changes}
+        return {**data, "schedule": [], "iterations": 1}
+
+    def at(self, iteration: int) -> "Config":
+        """The config of one iteration, 0 being the first."""
+        return Config.model_validate(self._merged(iteration)) if self.schedule else self
+
+    @property
+    def distinct(self) -> list[tuple["Config", int]]:
+        """The configs of all iterations, in order, and how many iterations in a row have each."""
+        if not self.schedule:
+            return [(self, self.iterations)]
+        return [(self.at(iteration), 1) for iteration in range(self.iterations)]
+
+    def model_name(self, index: int) -> str:
+        """M0, which the run starts from, and from 1 on what each iteration trains."""
+        return str(self.schedule[index - 1].get("name", f"M{index}")) if index and self.schedule else f"M{index}"
 
     @property
     def folder(self) -> Path:
@@ -271,11 +462,57 @@ def _keys_at(path: tuple[int | str, ...]) -> list[str]:
 
 
 def resolve(data: dict[str, Any], source: str = "config") -> Config:
-    """Validated config from plain data. Raises ConfigError."""
+    """Validated config from plain data, its schedule included. Raises ConfigError."""
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_message(error, source)) from None
+    _check_schedule(config, source)
+    return config
+
+
+SCHEDULED = ("prompts", "sample", "judge", "meta", "pair", "sft", "train")
+# The learner group, the pools and the prompts that are set aside live as long as the run.
+FIXED = (
+    *(f"train.{key}" for key in ("workers", "threads", "cpus", "gpus", "max_restarts")),
+    *(f"judge.{key}" for key in ("replicas",)),
+    *(f"prompts.{key}" for key in ("path", "heldout", "reuse", "overlong")),
+)
+
+
+def _check_schedule(config: Config, source: str) -> None:
+    if config.schedule and len(config.schedule) != config.iterations:
+        raise ConfigError(
+            f"{source}: schedule has {len(config.schedule)} entries for iterations={config.iterations}; write one for "
+            "each iteration ({} where nothing changes)"
+        )
+    for iteration, changes in enumerate(config.schedule):
+        where = f"{source}: schedule entry {iteration}"
+        for section, values in changes.items():
+            if section == "name":
+                if not isinstance(values, str) or not re.fullmatch(NAME, values):
+                    raise ConfigError(f"{where}: name={values!r} must be letters, digits, '.', '_' and '-'")
+            elif section not in SCHEDULED:
+                raise ConfigError(f"{where}: {section} cannot change; known here: name, {', '.join(SCHEDULED)}")
+            elif not isinstance(values, dict):
+                raise ConfigError(f"{where}: {section}={values!r} must be a mapping of keys")
+        try:
+            step = config.at(iteration)
+        except ValidationError as error:
+            raise ConfigError(_message(error, where)) from None
+        for key in FIXED:
+            section, name = key.split(".")
+            if getattr(getattr(step, section), name) != getattr(getattr(config, section), name):
+                raise ConfigError(f"{where}: {key} holds for the whole run; set it outside of the schedule")
+    names = [config.model_name(index) for index in range(len(config.schedule) + 1)]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{source}: schedule: the models {', '.join(names)} need names of their own")
+    for iteration, (step, _) in enumerate(config.distinct):
+        if step.train.method == "sft" and not step.sft.sources:
+            raise ConfigError(
+                f"{source}: iteration {iteration} has train.method=sft and no sft.sources; name at least one, such as "
+                "sft.sources='[{path: my_examples.jsonl}]'"
+            )
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -10,10 +10,11 @@ from statistics import fmean
 from typing import Any
 
 from rsrlm import judging
+from rsrlm.ask import SAMPLE_PRIORITY, Engines, Judging, duel_judge, gather, respond, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config
-from rsrlm.produce import SAMPLE_PRIORITY, Engines, Judging, gather, mean_verdicts, respond
-from rsrlm.records import Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
+from rsrlm.produce import mean_verdicts
+from rsrlm.records import Judgement, Prompt, Response, Scored, Unparsed, seed_of
 from rsrlm.store import Journal
 
 EVALUATION = 1_000_000  # an iteration number of its own: no seed of an evaluation meets one of the training
@@ -27,12 +28,7 @@ class Evaluation:
         self._encoder = encoder
         self._judge = judge
         self._prompts = prompts
-        self._template = ""
-        self._winners: tuple[int, ...] = ()
-        if config.evaluate.duel:
-            name = config.evaluate.template
-            self._template = judging.load_template(name, judging.PAIRWISE_VARIABLES, "evaluate.template")
-            self._winners = judging.label_ids(encoder.tokenizer, judging.PAIRWISE_PREFIX, judging.WINNERS)
+        self._pairwise = duel_judge(config, encoder) if config.evaluate.duel else None
 
     async def answers(self, engines: Engines, model: str, journal: Journal) -> list[Response]:
         """The answers of the model that the engines hold, in the order of the prompts."""
@@ -89,7 +85,7 @@ class Evaluation:
         )
         readable = [outcome for outcome in outcomes if isinstance(outcome, str)]
         return {
-            "judge": f"{self._config.evaluate.template} by {judge_model}, both orders",
+            "judge": f"{self._pairwise.name if self._pairwise else 'none'} by {judge_model}, both orders",
             "n": len(readable),
             "unreadable": len(outcomes) - len(readable),
             "win": share(readable, "first"),
@@ -108,7 +104,7 @@ class Evaluation:
                 self._shown(engines, judge_model, prompt, old, new, 1, journal),
             ]
         )
-        return judging.combine_orders(winner_in(first), winner_in(second))
+        return judging.combine_orders(winner_of(first), winner_of(second))
 
     async def _shown(
         self,
@@ -124,57 +120,21 @@ class Evaluation:
         identifier = f"{a.id}>{b.id}@{judge_model}"
         if (found := journal.judgements.get(identifier)) is not None:
             return found
-        # One fence for both orders: nothing but the order differs between them.
-        fence_seed = seed_of(self._config.seed, EVALUATION, prompt.id, "duel", "fence")
-        fields = {
-            "instruction": prompt.text,
-            "response_a": a.text,
-            "response_b": b.text,
-            "fence": judging.fence_of(fence_seed),
-        }
-        token_ids = self._encoder.encode(self._template, fields, judging.PAIRWISE_PREFIX)
-        seed = seed_of(self._config.seed, EVALUATION, prompt.id, "duel", f"{a.id}>{b.id}")
-        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
-        verdict: Scored | Unparsed = Unparsed(reason="judge prompt too long")
-        text, version = "", ""
-        tokens: tuple[int, ...] = ()
-        if len(token_ids) < self._config.engine.max_model_len:
-            completion = await engines.generate(
-                Request(
-                    id=identifier,
-                    prompt_token_ids=token_ids,
-                    sampling=sampling,
-                    priority=SAMPLE_PRIORITY,
-                    label_ids=self._winners,
-                )
-            )
-            text, version, tokens = completion.text, completion.weight_version, completion.token_ids
-            winner = judging.winner_from_distribution(completion.label_logprobs, self._config.judge.min_mass)
-            verdict = (
-                winner if isinstance(winner, Unparsed) else Scored(points={"A": 1.0, "tie": 0.5, "B": 0.0}[winner])
-            )
-        judgement = Judgement(
-            id=identifier,
+        assert self._pairwise is not None
+        judgement = await self._pairwise.ask(
+            engines,
+            identifier,
+            {"instruction": prompt.text, "response_a": a.text, "response_b": b.text},
             prompt_id=prompt.id,
             response_id=a.id,
             index=order,
             role="duel",
-            judge=self._config.evaluate.template,
-            text=text,
-            token_ids=tokens,
-            finish_reason="length",
-            weight_version=version,
-            sampling=sampling,
-            verdict=verdict,
+            seed=seed_of(self._config.seed, EVALUATION, prompt.id, "duel", f"{a.id}>{b.id}"),
+            fence_seed=seed_of(self._config.seed, EVALUATION, prompt.id, "duel", "fence"),
+            priority=SAMPLE_PRIORITY,
         )
         journal.add(judgement)
         return judgement
-
-
-def winner_in(judgement: Judgement) -> Any:
-    """A, B, tie or Unparsed of a pairwise judgement."""
-    verdict = judgement.verdict
-    return verdict if isinstance(verdict, Unparsed) else {1.0: "A", 0.5: "tie", 0.0: "B"}[verdict.points]
 
 
 def share(outcomes: Sequence[str], outcome: str) -> float | None:

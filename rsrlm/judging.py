@@ -24,11 +24,13 @@ from rsrlm.records import FinishReason, Scored, Unparsed, Verdict
 SCORES = ("0", "1", "2", "3", "4", "5")
 ANSWER_PREFIX = "Score: "
 WINNERS = ("A", "B")
+META_PREFIX = "More accurate judgement: ("
 # The bracket, because after "Better answer: " byte-level tokenizers merge the space into the letter's token.
 PAIRWISE_PREFIX = "Better answer: ("
 
 ADDITIVE_VARIABLES = frozenset({"instruction", "response"})
 PAIRWISE_VARIABLES = frozenset({"instruction", "response_a", "response_b"})
+META_VARIABLES = frozenset({"instruction", "response", "judgement_a", "judgement_b"})
 OPTIONAL_VARIABLES = frozenset({"fence"})
 TEMPLATES = Path(__file__).parent / "assets" / "templates"
 
@@ -51,9 +53,10 @@ NO_NUMBER = Unparsed(reason="function returned no number")
 _MARKS = r"\s*+[:=]?+[\*_`\s]*+[:=]?+"
 _SCORE = re.compile(rf"(?i)\bscore\b{_MARKS}[\*_`<\[\(\s]*+(?:(-?\d++(?:\.\d++)?+)(?![\d.]*\d)|-?\Z)")
 # A and B are capitals, so that "a tie" is none of them; "A or B" repeats the question and is no verdict.
+_SIDE = "answer|response|judge?ment"
 _WINNER = re.compile(
-    rf"(?i:\bwinner\b){_MARKS}[\*_`<\[\(\"'\s]*+(?i:(?:answer|response)\b\s*+)?+"
-    r"(?:((?i:a\s++tie|tie)\b|[AB]\b(?![ \t]*+(?:[|/&]|or\b|and\b)[ \t]*+(?i:(?:answer|response)\s++)?+[AB]\b))|\w*+\Z)"
+    rf"(?i:\bwinner\b){_MARKS}[\*_`<\[\(\"'\s]*+(?i:(?:{_SIDE})\b\s*+)?+"
+    rf"(?:((?i:a\s++tie|tie)\b|[AB]\b(?![ \t]*+(?:[|/&]|or\b|and\b)[ \t]*+(?i:(?:{_SIDE})\s++)?+[AB]\b))|\w*+\Z)"
 )
 
 
@@ -124,6 +127,11 @@ def points_regex(max_tokens: int) -> str:
     tokens are enough for the line ("\\nScore: 4") and the end token.
     """
     return rf"[ -~]{{1,{max(1, max_tokens - 16)}}}\nScore: [0-5]"
+
+
+def winner_regex(max_tokens: int) -> str:
+    """The same for a pairwise judge's winner line ("\\nWinner: A")."""
+    return rf"[ -~]{{1,{max(1, max_tokens - 16)}}}\nWinner: [AB]"
 
 
 def read_distribution(label_logprobs: Sequence[float], min_mass: float) -> Verdict:

@@ -7,18 +7,22 @@ undisturbed one go through the same code. An iteration is finished when its metr
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol
 
+from rsrlm import seeds
+from rsrlm.ask import Comparing, Engines, Judging
 from rsrlm.chat import ChatEncoder
-from rsrlm.config import Config
+from rsrlm.config import Config, Train
 from rsrlm.evaluate import Evaluation, lengths, mean_score
-from rsrlm.produce import Engines, Judging, Producer, mean_verdicts
+from rsrlm.meta_judging import most_comparisons, result
+from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.progress import Report
-from rsrlm.records import Group, PreferencePair, Prompt, Scored, Unparsed
+from rsrlm.records import Example, Group, PreferencePair, Prompt, Scored, Unparsed
+from rsrlm.seeds import Parts
 from rsrlm.store import RunFolder
 
 CACHE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits")
@@ -43,6 +47,10 @@ class Pools(Protocol):
 
     async def stats(self) -> dict[str, float]: ...
 
+    def forget(self, version: str, files: Any = None) -> None:
+        """The folder of this model holds other weights now; `files` of the former ones are removed."""
+        ...
+
 
 class Buffer(Protocol):
     async def call(self, method: str, *arguments: Any) -> Any: ...
@@ -50,7 +58,12 @@ class Buffer(Protocol):
 
 class Learner(Protocol):
     def train(
-        self, iteration: int, source: str, version: str, pairs: Sequence[PreferencePair]
+        self,
+        iteration: int,
+        source: str,
+        version: str,
+        train: Train,
+        items: Sequence[PreferencePair] | Sequence[Example],
     ) -> AsyncIterator[dict[str, Any]]: ...
 
 
@@ -67,13 +80,26 @@ class Ports:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step:
+    """One iteration as it is planned: its own config, judges and prompts."""
+
+    config: Config
+    model: str  # name of the model that it trains
+    judging: Judging
+    meta: Comparing | None
+    prompts: Sequence[Prompt]
+    files: Mapping[str, Sequence[Example]]  # examples of each source that is a file
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What is known before anything starts."""
 
     encoder: ChatEncoder
-    judging: Judging
+    judging: Judging  # of held-out answers: the same in all iterations
     heldout: Sequence[Prompt]
-    hands: Sequence[Sequence[Prompt]]  # prompts of each iteration
+    steps: Sequence[Step]
+    parts: Parts | None = None  # of the ranked data
 
 
 @dataclass
@@ -92,34 +118,34 @@ class Clock:
 
 
 async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, Any]]:
-    """All iterations that are not finished yet; returns the metrics of all. Raises NoPairs."""
+    """All iterations that are not finished yet; returns the metrics of all. Raises NoPairs and NoExamples."""
     evaluation = Evaluation(config, inputs.encoder, inputs.judging, inputs.heldout)
     rows = ports.store.metrics()
     for iteration in range(len(rows), config.iterations):
+        step, before = inputs.steps[iteration], config.model_name(iteration)
         clock = Clock()
         started = time.perf_counter()
         if iteration == 0:
             with clock("evaluate first model"):
-                await evaluate(evaluation, 0, config, ports)
+                await evaluate(evaluation, before, None, config, ports)
         with clock("produce"):
-            groups, cache = await produce(iteration, config, inputs, ports)
-        pairs = await ports.buffer.call("pairs", iteration, config.seed)
-        ports.store.write_records(iteration, *records_of(groups), pairs)
-        if not pairs:
-            raise NoPairs(f"iteration {iteration} has no pairs: {dict(Counter(g.no_pair_reason for g in groups))}")
+            items, made = await collect(iteration, before, step, inputs, ports)
         with clock("train"):
-            trained = await train(iteration, config, pairs, ports)
+            trained = await train(iteration, before, step, items, ports)
+        if step.config.train.choose != "last":
+            with clock("choose"):
+                trained |= await choose(evaluation, iteration, before, step, trained, ports)
         with clock("publish"):
-            published = await ports.pools.hold(f"M{iteration + 1}", trained.pop("files", None))
+            published = await ports.pools.hold(step.model, trained.pop("files", None))
         with clock("evaluate"):
-            heldout = await evaluate(evaluation, iteration + 1, config, ports)
+            heldout = await evaluate(evaluation, step.model, before, config, ports)
         row = {
-            **summary_of(iteration, groups, pairs),
+            "iteration": iteration,
+            **made,
             **trained,
-            "weight_version": f"M{iteration + 1}",
+            "weight_version": step.model,
             "seconds": round(time.perf_counter() - started, 3),
             "stage_seconds": clock.seconds,
-            "prefix_cache_hit_share": cache,
             "published": published,
             "heldout": heldout,
         }
@@ -130,12 +156,47 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
     return rows
 
 
-async def produce(iteration: int, config: Config, inputs: Inputs, ports: Ports) -> tuple[list[Group], float | None]:
+async def collect(
+    iteration: int, before: str, step: Step, inputs: Inputs, ports: Ports
+) -> tuple[Sequence[PreferencePair] | Sequence[Example], dict[str, Any]]:
+    """What the iteration trains on, in training order, and the metrics of how it was made. Everything is on disk."""
+    config, store = step.config, ports.store
+    await ports.pools.hold(before)
+    groups: list[Group] = []
+    cache = None
+    if step.prompts:
+        groups, cache = await produce(iteration, step, inputs, ports)
+    if config.train.method == "sft":
+        examples, counts = await targets(iteration, step, groups, inputs, ports)
+        store.write_records(iteration, *records_of(groups), [])
+        store.write_examples(iteration, examples)
+        return examples, {**summary_of(groups, []), "examples": counts, "prefix_cache_hit_share": cache}
+    reasons = Counter(group.no_pair_reason for group in groups if group.no_pair_reason)
+    meta: dict[str, Any] = {}
+    if "judge" in config.pair.kinds:
+        found, weights = judge_pairs(groups, step.judging, config)
+        for key, pair in found.items():
+            reason = pair if isinstance(pair, str) else ""
+            await ports.buffer.call("put", key, iteration, None if reason else pair, reason)
+            store.event("judge_pair", g=key, pair=None if isinstance(pair, str) else pair.id, reason=reason or None)
+        reasons += Counter(f"judge: {pair}" for pair in found.values() if isinstance(pair, str))
+        meta = {"position_weights": {"first": weights.first, "second": weights.second}, **comparing_of(groups)}
+    pairs: list[PreferencePair] = await ports.buffer.call("pairs", iteration, config.seed)
+    store.write_records(iteration, *records_of(groups), pairs)
+    if not pairs:
+        raise NoPairs(f"iteration {iteration} has no pairs: {dict(reasons)}")
+    return pairs, {
+        **summary_of(groups, pairs),
+        "no_pair_reasons": dict(reasons),
+        "prefix_cache_hit_share": cache,
+        **({"meta": meta} if meta else {}),
+    }
+
+
+async def produce(iteration: int, step: Step, inputs: Inputs, ports: Ports) -> tuple[list[Group], float | None]:
     """The iteration's groups, each in the buffer; and the share of prompt tokens that the prefix cache held."""
-    prompts = inputs.hands[iteration]
-    responses = len(prompts) * config.sample.responses
-    store = ports.store
-    await ports.pools.hold(f"M{iteration}")
+    config, store = step.config, ports.store
+    responses = len(step.prompts) * config.sample.responses
     before = await ports.pools.stats()
     journal = store.journal(iteration)
     known = len(journal.responses) + len(journal.judgements)
@@ -146,12 +207,15 @@ async def produce(iteration: int, config: Config, inputs: Inputs, ports: Ports) 
         )
 
     async def put(group: Group) -> None:
-        await ports.buffer.call("put", group.id, iteration, group.pair, group.no_pair_reason)
+        if config.train.method == "dpo":
+            await ports.buffer.call("put", group.id, iteration, group.pair, group.no_pair_reason)
         store.event(
             "group", g=group.id, pair=group.pair.id if group.pair else None, reason=group.no_pair_reason or None
         )
 
-    totals = {"respond": responses, "judge": responses * inputs.judging.per_response}
+    totals = {"respond": responses, "judge": responses * step.judging.per_response}
+    if step.meta:
+        totals["compare"] = len(step.prompts) * most_comparisons(config)
     try:
         with ports.report.stage(f"iteration {iteration}", totals) as tick:
             producer = Producer(
@@ -159,12 +223,13 @@ async def produce(iteration: int, config: Config, inputs: Inputs, ports: Ports) 
                 inputs.encoder,
                 ports.pools.samplers,
                 ports.pools.judges,
-                inputs.judging,
+                step.judging,
                 journal,
                 iteration,
                 tick,
+                step.meta,
             )
-            groups = await producer.all(prompts, put)
+            groups = await producer.all(step.prompts, put)
     finally:
         journal.close()
     after = await ports.pools.stats()
@@ -173,9 +238,57 @@ async def produce(iteration: int, config: Config, inputs: Inputs, ports: Ports) 
     return groups, round(hits / queries, 4) if queries > 0 and 0 <= hits <= queries else None
 
 
-async def train(iteration: int, config: Config, pairs: Sequence[PreferencePair], ports: Ports) -> dict[str, Any]:
-    """Train M_{t+1} on the pairs, or take the result of an earlier attempt that got so far."""
-    store = ports.store
+async def targets(
+    iteration: int, step: Step, groups: Sequence[Group], inputs: Inputs, ports: Ports
+) -> tuple[list[Example], dict[str, Any]]:
+    """The examples of all sources, mixed; and for each source how many there were and what was dropped, and why."""
+    config, store = step.config, ports.store
+    counts: dict[str, Any] = {}
+    sources = []
+    for source in config.sft.sources:
+        if source.path == "ift":
+            assert inputs.parts is not None
+            found, counts["ift"] = seeds.ift(inputs.parts.ift, inputs.encoder, config.data)
+        elif source.path == "eft":
+            assert inputs.parts is not None
+            found, counts["eft"] = await judged_replies(iteration, step, inputs.parts, ports)
+        elif source.path == "positive":
+            found = seeds.positive(groups, config.sft.positive_score)
+            counts["positive"] = {"responses": sum(len(group.responses) for group in groups)}
+        else:
+            found = list(step.files[source.path])
+            counts[source.path] = {}
+        fitting = seeds.fitting(found, config.engine.max_model_len)
+        counts[source.path] |= {"longer than engine.max_model_len": len(found) - len(fitting), "used": len(fitting)}
+        ports.report.line(f"iteration {iteration}: source {source.path}: {counts[source.path]}")
+        sources.append((source.path, source.weight, fitting))
+    store.event("examples", iteration=iteration, sources=counts)
+    return seeds.mixed(sources, config, iteration), counts
+
+
+async def judged_replies(
+    iteration: int, step: Step, parts: Parts, ports: Ports
+) -> tuple[list[Example], dict[str, int]]:
+    """EFT: people's replies, judged by the model that the engines hold; judgements that agree with people."""
+    config = step.config
+    journal = ports.store.journal(iteration)
+    replies = sum(reply.rank is not None for prompt in parts.eft for reply in prompt.replies)
+    try:
+        with ports.report.stage(f"iteration {iteration}", {"judge": replies * config.data.eft_judgements}) as tick:
+            judgements = await seeds.judge_replies(
+                parts.eft, step.judging, ports.pools.judges, journal, iteration, config.data.eft_judgements, tick
+            )
+    finally:
+        journal.close()
+    found, counts = seeds.accepted(parts.eft, judgements, config.data, config.seed)
+    return seeds.eft(found, step.judging, iteration), counts
+
+
+async def train(
+    iteration: int, before: str, step: Step, items: Sequence[PreferencePair] | Sequence[Example], ports: Ports
+) -> dict[str, Any]:
+    """Train the next model on the items, or take the result of an earlier attempt that got so far."""
+    store, rule = ports.store, step.config.train
     finished = store.iteration(iteration) / "training.json"
     if finished.exists():
         return json.loads(finished.read_text(encoding="utf-8"))
@@ -183,63 +296,135 @@ async def train(iteration: int, config: Config, pairs: Sequence[PreferencePair],
     files = None
     done: dict[str, Any] = {}
     replayed = 0
-    ports.report.line(f"iteration {iteration}: training M{iteration + 1} on {len(pairs)} pairs")
-    total = -(-len(pairs) // config.train.pairs_per_step) * config.train.epochs
-    per_rank = -(-len(pairs) // config.train.workers)
-    rounds = -(-per_rank // config.train.micro_batch)
-    with ports.report.stage(f"iteration {iteration}", {"reference": rounds, "steps": total}) as tick:
-        async for event in ports.learner.train(iteration, f"M{iteration}", f"M{iteration + 1}", pairs):
+    pairs = rule.method == "dpo"
+    what = "pairs" if pairs else "examples"
+    ports.report.line(f"iteration {iteration}: training {step.model} on {len(items)} {what}")
+    total = -(-len(items) // rule.pairs_per_step) * (rule.stop_after_epoch or rule.epochs)
+    per_rank = -(-len(items) // rule.workers)
+    rounds = -(-per_rank // rule.micro_batch) if pairs else 0
+    source = before if rule.start == "before" else "M0"
+
+    async def mark(row: dict[str, Any]) -> None:
+        if pairs:
+            await ports.buffer.call("mark_trained", row["pair_ids"], row["step"])
+
+    with ports.report.stage(
+        f"iteration {iteration}", {**({"reference": rounds} if pairs else {}), "steps": total}
+    ) as tick:
+        async for event in ports.learner.train(iteration, source, step.model, rule, items):
             if event["event"] == "reference":
                 tick("reference", 1, 0)
             elif event["event"] == "resumed":
                 lost = [row for row in log.rows if row["step"] >= event["step"]]
                 known = {row["step"] for row in log.rows}
                 for row in (row for row in event["rows"] if row["step"] not in known):
-                    await ports.buffer.call("mark_trained", row["pair_ids"], row["step"])
+                    await mark(row)
                     log.add(row)
                 if event["step"]:
-                    tick("reference", rounds, 0)
+                    if pairs:
+                        tick("reference", rounds, 0)
                     tick("steps", event["step"], 0)
                 if lost:
                     replayed += len(lost)
                     ports.report.line(f"replaying {len(lost)} optimizer steps after the last checkpoint")
-                    await ports.buffer.call("forget_trained_from", iteration, event["step"])
+                    if pairs:
+                        await ports.buffer.call("forget_trained_from", iteration, event["step"])
                     store.event("replay", iteration=iteration, steps=len(lost), after=event["step"])
                 log.keep_before(event["step"])
             elif event["event"] == "step":
                 row = event["row"]
-                await ports.buffer.call("mark_trained", row["pair_ids"], row["step"])
+                await mark(row)
                 log.add(row)
                 store.event("step", iteration=iteration, step=row["step"], loss=row["loss"], pairs=row["pair_ids"])
                 tick("steps", 1, int(row["tokens"]))
             elif event["event"] == "done":
                 files = event["files"]
                 done = {key: round(event[key], 3) for key in ("train_seconds", "write_seconds", "export_seconds")}
-    rows = log.rows
     trained = {
-        "pairs_trained": len({pair for row in rows for pair in row["pair_ids"]}),
-        "optimizer_steps": len(rows),
+        **steps_of(log.rows, "dpo_loss" if pairs else "sft_loss"),
         "steps_replayed": replayed,
-        "dpo_loss_first": rows[0]["dpo_loss"],
-        "dpo_loss_last": rows[-1]["dpo_loss"],
-        "accuracy_last": rows[-1]["accuracy"],
-        "margin_last": rows[-1]["margin"],
-        "learner": {**done, "memory_gib": max(row["memory_gib"] for row in rows)},
+        "learner": {**done, "memory_gib": max(row["memory_gib"] for row in log.rows)},
     }
     store.write_json(finished, trained)
     store.drop_checkpoints()  # the next iteration starts from the exported model
     return {**trained, "files": files}
 
 
-async def evaluate(evaluation: Evaluation, index: int, config: Config, ports: Ports) -> dict[str, Any]:
-    """M{index} on the held-out prompts: its own judgement, the frozen M0's, and a duel with the model before it."""
+def steps_of(rows: Sequence[dict[str, Any]], loss: str) -> dict[str, Any]:
+    """What the optimizer steps of an iteration come to. `loss` names the key of the loss without additional terms."""
+    first, last = rows[0], rows[-1]
+    found = {
+        f"{'pairs' if loss == 'dpo_loss' else 'examples'}_trained": len(
+            {one for row in rows for one in row["pair_ids"]}
+        ),
+        "optimizer_steps": len(rows),
+        f"{loss}_first": first[loss],
+        f"{loss}_last": last[loss],
+    }
+    if loss == "dpo_loss":
+        found |= {"accuracy_last": last["accuracy"], "margin_last": last["margin"]}
+        for kind in ("actor", "judge"):
+            of_kind = [row for row in rows if f"{kind}/margin" in row]
+            if of_kind:
+                found |= {f"{kind}_{name}_last": of_kind[-1][f"{kind}/{name}"] for name in ("accuracy", "margin")}
+    return found
+
+
+async def choose(
+    evaluation: Evaluation, iteration: int, before: str, step: Step, trained: dict[str, Any], ports: Ports
+) -> dict[str, Any]:
+    """Make one of the iteration's candidates its model: the answers to held-out prompts decide, and the judge with the
+    weights that the iteration started from (2401.10020v3, section 3.1.3, with another judge)."""
+    store = ports.store
+    finished = store.iteration(iteration) / "chosen.json"
+    if not finished.exists():
+        names = store.candidates(step.model)
+        answers = {}
+        for name in names:
+            await ports.pools.hold(name)
+            journal = store.evaluation(name)
+            answers[name] = await evaluation.answers(ports.pools.samplers, name, journal)
+            journal.close()
+        await ports.pools.hold(before)
+        best, found = names[0], {}
+        for earlier, name in zip([None, *names], names, strict=False):
+            journal = store.evaluation(name)
+            if step.config.train.choose == "score":
+                judged = await evaluation.scores(ports.pools.judges, before, answers[name], journal)
+                found[name] = mean_score(answers[name], judged)
+            elif earlier:
+                found[name] = await evaluation.duel(
+                    ports.pools.judges, before, answers[name], answers[earlier], journal
+                )
+            journal.close()
+            if step.config.train.choose == "score":
+                better = (found[name]["mean"] or 0.0) > (found[best]["mean"] or 0.0)
+            else:
+                better = bool(earlier) and (found[name]["win"] or 0.0) > (found[name]["loss"] or 0.0)
+            if better:
+                best = name
+            elif earlier and step.config.train.choose == "duel":
+                break  # the first that does not win ends the search
+        store.write_json(finished, {"candidates": names, "found": found, "chosen": best})
+        ports.report.line(f"iteration {iteration}: {best} of {', '.join(names)} becomes {step.model}")
+    chosen = json.loads(finished.read_text(encoding="utf-8"))
+    await ports.pools.hold(before)
+    if store.take_candidate(step.model, chosen["chosen"]):
+        ports.pools.forget(step.model, trained.pop("files", None))
+    return {"choice": chosen}
+
+
+async def evaluate(
+    evaluation: Evaluation, model: str, before: str | None, config: Config, ports: Ports
+) -> dict[str, Any]:
+    """A model on the held-out prompts: its own judgement, the frozen M0's, and a duel with the model before it."""
     if not config.prompts.heldout:
         return {}
-    model, first, before = f"M{index}", "M0", f"M{index - 1}"
+    first = "M0"
     engines = ports.pools.samplers
     journal = ports.store.evaluation(model)
     try:
-        duels = 2 * config.prompts.heldout if index and config.evaluate.duel else 0
+        duels = 2 * config.prompts.heldout if before and config.evaluate.duel else 0
         totals = {"answers": config.prompts.heldout, "scores": config.prompts.heldout * config.judge.per_response}
         with ports.report.stage(f"held-out {model}", totals) as tick:
             await ports.pools.hold(model)
@@ -253,7 +438,7 @@ async def evaluate(evaluation: Evaluation, index: int, config: Config, ports: Po
             "score_by_current": {"judge": model, **mean_score(answers, own)},
             "score_by_first": {"judge": first, **mean_score(answers, own)},
         }
-        if index:
+        if before:
             with ports.report.stage(f"held-out {model} by {first}", {"judgements": len(own) + duels}) as tick:
                 await ports.pools.hold(first)
                 frozen = await evaluation.scores(ports.pools.judges, first, answers, journal)
@@ -271,26 +456,27 @@ async def evaluate(evaluation: Evaluation, index: int, config: Config, ports: Po
     finally:
         journal.close()
     ports.store.event("evaluated", **found)
-    if index == 0:
+    if before is None:
         ports.store.fix("heldout_first", found)
     return found
 
 
-def records_of(groups: Sequence[Group]) -> tuple[list[Any], list[Any], list[Any]]:
+def records_of(groups: Sequence[Group]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     return (
         [group.prompt for group in groups],
         [response for group in groups for response in group.responses],
         [judgement for group in groups for judgement in group.judgements],
+        [comparison for group in groups for comparison in group.comparisons],
     )
 
 
-def summary_of(iteration: int, groups: Sequence[Group], pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+def summary_of(groups: Sequence[Group], pairs: Sequence[PreferencePair]) -> dict[str, Any]:
     """Counts and means of what was made. `mean_score` is over the responses with a readable score."""
-    prompts, responses, judgements = records_of(groups)
+    prompts, responses, judgements, comparisons = records_of(groups)
     unread = Counter(j.verdict.reason for j in judgements if isinstance(j.verdict, Unparsed))
     points = [v.points for v in mean_verdicts(responses, judgements).values() if isinstance(v, Scored)]
+    actor = [pair for pair in pairs if pair.kind == "actor"]
     return {
-        "iteration": iteration,
         "prompts": len(prompts),
         "responses": len(responses),
         "responses_cut": sum(not response.complete for response in responses),
@@ -298,10 +484,22 @@ def summary_of(iteration: int, groups: Sequence[Group], pairs: Sequence[Preferen
         "judgements": len(judgements),
         "judgements_unreadable": sum(unread.values()),
         "unreadable_reasons": dict(unread),
+        "comparisons": len(comparisons),
         "pairs": len(pairs),
-        "no_pair_reasons": dict(Counter(group.no_pair_reason for group in groups if group.no_pair_reason)),
+        "pairs_of_kind": dict(Counter(pair.kind for pair in pairs)),
         "mean_score": fmean(points) if points else None,
         "responses_scored": len(points),
-        "mean_response_tokens": fmean(len(response.token_ids) for response in responses),
-        "mean_margin": fmean(pair.chosen_score - pair.rejected_score for pair in pairs) if pairs else None,
+        "mean_response_tokens": fmean(len(response.token_ids) for response in responses) if responses else None,
+        "mean_margin": fmean(pair.chosen_score - pair.rejected_score for pair in actor) if actor else None,
+    }
+
+
+def comparing_of(groups: Sequence[Group]) -> dict[str, Any]:
+    """How the meta-judge decided: share of decided comparisons that the judgement shown first won, and unreadable."""
+    comparisons = [one for group in groups for one in group.comparisons]
+    decided = [won for one in comparisons if (won := result(one))]
+    return {
+        "comparisons_decided": len(decided),
+        "comparisons_unreadable": sum(isinstance(one.verdict, Unparsed) for one in comparisons),
+        "first_position_wins": decided.count(1) / len(decided) if decided else None,
     }

@@ -30,10 +30,12 @@ class PairLoss:
       nll: the policy's negative log-likelihood of the chosen, in nats per token.
       kl: estimate of KL(reference || policy), in nats; see `pair_loss`.
       kl_tokens: response tokens of both responses, the denominator of kl.
+    `each` has the same for every pair, [P], apart from kl and kl_tokens.
     """
 
     loss: Tensor
     sums: dict[str, Tensor]
+    each: dict[str, Tensor]
 
 
 def pair_loss(
@@ -84,18 +86,32 @@ def pair_loss(
         weight_R = weight_P.repeat_interleave(2)[batch.segment_R]
         log_ratio_R = logps_R - ref_logps_R
         kl_R = torch.expm1(log_ratio_R) - log_ratio_R
+        each = {
+            "loss": weight_P * (loss_P + nll_scale * nll_P),
+            "pairs": weight_P,
+            "accuracy": weight_P * (h_P > 0),
+            "margin": weight_P * beta * h_P,
+            "chosen_logp": weight_P * logp_S[0::2],
+            "rejected_logp": weight_P * logp_S[1::2],
+            "nll": weight_P * nll_P,
+        }
         sums = {
-            "loss": total.detach(),
-            "pairs": weight_P.sum(),
-            "accuracy": (weight_P * (h_P > 0)).sum(),
-            "margin": (weight_P * beta * h_P).sum(),
-            "chosen_logp": (weight_P * logp_S[0::2]).sum(),
-            "rejected_logp": (weight_P * logp_S[1::2]).sum(),
-            "nll": (weight_P * nll_P).sum(),
+            **{name: values_P.sum() for name, values_P in each.items()},
             "kl": (weight_R * kl_R).sum(),
             "kl_tokens": weight_R.sum(),
         }
-    return PairLoss(loss=total, sums=sums)
+    return PairLoss(loss=total, sums=sums, each=each)
+
+
+def target_loss(logps_R: Tensor, segment_R: Tensor, weight_E: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Supervised fine-tuning: the negative log-likelihood of all target tokens, summed, in nats; and its sums.
+
+    Shapes: R target tokens of E examples, `segment_R` the example of each. `weight_E` is 1 for an example and 0 for a
+    dummy that keeps ranks in step. The denominator, "tokens_trained", is the number of target tokens of the step.
+    """
+    weight_R = weight_E.to(logps_R.dtype)[segment_R]
+    loss = -(weight_R * logps_R).sum()
+    return loss, {"loss": loss.detach(), "tokens_trained": weight_R.sum(), "examples": weight_E.to(logps_R.dtype).sum()}
 
 
 def sequence_sums(values_R: Tensor, segment_R: Tensor, num_segments: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids of prompt, chosen and rejected
+ExampleIds = tuple[Sequence[int], Sequence[int]]  # token ids of prompt and target
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
@@ -25,7 +26,7 @@ LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairBatch:
-    """P pairs of one micro-batch, packed or padded. What ends in R or S is the same in both forms.
+    """P pairs (or S examples) of one micro-batch, packed or padded. What ends in R or S is the same in both forms.
 
     input_ids: [B, T] token ids; B is 1 packed and 2P padded.
     position_ids: [B, T] packed; None padded, where the model's own positions are right.
@@ -86,6 +87,30 @@ def pack_pairs(pairs: Sequence[PairIds]) -> PairBatch:
     return _batch(pairs, torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None], predict)
 
 
+def pack_examples(examples: Sequence[ExampleIds]) -> PairBatch:
+    """All examples in one row, none of which sees another one; sequence e is the target of example e."""
+    ids: list[int] = []
+    positions: list[int] = []
+    number: list[int] = []
+    predict: list[int] = []
+    for e, (prompt, target) in enumerate(examples):
+        first = len(ids) + len(prompt) - 1
+        predict += range(first, first + len(target))
+        ids += [*prompt, *target]
+        positions += range(len(prompt) + len(target))
+        number += [e] * (len(prompt) + len(target))
+    number_T = torch.tensor(number)
+    mask_TT = packed_mask(number_T, torch.zeros_like(number_T))
+    return _batch(examples, torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None], predict)
+
+
+def pad_examples(examples: Sequence[ExampleIds], pad_id: int) -> PairBatch:
+    """One row per example, padded on the right."""
+    rows = [[*prompt, *target] for prompt, target in examples]
+    firsts = [len(prompt) for prompt, _ in examples]
+    return _padded(examples, rows, firsts, pad_id)
+
+
 def packed_mask(pair_T: Tensor, branch_T: Tensor) -> Tensor:
     """Bool [T, T], query by key: same pair, not later in the row, and the key is prompt or of the query's branch."""
     causal_TT = torch.ones(len(pair_T), len(pair_T), dtype=torch.bool).tril()
@@ -97,22 +122,32 @@ def packed_mask(pair_T: Tensor, branch_T: Tensor) -> Tensor:
 def pad_pairs(pairs: Sequence[PairIds], pad_id: int) -> PairBatch:
     """Two rows per pair, prompt + chosen and prompt + rejected, padded on the right."""
     rows = [[*prompt, *response] for prompt, *responses in pairs for response in responses]
+    return _padded(pairs, rows, [len(prompt) for prompt, *_ in pairs for _ in range(2)], pad_id)
+
+
+def _padded(
+    items: Sequence[Sequence[Sequence[int]]], rows: list[list[int]], firsts: list[int], pad_id: int
+) -> PairBatch:
+    """`rows` are whole sequences, `firsts` the place of each one's first response token."""
     width = max(len(row) for row in rows)
     ids = [row + [pad_id] * (width - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
     predict: list[int] = []
-    for s, row in enumerate(rows):
-        first = s * width + len(pairs[s // 2][0]) - 1
-        predict += range(first, s * width + len(row) - 1)
-    return _batch(pairs, torch.tensor(ids), None, torch.tensor(mask), predict)
+    for s, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+        predict += range(s * width + first - 1, s * width + len(row) - 1)
+    return _batch(items, torch.tensor(ids), None, torch.tensor(mask), predict)
 
 
 def _batch(
-    pairs: Sequence[PairIds], input_ids: Tensor, position_ids: Tensor | None, mask: Tensor, predict: list[int]
+    items: Sequence[Sequence[Sequence[int]]],
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    mask: Tensor,
+    predict: list[int],
 ) -> PairBatch:
-    if not all(len(part) for pair in pairs for part in pair):
-        raise ValueError("a pair needs at least one token in each of prompt, chosen and rejected")
-    responses = [response for _, *both in pairs for response in both]
+    if not all(len(part) for item in items for part in item):
+        raise ValueError("a pair needs at least one token in each of prompt, chosen and rejected; so does an example")
+    responses = [response for _, *found in items for response in found]
     length_S = torch.tensor([len(response) for response in responses])
     return PairBatch(
         input_ids=input_ids,

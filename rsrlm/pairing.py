@@ -1,5 +1,10 @@
-"""From scored responses of one prompt to at most one preference pair (Self-Rewarding, section 2.3)."""
+"""From scored responses of one prompt to at most one preference pair.
 
+Best against worst (2401.10020v3, section 2.3), and with length control the shortest of the good against the longest of
+the bad (2407.19594v2, section 2.2).
+"""
+
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,24 +22,44 @@ class Candidate:
 
 
 def candidates(responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: Pair) -> list[Candidate]:
-    """Responses with a readable score that the rules for cut and empty ones let take part, ordered by index."""
+    """Responses with a readable score that the rules for cut, empty and equal ones let take part, ordered by index."""
     taking_part = []
+    seen = set()
     for response in sorted(responses, key=lambda response: response.index):
         verdict = verdicts.get(response.id)
         cut, empty = not response.complete, not response.text.strip()
+        if rule.duplicates == "drop" and response.text in seen:
+            continue
+        seen.add(response.text)
         if not isinstance(verdict, Scored) or (cut and rule.cut == "drop") or (empty and rule.empty == "drop"):
             continue
         taking_part.append(Candidate(response=response, points=verdict.points, may_win=not cut and not empty))
     return taking_part
 
 
+def tiers(winners: Sequence[Candidate], others: Sequence[Candidate], rho: float) -> tuple[list[Candidate], ...]:
+    """Candidates for chosen, out of `winners`, and for rejected, out of `others` (2407.19594v2, section 2.2).
+
+    With Smax the best score of those that may win and Smin the worst of all, the tiers reach from Smax down to
+    (1 - rho) Smax + rho Smin, and from Smin up to (1 - rho) Smin + rho Smax, both inclusive. For rho below 0.5 no
+    response is in both unless all scores are equal.
+    """
+    best = max(candidate.points for candidate in winners)
+    worst = min(candidate.points for candidate in others)
+    good = [one for one in winners if one.points >= (1 - rho) * best + rho * worst - TIE]
+    bad = [one for one in others if one.points <= (1 - rho) * worst + rho * best + TIE]
+    return good, bad
+
+
 def best_against_worst(
-    responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: Pair, iteration: int
+    responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: Pair, iteration: int, seed: int = 0
 ) -> PreferencePair | str:
     """The pair of a prompt, or the reason why there is none (a short text that is counted).
 
-    Chosen is the best of the responses that may win, rejected the worst of all that take part; of several equal ones
-    the lowest index. Equal scores make no pair. `verdicts` holds the mean verdict of each response by its id.
+    Chosen is the best of the responses that may win, rejected the worst of all that take part. With `rule.rho` or
+    `rule.ties` "length", chosen is the shortest of its tier and rejected the longest; what is still equal goes to the
+    lowest index, or to one drawn by `seed` where `rule.ties` is "random". Equal scores make no pair. `verdicts` holds
+    the mean verdict of each response by its id.
     """
     taking_part = candidates(responses, verdicts, rule)
     if len(taking_part) < 2:
@@ -42,8 +67,19 @@ def best_against_worst(
     winners = [candidate for candidate in taking_part if candidate.may_win]
     if not winners:
         return "no complete response"
-    chosen = max(winners, key=lambda candidate: candidate.points)
-    rejected = min(taking_part, key=lambda candidate: candidate.points)
+    good, bad = tiers(winners, taking_part, rule.rho)
+
+    def length(candidate: Candidate) -> int:
+        response = candidate.response
+        return len(response.text) if rule.length == "chars" else len(response.token_ids)
+
+    if rule.rho or rule.ties == "length":
+        chosen, rejected = min(good, key=length), max(bad, key=length)
+    elif rule.ties == "random":
+        draw = random.Random(f"ties {seed} {group_id(iteration, winners[0].response.prompt_id)}")
+        chosen, rejected = draw.choice(good), draw.choice(bad)
+    else:
+        chosen, rejected = good[0], bad[0]
     margin = chosen.points - rejected.points
     if margin <= TIE:
         # A cut response may hold the best score: then the winners' best can equal, never undercut, the worst.

@@ -4,16 +4,20 @@ Counts and tokens are upper bounds. Memory and disk are estimates whose constant
 """
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from rsrlm.config import Config, ConfigError, dump
+from rsrlm.meta_judging import most_comparisons
 from rsrlm.model import num_parameters, weight_files
 from rsrlm.progress import Report
+from rsrlm.prompts import answers
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -38,44 +42,65 @@ class Plan:
     actors: list[tuple[str, int, str]]
 
 
-def plan(config: Config, model: Path) -> Plan:
-    """The plan of a run of `config` with the model in the folder `model`."""
-    prompts, heldout, k = config.prompts.per_iteration, config.prompts.heldout, config.sample.responses
-    per_response = config.judge.per_response
-    by_engine = config.judge.read != "function"
-    judge_tokens = {"digits": 1, "function": 0}.get(config.judge.read, config.judge.max_tokens)
-    judged = per_response if by_engine else 0
-    requests = {
-        "responses": prompts * k,
-        "judgements": prompts * k * judged,
-        # The first iteration is the largest: before it begins, M0 answers too and judges itself.
-        "held-out answers": heldout * 2,
-        # M0 by itself, the new model by itself and by M0
-        "held-out judgements": heldout * judged * 3,
-        "held-out duels": heldout * 2 if config.evaluate.duel else 0,
-    }
-    generated = (
-        requests["responses"] * config.sample.max_tokens
-        + (requests["judgements"] + requests["held-out judgements"]) * judge_tokens
-        + requests["held-out answers"] * config.evaluate.max_tokens
-        + requests["held-out duels"]
-    )
-    # Nothing longer than the context is ever sent.
-    prompt_tokens = (
-        requests["responses"] * (config.engine.max_model_len - config.sample.max_tokens)
-        + (requests["judgements"] + requests["held-out judgements"]) * (config.engine.max_model_len - judge_tokens)
-        + requests["held-out answers"] * (config.engine.max_model_len - config.evaluate.max_tokens)
-        + requests["held-out duels"] * (config.engine.max_model_len - 1)
-    )
-    steps = -(-prompts // config.train.pairs_per_step) * config.train.epochs
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """What supervised fine-tuning finds in data that is there: examples at most, and ranked replies to judge."""
+
+    examples: int = 0
+    replies: int = 0
+
+
+def plan(config: Config, model: Path, seeds: Sequence[Seeds] | None = None) -> Plan:
+    """The plan of a run of `config` with the model in the folder `model`; `seeds` are those of each iteration."""
+    each = [
+        _iteration(step, number, seeds[number] if seeds else Seeds())
+        for number, (step, _) in enumerate(config.distinct)
+    ]
+    requests = {name: max(one[0][name] for one in each) for name in each[0][0]}
+    steps = max(one[3] for one in each)
     return Plan(
         requests=requests,
-        prompt_tokens=prompt_tokens,
-        generated_tokens=generated,
+        prompt_tokens=max(one[1] for one in each),
+        generated_tokens=max(one[2] for one in each),
         optimizer_steps=steps,
         memory=memory(config, model),
         disk=disk(config, model, steps),
         actors=actors(config),
+    )
+
+
+def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int], int, int, int]:
+    """Requests, prompt tokens, generated tokens and optimizer steps of one iteration, at most."""
+    prompts = config.prompts.per_iteration if answers(config) else 0
+    heldout, k = config.prompts.heldout, config.sample.responses
+    per_response = config.judge.per_response
+    judge_tokens = {"digits": 1, "function": 0}.get(config.judge.read, config.judge.max_tokens)
+    judged = per_response if config.judge.read != "function" else 0
+    first = number == 0  # before it begins, M0 answers too and judges itself
+    compared = prompts * most_comparisons(config) if "judge" in config.pair.kinds else 0
+    meta_tokens = 1 if config.meta.read == "letters" else config.meta.max_tokens
+    duel_tokens = 1 if config.evaluate.judge == "letters" else config.evaluate.judge_max_tokens
+    # requests and the tokens that each may generate; nothing longer than the context is ever sent
+    found = {
+        "responses": (prompts * k, config.sample.max_tokens),
+        "judgements": (prompts * k * judged + seeds.replies * config.data.eft_judgements, judge_tokens),
+        "comparisons": (compared, meta_tokens),
+        "held-out answers": (heldout * (1 + first), config.evaluate.max_tokens),
+        # M0 by itself, the new model by itself and by M0
+        "held-out judgements": (heldout * judged * (2 + first), judge_tokens),
+        "held-out duels": (heldout * 2 if config.evaluate.duel else 0, duel_tokens),
+    }
+    train = config.train
+    if train.method == "dpo":
+        items = prompts * len(config.pair.kinds)
+    else:
+        positive = sum(source.weight for source in config.sft.sources if source.path == "positive")
+        items = seeds.examples + math.ceil(prompts * k * positive)
+    return (
+        {name: number for name, (number, _) in found.items()},
+        sum(number * (config.engine.max_model_len - tokens) for number, tokens in found.values()),
+        sum(number * tokens for number, tokens in found.values()),
+        -(-items // train.pairs_per_step) * (train.stop_after_epoch or train.epochs),
     )
 
 
@@ -150,9 +175,12 @@ def disk(config: Config, model: Path, steps: int) -> dict[str, float]:
     found = {"models": float(config.iterations * (weights + others))}
     if steps > config.train.checkpoint_every_steps:
         found["checkpoint"] = float(3 * num_parameters(model) * 4)
-    responses = config.iterations * config.prompts.per_iteration * config.sample.responses
-    judged = config.judge.per_response
-    found["records"] = float(responses * (1800 + 900 * judged))
+    found["records"] = 0.0
+    for step, number in config.distinct:
+        prompts = step.prompts.per_iteration if answers(step) else 0
+        compared = most_comparisons(step) if "judge" in step.pair.kinds else 0
+        each = step.sample.responses * (1800 + 900 * step.judge.per_response) + 900 * compared
+        found["records"] += float(number * prompts * each)
     return found
 
 

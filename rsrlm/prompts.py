@@ -69,23 +69,27 @@ def _refused(character: str) -> bool:
 def deal(prompts: list[Prompt], config: Config) -> tuple[list[Prompt], list[list[Prompt]]]:
     """Held-out prompts, and the prompts of each iteration: an order that depends on ids and seed alone.
 
-    Without `prompts.reuse` no prompt is dealt twice; with it, all have had a turn before one has the next. Raises
-    ConfigError when there are too few.
+    An iteration that answers none (supervised fine-tuning on data that is there) gets none. Without `prompts.reuse` no
+    prompt is dealt twice; with it, all have had a turn before one has the next. Raises ConfigError when there are too
+    few.
     """
-    wanted, heldout = config.prompts.per_iteration, config.prompts.heldout
-    needed = heldout + wanted * (1 if config.prompts.reuse else config.iterations)
+    sizes = [(step.prompts.per_iteration if answers(step) else 0, number) for step, number in config.distinct]
+    heldout = config.prompts.heldout
+    needed = heldout + (max(size for size, _ in sizes) if config.prompts.reuse else sum(s * n for s, n in sizes))
     if needed > len(prompts):
+        each = " or ".join(str(size) for size in sorted({size for size, _ in sizes if size}))
         raise ConfigError(
             f"prompts.path={config.prompts.path}: {len(prompts)} usable prompts, but {needed} are needed "
-            f"({heldout} held out, {wanted} for each of {config.iterations} iterations); add prompts, lower "
-            "prompts.per_iteration or set prompts.reuse=true"
+            f"({heldout} held out, {each} for each of {sum(number for size, number in sizes if size)} iterations); add "
+            "prompts, lower prompts.per_iteration or set prompts.reuse=true"
         )
+    hand_sizes = [size for size, number in sizes for _ in range(number)]
     order = sorted(prompts, key=lambda prompt: prompt.id)
     random.Random(f"prompts {config.seed}").shuffle(order)
     held, rest = order[:heldout], order[heldout:]
     hands: list[list[Prompt]] = []
     deck: list[Prompt] = []
-    for iteration in range(config.iterations):
+    for iteration, wanted in enumerate(hand_sizes):
         if len(deck) < wanted:
             again = list(rest)
             random.Random(f"prompts {config.seed} {iteration}").shuffle(again)
@@ -101,12 +105,18 @@ def deal(prompts: list[Prompt], config: Config) -> tuple[list[Prompt], list[list
     return held, hands
 
 
+def answers(step: Config) -> bool:
+    """Whether an iteration answers prompts: always but for supervised fine-tuning on data that is there already."""
+    return step.train.method == "dpo" or any(source.path == "positive" for source in step.sft.sources)
+
+
 def usable(prompts: list[Prompt], lengths: dict[str, int], config: Config) -> tuple[list[Prompt], list[str]]:
     """Prompts whose tokens leave room for the answer, and the ids of the others.
 
     `lengths` counts the tokens of the whole chat prompt by id. Raises ConfigError where prompts.overlong=error.
     """
-    room = config.engine.max_model_len - max(config.sample.max_tokens, config.evaluate.max_tokens)
+    longest = max(step.sample.max_tokens for step, _ in config.distinct)
+    room = config.engine.max_model_len - max(longest, config.evaluate.max_tokens)
     long = [prompt.id for prompt in prompts if lengths[prompt.id] > room]
     if long and config.prompts.overlong == "error":
         raise ConfigError(

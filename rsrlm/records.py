@@ -2,7 +2,9 @@
 
 Ids name where a record comes from, so that `grep '"00/tea-vs-coffee'` over a run folder follows one prompt group:
 `00/tea-vs-coffee` is a group (iteration, prompt), `00/tea-vs-coffee/2` its response 2, `00/tea-vs-coffee/2#1` that
-response's judgement 1 and `00/tea-vs-coffee/2>0` the pair that prefers response 2 to response 0.
+response's judgement 1, `00/tea-vs-coffee/2#1~0` the comparison that shows judgement 1 before judgement 0,
+`00/tea-vs-coffee/2>0` the pair that prefers response 2 to response 0, and `00/tea-vs-coffee/2#1>0` the one that prefers
+judgement 1 to judgement 0.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
-Role = Literal["actor", "judge", "duel", "learner"]
+Role = Literal["actor", "judge", "meta", "duel", "data", "learner"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,8 @@ class Response:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """One verdict on one response. `judge` names template and reading, or the function.
+    """One verdict on one response, or on two of its judgements (role "meta"), or on two responses (role "duel"): then
+    its points are the share that the one shown first wins. `judge` names template and reading, or the function.
 
     A function judge has no tokens, no sampling parameters and the weight version of nobody: "".
     """
@@ -129,7 +132,10 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """Two responses to one prompt; the learner trains on the token ids as sampled."""
+    """Two responses to one prompt, or (kind "judge") two judgements of one response, whose prompt is the judge's.
+
+    The learner trains on the token ids as sampled.
+    """
 
     id: str
     prompt_id: str
@@ -145,8 +151,21 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A target to imitate: supervised fine-tuning trains on its tokens and not on those of the prompt."""
+
+    id: str
+    kind: Literal["ift", "eft", "positive"]
+    prompt_token_ids: tuple[int, ...]
+    target_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A prompt with everything made for it. `no_pair_reason` is "" exactly when there is a pair."""
+    """A prompt with everything made for it. `no_pair_reason` is "" exactly when there is a pair of responses.
+
+    `comparisons` are the meta-judge's verdicts on judgements of one of the responses.
+    """
 
     id: str
     iteration: int
@@ -155,6 +174,7 @@ class Group:
     judgements: tuple[Judgement, ...]
     pair: PreferencePair | None
     no_pair_reason: str
+    comparisons: tuple[Judgement, ...] = ()
 
 
 def group_id(iteration: int, prompt_id: str) -> str:

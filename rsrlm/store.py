@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from rsrlm.config import Config, ConfigError, dump, load
 from rsrlm.files import whole_lines, write_whole
-from rsrlm.records import Judgement, PreferencePair, Prompt, Response, Scored
+from rsrlm.records import Example, Judgement, PreferencePair, Prompt, Response, Scored
 
 _RESPONSE = TypeAdapter(Response)
 _JUDGEMENT = TypeAdapter(Judgement)
@@ -85,9 +85,31 @@ class RunFolder:
     def iteration(self, iteration: int) -> Path:
         return self.folder / "iterations" / f"{iteration:02d}"
 
-    def model(self, index: int) -> Path:
-        """The exported model M{index}; M0 is the model the run started from and is not copied."""
-        return self.folder / "models" / f"M{index}"
+    def model(self, name: str) -> Path:
+        """The exported model of this name; M0 is the model the run started from and is not copied."""
+        return self.folder / "models" / name
+
+    def candidates(self, name: str) -> list[str]:
+        """Models among which the one of this name is chosen, in the order of training; the last is that name's own."""
+        found = sorted(
+            self.model(name).parent.glob(f"{name}@*[0-9]"), key=lambda path: int(path.name.rpartition("@")[2])
+        )
+        return [*(path.name for path in found), name]
+
+    def take_candidate(self, name: str, chosen: str) -> bool:
+        """Put the chosen candidate in the place of the model and remove the others; whether the model changed.
+
+        May be repeated after a kill at any point.
+        """
+        path, candidate, old = self.model(name), self.model(chosen), self.model(f"{name}.old")
+        if chosen != name and candidate.exists():
+            if path.exists() and not old.exists():
+                path.rename(old)
+            shutil.rmtree(path, ignore_errors=True)
+            candidate.rename(path)
+        for other in [*path.parent.glob(f"{name}@*"), old]:
+            shutil.rmtree(other, ignore_errors=True)
+        return chosen != name
 
     # -- facts of the start that a resume must keep ------------------------------------------------------------------
 
@@ -118,20 +140,28 @@ class RunFolder:
         prompts: Sequence[Prompt],
         responses: Sequence[Response],
         judgements: Sequence[Judgement],
+        comparisons: Sequence[Judgement],
         pairs: Sequence[PreferencePair],
     ) -> None:
-        """Parquet of a complete iteration; `pairs` keeps training order, the others are ordered by id."""
+        """Parquet of a complete iteration; `pairs` keeps training order, the others are ordered by id.
+
+        `comparisons` are the meta-judge's, and have a file only where there are any.
+        """
         folder = self.iteration(iteration)
         tables: dict[str, list[dict[str, Any]]] = {
             "prompts": [asdict(prompt) for prompt in sorted(prompts, key=lambda p: p.id)],
             "responses": [asdict(response) for response in sorted(responses, key=lambda r: r.id)],
             "judgements": [_flat(judgement) for judgement in sorted(judgements, key=lambda j: j.id)],
+            **({"comparisons": [_flat(one) for one in sorted(comparisons, key=lambda c: c.id)]} if comparisons else {}),
             "pairs": [asdict(pair) for pair in pairs],
         }
         for name, rows in tables.items():
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMAS[name]), sink)
-            write_whole(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
+            _write_table(folder / f"{name}.parquet", rows, _SCHEMAS[name])
+
+    def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Parquet of what an iteration of supervised fine-tuning trains on, in training order."""
+        rows = [asdict(example) for example in examples]
+        _write_table(self.iteration(iteration) / "examples.parquet", rows, _SCHEMAS["examples"])
 
     def records_complete(self, iteration: int) -> bool:
         return (self.iteration(iteration) / "pairs.parquet").exists()
@@ -174,6 +204,12 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    write_whole(path, sink.getvalue().to_pybytes())
 
 
 class StepLog:
@@ -267,6 +303,7 @@ _SCHEMAS: dict[str, pa.Schema] = {
         points=pa.float64(),
         variance=pa.float64(),
     ),
+    "examples": _schema("id kind", prompt_token_ids=_IDS, target_token_ids=_IDS),
     "pairs": _schema(
         "id prompt_id kind chosen_id rejected_id weight_version",
         prompt_token_ids=_IDS,
@@ -276,6 +313,9 @@ _SCHEMAS: dict[str, pa.Schema] = {
         rejected_score=pa.float64(),
     ),
 }
+
+
+_SCHEMAS["comparisons"] = _SCHEMAS["judgements"]
 
 
 def _flat(judgement: Judgement) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_what_is_right_starts(rsrlm: Callable[..., Ended], config_file: Path, tm
     assert prepared.config.seed == 7
     assert prepared.model == smollm2
     assert prepared.left_out == []
-    assert (len(prepared.inputs.heldout), [len(hand) for hand in prepared.inputs.hands]) == (2, [4])
+    assert (len(prepared.inputs.heldout), [len(step.prompts) for step in prepared.inputs.steps]) == (2, [4])
     assert store.folder == tmp_path / "runs" / "mine"
     assert sorted(path.name for path in store.folder.iterdir()) == ["config.yaml", "start.json"]
 
@@ -166,7 +166,7 @@ def test_the_exit_code_is_that_of_the_run(
     code: int, rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "prepare", lambda config: SimpleNamespace(model=None))
-    monkeypatch.setattr(cli, "_check_room", lambda config, model: None)
+    monkeypatch.setattr(cli, "_check_room", lambda prepared: None)
     monkeypatch.setattr(launch, "check_inputs", lambda *_: None)
     monkeypatch.setattr(launch, "execute", lambda *_: code)
     assert rsrlm("run", config_file).code == code
@@ -309,7 +309,7 @@ def test_a_prompt_that_is_too_long_is_left_out(
         rsrlm("run", config_file, "prompts.overlong=drop")
     prepared = started.value.arguments[0]
     assert prepared.left_out == ["long"]
-    dealt = [*prepared.inputs.heldout, *prepared.inputs.hands[0]]
+    dealt = [*prepared.inputs.heldout, *prepared.inputs.steps[0].prompts]
     assert {prompt.id for prompt in dealt} == {f"p{number}" for number in range(6)}
 
 

@@ -107,7 +107,7 @@ def test_a_config_cannot_be_changed(small: Path) -> None:
 
 
 def test_unknown_keys_are_named_with_the_known_ones(small: Path) -> None:
-    assert "trian: unknown key; known here: engine, evaluate," in refused(small, "trian.lr=1.0")
+    assert "trian: unknown key; known here: data, engine, evaluate," in refused(small, "trian.lr=1.0")
     message = refused(small, "judge.jugements=2")
     assert "judge.jugements: unknown key" in message
     assert "judgements" in message.split("known here:")[1]

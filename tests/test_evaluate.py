@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from rsrlm.ask import SAMPLE_PRIORITY, Judging, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError
-from rsrlm.evaluate import Evaluation, lengths, mean_score, winner_in
+from rsrlm.evaluate import Evaluation, lengths, mean_score
 from rsrlm.judging import fence_of
 from rsrlm.model import load_tokenizer
-from rsrlm.produce import SAMPLE_PRIORITY, Judging, Producer
+from rsrlm.produce import Producer
 from rsrlm.records import Completion, Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed
 from rsrlm.store import Journal
 
@@ -143,7 +144,7 @@ def test_duels_by_hand(evaluation: Callable[..., Evaluation], journal: Journal) 
     found = run(evaluation(CONTENDERS).duel(engines, "M0", NEW, OLD, journal))
     # 2 wins, 1 loss; the first position twice, the second twice, even and half-even are ties; 4 cannot be read.
     assert found == {
-        "judge": "pairwise by M0, both orders",
+        "judge": "pairwise (letters) by M0, both orders",
         "n": 7,
         "unreadable": 4,
         "win": 2 / 7,
@@ -265,11 +266,13 @@ def test_records_of_a_duel(evaluation: Callable[..., Evaluation], journal: Journ
     second = journal.judgements["M1/worse/0>M2/worse/0@M0"]
     assert (first.prompt_id, first.response_id, first.index) == ("worse", "M2/worse/0", 0)
     assert (second.prompt_id, second.response_id, second.index) == ("worse", "M1/worse/0", 1)
-    assert {(j.role, j.judge, j.weight_version) for j in journal.judgements.values()} == {("duel", "pairwise", "M0")}
+    assert {(j.role, j.judge, j.weight_version) for j in journal.judgements.values()} == {
+        ("duel", "pairwise (letters)", "M0")
+    }
     assert (first.verdict, second.verdict) == (Scored(points=0.0), Scored(points=1.0))
-    assert [winner_in(judgement) for judgement in (first, second)] == ["B", "A"]
-    assert winner_in(journal.judgements["M2/even/0>M1/even/0@M0"]) == "tie"
-    assert winner_in(journal.judgements["M2/blind/0>M1/blind/0@M0"]) == Unparsed(reason="little mass on letters")
+    assert [winner_of(judgement) for judgement in (first, second)] == ["B", "A"]
+    assert winner_of(journal.judgements["M2/even/0>M1/even/0@M0"]) == "tie"
+    assert winner_of(journal.judgements["M2/blind/0>M1/blind/0@M0"]) == Unparsed(reason="little mass on letters")
 
 
 def test_a_template_of_the_users_own_is_named(
@@ -278,7 +281,7 @@ def test_a_template_of_the_users_own_is_named(
     file = tmp_path / "mine.jinja"
     file.write_text("{{ instruction }} {{ response_a }} {{ response_b }}")
     found = run(evaluation([], evaluate={"template": str(file)}).duel(Engines(), "M0", [], [], journal))
-    assert found["judge"] == f"{file} by M0, both orders"
+    assert found["judge"] == f"{file} (letters) by M0, both orders"
     file.write_text("{{ instruction }} {{ response_a }}")
     with pytest.raises(ConfigError, match=r"evaluate\.template='.*mine\.jinja': does not use response_b"):
         evaluation(evaluate={"template": str(file)})

@@ -1,13 +1,14 @@
 """Pairs by hand, and what holds for every pair whatever the responses are."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsrlm.config import Pair
-from rsrlm.pairing import best_against_worst, candidates
+from rsrlm.pairing import best_against_worst, candidates, tiers
 from rsrlm.records import PreferencePair, Response, Sampling, Scored, Unparsed, Verdict
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
@@ -212,3 +213,94 @@ def test_what_holds_for_every_pair(drawn: list[tuple], rule: Pair, data: st.Data
         for r in readable
         if (r.complete or rule.cut == "rejected_only") and (r.text.strip() or rule.empty == "rejected_only")
     )
+
+
+# -- length control (2407.19594v2, section 2.2) ------------------------------------------------------------------------
+
+SCORES = [4.2, 4.6, 4.9, 3.1, 3.5, 4.85, 2.9]
+LENGTHS = [1500, 900, 2400, 2100, 700, 1300, 1200]
+
+
+@pytest.mark.parametrize(
+    ("rho", "good", "bad", "chosen", "rejected"),
+    [
+        (0.0, {2}, {6}, 2, 6),
+        (0.1, {2, 5}, {3, 6}, 5, 3),
+        (0.32, {1, 2, 5}, {3, 4, 6}, 1, 3),
+        (0.4, {0, 1, 2, 5}, {3, 4, 6}, 1, 3),
+    ],
+)
+def test_length_control(rho: float, good: set[int], bad: set[int], chosen: int, rejected: int) -> None:
+    responses = [answer(index, text="x" * length) for index, length in enumerate(LENGTHS)]
+    taking_part = candidates(responses, judged(SCORES), Pair())
+    found_good, found_bad = tiers(taking_part, taking_part, rho)
+    assert {one.response.index for one in found_good} == good
+    assert {one.response.index for one in found_bad} == bad
+    pair = best_against_worst(responses, judged(SCORES), Pair(rho=rho), 3)
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen_id[-1], pair.rejected_id[-1]) == (str(chosen), str(rejected))
+
+
+def test_bounds_of_the_tiers_are_inclusive_in_spite_of_rounding() -> None:
+    # 0.9 * 4.1 + 0.1 * 3.1 is 4.0 by hand, and 4.000000000000001 in floats
+    responses = [answer(0, "long answer"), answer(1, "short"), answer(2, "longest answer of all")]
+    pair = best_against_worst(responses, judged([4.1, 4.0, 3.1]), Pair(rho=0.1), 3)
+    assert isinstance(pair, PreferencePair)
+    assert pair.chosen_id.endswith("/1")
+
+
+def test_length_control_goes_from_the_best_that_may_win() -> None:
+    """The cut response holds the best score; the tier reaches down from 4.0, not from 5.0."""
+    responses = [answer(0, "x" * 9, cut=True), answer(1, "xxxx"), answer(2, "x"), answer(3, "xx")]
+    pair = best_against_worst(responses, judged([5.0, 4.0, 3.6, 2.0]), Pair(rho=0.25), 3)
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen_id[-1], pair.rejected_id[-1]) == ("2", "3")  # good: 3.5 and up; bad: up to 2.5
+
+
+@pytest.mark.parametrize(
+    ("ties", "expected"),
+    [("first", ("0", "2")), ("length", ("1", "3"))],
+)
+def test_ties_of_scores(ties: Literal["first", "length"], expected: tuple[str, str]) -> None:
+    responses = [answer(0, "xxx"), answer(1, "x"), answer(2, "x"), answer(3, "xxx")]
+    pair = best_against_worst(responses, judged([4.0, 4.0, 1.0, 1.0]), Pair(ties=ties), 3)
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen_id[-1], pair.rejected_id[-1]) == expected
+
+
+def test_random_ties_depend_on_the_seed_and_on_nothing_else() -> None:
+    responses = [answer(index) for index in range(8)]
+    points = judged([4.0] * 4 + [1.0] * 4)
+
+    def of(seed: int, order: list[Response]) -> str:
+        pair = best_against_worst(order, points, Pair(ties="random"), 3, seed)
+        assert isinstance(pair, PreferencePair)
+        return pair.id
+
+    drawn = [of(seed, responses) for seed in range(40)]
+    assert drawn == [of(seed, responses[::-1]) for seed in range(40)]
+    assert len(set(drawn)) > 5
+
+
+def test_of_equal_texts_only_the_first_takes_part() -> None:
+    responses = [answer(0, "same"), answer(1, "same"), answer(2, "other")]
+    points = judged([1.0, 5.0, 3.0])
+    kept = candidates(responses, points, Pair(duplicates="drop"))
+    assert [one.response.index for one in kept] == [0, 2]
+    assert [one.response.index for one in candidates(responses, points, Pair())] == [0, 1, 2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 30)), min_size=2, max_size=8),
+    st.floats(0, 0.49),
+)
+def test_length_control_never_prefers_a_worse_response(found: list[tuple[int, int]], rho: float) -> None:
+    points = [score / 10 for score, _ in found]
+    responses = [answer(index, text="x" * length) for index, (_, length) in enumerate(found)]
+    pair = best_against_worst(responses, judged(points), Pair(rho=rho), 3)
+    if max(points) == min(points):
+        assert pair == "equal scores"
+    else:
+        assert isinstance(pair, PreferencePair)
+        assert pair.chosen_score > pair.rejected_score
+        assert pair.chosen_score >= max(points) - rho * (max(points) - min(points)) - 1e-9

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rsrlm import plan as planning
 from rsrlm.config import ConfigError
-from rsrlm.plan import GIB, check, disk, memory, plan, show, total_memory
+from rsrlm.plan import GIB, Seeds, check, disk, memory, plan, show, total_memory
 from rsrlm.progress import Report
 
 PARAMETERS = 100 * 8 + 200  # an embedding of 100 x 8, and a vector
@@ -42,6 +42,7 @@ def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
     assert planned.requests == {
         "responses": 8,  # 4 * 2
         "judgements": 24,  # 8 * 3
+        "comparisons": 0,  # no pairs of judgements are asked for
         "held-out answers": 4,  # 2 by the first model, 2 by the new one
         "held-out judgements": 18,  # 2 * 3 by the first on itself, by the new one on itself, by the first on the new
         "held-out duels": 4,  # 2, in both orders
@@ -271,3 +272,31 @@ def test_the_plan_on_the_screen(make_config: Any, model: Path) -> None:
     assert ("memory: all", "8.10 GiB") in lines  # and 0.85 + 0.60 + 1.50
     assert f"run folder: {config.folder}" in screen.getvalue()
     assert "max_grad_norm: 1.0" in screen.getvalue()
+
+
+def test_bounds_of_a_schedule(make_config: Any, model: Path) -> None:
+    """The largest number of any iteration; judgements are compared in both orders, 4 * 3 of each prompt."""
+    config = make_config(
+        iterations=3,
+        judge={"read": "structured", "judgements": 4, "max_tokens": 60},
+        meta={"read": "structured", "max_tokens": 70},
+        evaluate={"duel": False},
+        schedule=[
+            {"train": {"method": "sft", "epochs": 4}, "sft": {"sources": [{"path": "mine.jsonl"}]}},
+            {"pair": {"kinds": ["actor", "judge"]}},
+            {"prompts": {"per_iteration": 6}},
+        ],
+    )
+    planned = plan(config, model, [Seeds(examples=21), Seeds(), Seeds()])
+    assert planned.requests == {
+        "responses": 12,  # 6 * 2 in the last
+        "judgements": 48,  # 12 * 4
+        "comparisons": 48,  # 4 * 12 in the second
+        "held-out answers": 4,
+        "held-out judgements": 24,
+        "held-out duels": 0,
+    }
+    # 21 examples in steps of 2, 4 epochs; the second has 8 pairs, the last 6
+    assert planned.optimizer_steps == 44
+    # first: 4 answers of 96 and 24 judgements of 60; second: 8 * 24 + 32 * 60 + 48 * 70 + 2 * 96 + 16 * 60
+    assert planned.generated_tokens == 6624

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, sampling_of
 from rsrlm.config import Config, ConfigError, resolve
-from rsrlm.produce import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, Producer, gather, mean_verdicts, sampling_of
+from rsrlm.produce import Producer, mean_verdicts
 from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Scored, Unparsed
 from rsrlm.store import Journal
 

@@ -178,7 +178,7 @@ def test_parquet_is_what_datasets_reads(store: RunFolder, tmp_path: Path) -> Non
 
     prompts = [Prompt(id="z", text="Zwei?"), Prompt(id="tea", text="Describe tea.")]
     other = replace(PAIR, id="00/a/1>0", prompt_id="a")
-    store.write_records(0, prompts, [response(1), response(0)], JUDGEMENTS[::-1], [PAIR, other])
+    store.write_records(0, prompts, [response(1), response(0)], JUDGEMENTS[::-1], [], [PAIR, other])
     folder = store.iteration(0)
     read = {
         name: load_dataset(
@@ -205,7 +205,7 @@ def plain(record: Any) -> dict[str, Any]:
 
 
 def test_a_judgement_without_an_engine_has_no_sampling(store: RunFolder) -> None:
-    store.write_records(0, [], [], JUDGEMENTS, [])
+    store.write_records(0, [], [], JUDGEMENTS, [], [])
     found = list(rows(store.iteration(0) / "judgements.parquet"))
     assert [row["sampling"] is None for row in found] == [False, False, False, True]
     assert found[2]["sampling"]["seed"] == LAST_SEED
@@ -213,7 +213,7 @@ def test_a_judgement_without_an_engine_has_no_sampling(store: RunFolder) -> None
 
 def test_records_are_complete_when_the_last_file_is_there(store: RunFolder) -> None:
     assert not store.records_complete(0)
-    store.write_records(0, [], [], [], [])  # an iteration without any pair has its records too
+    store.write_records(0, [], [], [], [], [])  # an iteration without any pair has its records too
     assert store.records_complete(0)
     assert not store.records_complete(1)
     assert list(rows(store.iteration(0) / "pairs.parquet")) == []

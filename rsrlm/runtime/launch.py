@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -15,20 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rsrlm import plan as planning
 from rsrlm import prompts as prompt_files
+from rsrlm import seeds
+from rsrlm.ask import Judging, meta_judge
 from rsrlm.chat import ChatEncoder, check_tokenizer
-from rsrlm.config import Config, ConfigError
+from rsrlm.config import Config, ConfigError, Train
 from rsrlm.evaluate import Evaluation
-from rsrlm.loop import Inputs, NoPairs, Ports
+from rsrlm.loop import Inputs, NoPairs, Ports, Step
 from rsrlm.loop import run as run_loop
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
-from rsrlm.produce import Judging
 from rsrlm.progress import Report
-from rsrlm.records import PreferencePair
+from rsrlm.records import Example, PreferencePair
 from rsrlm.runtime.learner import set_dropout
+from rsrlm.seeds import NoExamples
 from rsrlm.store import RunFolder
 
 EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 4, 130
+
+MADE = ("ift", "eft", "positive")  # sources that a run makes by itself
 
 COLUMNS = {
     "iteration": "iteration",
@@ -40,8 +46,8 @@ COLUMNS = {
     "optimizer_steps": "steps",
     "mean_score": "mean score",
     "mean_response_tokens": "tokens",
-    "dpo_loss_first": "loss first",
-    "dpo_loss_last": "last",
+    "loss_first": "loss first",
+    "loss_last": "last",
     "weight_version": "weights",
     "seconds": "seconds",
 }
@@ -70,9 +76,59 @@ def prepare(config: Config) -> Prepared:
     lengths = {prompt.id: len(encoder.user(prompt.text)) for prompt in prompts}
     usable, left_out = prompt_files.usable(prompts, lengths, config)
     heldout, hands = prompt_files.deal(usable, config)
-    inputs = Inputs(encoder=encoder, judging=Judging(config, encoder), heldout=heldout, hands=hands)
+    steps = []
+    for iteration, hand in enumerate(hands):
+        step = config.at(iteration)
+        judging = Judging(step, encoder)
+        steps.append(
+            Step(
+                config=step,
+                model=config.model_name(iteration + 1),
+                judging=judging,
+                meta=meta_judge(step, encoder) if "judge" in step.pair.kinds else None,
+                prompts=hand,
+                files={
+                    source.path: seeds.read_file(source.path, encoder, judging)
+                    for source in step.sft.sources
+                    if step.train.method == "sft" and source.path not in MADE
+                },
+            )
+        )
+    trains_on_trees = any(
+        source.path in ("ift", "eft")
+        for step in steps
+        if step.config.train.method == "sft"
+        for source in step.config.sft.sources
+    )
+    inputs = Inputs(
+        encoder=encoder,
+        judging=Judging(config, encoder),
+        heldout=heldout,
+        steps=steps,
+        parts=seeds.divide(config.data) if trains_on_trees else None,
+    )
     Evaluation(config, encoder, inputs.judging, heldout)  # refuses a template that it cannot use
     return Prepared(config=config, model=model, inputs=inputs, left_out=left_out)
+
+
+def planned(prepared: Prepared) -> planning.Plan:
+    """What the run would do, with the seed data that is there."""
+    found = []
+    parts = prepared.inputs.parts
+    for step in prepared.inputs.steps:
+        examples = replies = 0
+        for source in step.config.sft.sources if step.config.train.method == "sft" else ():
+            there = 0
+            if source.path == "ift" and parts:
+                there = min(len(parts.ift), step.config.data.max_ift or len(parts.ift))
+            elif source.path == "eft" and parts:
+                replies = sum(reply.rank is not None for prompt in parts.eft for reply in prompt.replies)
+                there = min(replies, step.config.data.max_eft or replies)
+            elif source.path not in MADE:
+                there = len(step.files[source.path])
+            examples += math.ceil(there * source.weight)
+        found.append(planning.Seeds(examples=examples, replies=replies))
+    return planning.plan(prepared.config, prepared.model, found)
 
 
 def _check_devices(config: Config) -> None:
@@ -114,7 +170,7 @@ class Pools:
         from rsrlm.runtime.weights import WeightSet, describe
 
         if version not in self._known:
-            folder = self._first if version == "M0" else self._store.model(int(version[1:]))
+            folder = self._first if version == "M0" else self._store.model(version)
             self._known[version] = WeightSet(
                 version=version, folder=str(folder), files=files or describe(weight_files(folder))
             )
@@ -150,6 +206,14 @@ class Pools:
             "replicas": reports,
         }
 
+    def forget(self, version: str, files: Any = None) -> None:
+        """The folder of this model holds other weights now; `files` of the former ones are removed."""
+        from rsrlm.runtime.weights import remove
+
+        self._known.pop(version, None)
+        if files:
+            remove(files, self._store.folder)
+
     async def stats(self) -> dict[str, float]:
         total: dict[str, float] = {}
         for pool in self._all:
@@ -172,19 +236,24 @@ class LearnerPort:
         self._group = group
 
     def train(
-        self, iteration: int, source: str, version: str, pairs: Sequence[PreferencePair]
+        self,
+        iteration: int,
+        source: str,
+        version: str,
+        train: Train,
+        items: Sequence[PreferencePair] | Sequence[Example],
     ) -> AsyncIterator[dict[str, Any]]:
         from rsrlm.runtime.learner import TrainJob
 
-        index = int(source[1:])
         job = TrainJob(
             run=str(self._store.folder),
             iteration=iteration,
             seed=self._config.seed,
-            model=str(self._store.model(index) if index else self._first),
-            output=str(self._store.model(int(version[1:]))),
+            model=str(self._first if source == "M0" else self._store.model(source)),
+            output=str(self._store.model(version)),
             version=version,
-            pairs=tuple(pairs),
+            train=train,
+            items=tuple(items),
         )
         return self._group.train(job)
 
@@ -197,8 +266,8 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
     group = Learner(config, store.folder / ".train")
     # Resuming after an iteration's training: the engines come up with its result.
     done = len(store.metrics())
-    trained = (store.iteration(done) / "training.json").exists()
-    pools = Pools(config, store, prepared.model, f"M{done + trained}", group.broadcast)
+    trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
+    pools = Pools(config, store, prepared.model, config.model_name(done + trained), group.broadcast)
     try:
         report.line("starting engines and learner")
         started = time.perf_counter()
@@ -248,6 +317,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
         status, code = "interrupted", EXIT_INTERRUPTED
     except NoPairs as error:
         status, code, reason = "no_pairs", EXIT_NO_PAIRS, str(error)
+    except NoExamples as error:
+        status, code, reason = "no_examples", EXIT_NO_PAIRS, str(error)
     except BaseExceptionGroup as group:
         status, code, reason = _failure(_first_of(group))
     except Exception as error:
@@ -263,10 +334,17 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
 def check_inputs(prepared: Prepared, store: RunFolder) -> None:
     """Raises ConfigError when prompts, templates or model are no longer those that the run started with."""
     inputs = prepared.inputs
-    dealt = [[(prompt.id, prompt.text) for prompt in hand] for hand in (inputs.heldout, *inputs.hands)]
+    hands = (inputs.heldout, *(step.prompts for step in inputs.steps))
+    dealt = [[(prompt.id, prompt.text) for prompt in hand] for hand in hands]
+    judges = [
+        source for step in inputs.steps for source in (step.judging.source, step.meta.source if step.meta else "")
+    ]
+    files = [[example.id for example in found] for step in inputs.steps for found in step.files.values()]
+    ranked = [prompt.id for part in (inputs.parts.ift, inputs.parts.eft) for prompt in part] if inputs.parts else []
     now = {
         "prompts": _digest(json.dumps(dealt)),
-        "judge": _digest(inputs.judging.source),
+        "judge": _digest(json.dumps([inputs.judging.source, judges])),
+        "training data": _digest(json.dumps([files, ranked])),
         "model": [[file.name, file.stat().st_size] for file in weight_files(prepared.model)],
     }
     for name, value in store.fix("inputs", now).items():
@@ -317,12 +395,18 @@ def write_summary(store: RunFolder, status: str, reason: str = "") -> None:
 def _show(store: RunFolder, status: str, reason: str, report: Report) -> None:
     rows = store.metrics()
     if rows:
-        report.table("Iterations", rows, COLUMNS)
+        report.table("Iterations", [_shown(row) for row in rows], COLUMNS)
         report.table("Held-out prompts", _heldout_rows(store, rows), HELDOUT_COLUMNS)
     report.line(f"status: {status}" + (f": {reason}" if reason else ""))
     report.line(f"run folder: {store.folder}")
     if status not in ("completed",):
         report.line(f"go on with: rsrlm resume {store.folder}")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table: DPO and SFT losses share their columns."""
+    losses = {key: row.get(f"dpo_{key}", row.get(f"sft_{key}")) for key in ("loss_first", "loss_last")}
+    return {**row, **losses}
 
 
 HELDOUT_COLUMNS = {

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm.config import ConfigError, Model, Train
-from rsrlm.records import PreferencePair, seed_of
+from rsrlm.records import Example, PreferencePair, seed_of
 
+Item = PreferencePair | Example
 Emit = Callable[[dict[str, Any]], None]
 FULL_BYTES = 64 << 20  # less free space than this explains a failed write
 CHUNK_TOKENS = 512  # response tokens whose logits exist at a time
@@ -32,7 +33,10 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """One iteration's training: `model` (M_t) on `pairs` to `output` (M_{t+1}, named `version`)."""
+    """One iteration's training: `model` on `items` to `output`, named `version`.
+
+    `train` are the iteration's own settings; `items` are pairs for DPO and examples for SFT.
+    """
 
     run: str
     iteration: int
@@ -40,7 +44,8 @@ class TrainJob:
     model: str
     output: str
     version: str
-    pairs: tuple[PreferencePair, ...]
+    train: Train
+    items: tuple[Item, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,28 +58,26 @@ class BroadcastJob:
     world_size: int
 
 
-def steps_of(pairs: Sequence[PreferencePair], config: Train, seed: int, iteration: int) -> list[list[PreferencePair]]:
-    """The pairs of every optimizer step. The first epoch keeps the given order, later ones shuffle it by seed."""
+def steps_of(items: Sequence[Item], config: Train, seed: int, iteration: int) -> list[list[Item]]:
+    """The items of every optimizer step. The first epoch keeps the given order, later ones shuffle it by seed."""
     steps = []
     for epoch in range(config.epochs):
-        order = list(pairs)
+        order = list(items)
         if epoch:
             random.Random(f"epoch {seed} {iteration} {epoch}").shuffle(order)
         steps += [order[i : i + config.pairs_per_step] for i in range(0, len(order), config.pairs_per_step)]
     return steps
 
 
-def share_of(
-    batch: Sequence[PreferencePair], rank: int, world_size: int, micro_batch: int
-) -> list[tuple[list[PreferencePair], list[float]]]:
-    """This rank's micro-batches as (pairs, weights). Every rank gets as many: weight 0 marks a pair that only keeps
+def share_of(batch: Sequence[Any], rank: int, world_size: int, micro_batch: int) -> list[tuple[list[Any], list[float]]]:
+    """This rank's micro-batches as (items, weights). Every rank gets as many: weight 0 marks an item that only keeps
     the ranks in step and counts nothing."""
     mine = list(batch[rank::world_size])
     rounds = math.ceil(math.ceil(len(batch) / world_size) / micro_batch)
     shares = []
     for i in range(rounds):
-        pairs = mine[i * micro_batch : (i + 1) * micro_batch]
-        shares.append((pairs, [1.0] * len(pairs)) if pairs else ([batch[0]], [0.0]))
+        items = mine[i * micro_batch : (i + 1) * micro_batch]
+        shares.append((items, [1.0] * len(items)) if items else ([batch[0]], [0.0]))
     return shares
 
 
@@ -160,19 +163,29 @@ class Policy:
         )
         self.device = self.engine.device
 
-    def batch(self, pairs: Sequence[PreferencePair]) -> Any:
+    def batch(self, items: Sequence[Item]) -> Any:
         from rsrlm import packing
 
+        if isinstance(items[0], Example):
+            targets = [(e.prompt_token_ids, e.target_token_ids) for e in items if isinstance(e, Example)]
+            built = packing.pack_examples(targets) if self.packed else packing.pad_examples(targets, self._pad_id)
+            return built.to(self.device)
+        pairs = [item for item in items if isinstance(item, PreferencePair)]
         triples = [(p.prompt_token_ids, p.chosen_token_ids, p.rejected_token_ids) for p in pairs]
         built = packing.pack_pairs(triples) if self.packed else packing.pad_pairs(triples, self._pad_id)
         return built.to(self.device)
 
-    def num_chunks(self, pairs: Sequence[PreferencePair]) -> int:
-        """Chunks of any micro-batch of these pairs: the same on all ranks, since ZeRO-3 gathers the head for each."""
-        longest = max(len(pair.chosen_token_ids) + len(pair.rejected_token_ids) for pair in pairs)
+    def num_chunks(self, items: Sequence[Item]) -> int:
+        """Chunks of any micro-batch of these items: the same on all ranks, since ZeRO-3 gathers the head for each."""
+        longest = max(
+            len(item.target_token_ids)
+            if isinstance(item, Example)
+            else len(item.chosen_token_ids) + len(item.rejected_token_ids)
+            for item in items
+        )
         return math.ceil(self.train.micro_batch * longest / CHUNK_TOKENS)
 
-    def reference_logps(self, steps: list[list[PreferencePair]], tick: Callable[[int], None]) -> dict[str, list[float]]:
+    def reference_logps(self, steps: list[list[Item]], tick: Callable[[int], None]) -> dict[str, list[float]]:
         """Per-token log-probabilities of both responses of every pair, chosen first, under the model as it is now."""
         import torch
         import torch.distributed as dist
@@ -196,11 +209,11 @@ class Policy:
         dist.all_gather_object(gathered, found)
         return {pair: values for part in gathered for pair, values in part.items()}
 
-    def gradients(self, batch: Sequence[PreferencePair], reference: dict[str, list[float]]) -> dict[str, float]:
+    def gradients(self, batch: Sequence[Item], reference: dict[str, list[float]]) -> dict[str, float]:
         """Accumulate the gradients of one optimizer step and return its metrics, summed over all ranks.
 
-        The loss is the sum over the step's pairs divided by their number, whatever ranks and micro-batches they are
-        split over. Raises TrainingFailed with the pair ids when it is not finite.
+        The loss is the sum over the step divided by its number of pairs, or of target tokens for SFT, whatever ranks
+        and micro-batches it is split over. Raises TrainingFailed with the ids when it is not finite.
         """
         import torch
         import torch.distributed as dist
@@ -211,26 +224,37 @@ class Policy:
         train = self.train
         shares = share_of(batch, dist.get_rank(), world_size, train.micro_batch)
         chunks = self.num_chunks(batch)
+        targets = sum(len(item.target_token_ids) for item in batch if isinstance(item, Example))
+        kinds = sorted({item.kind for item in batch})
         totals: dict[str, float] = {}
-        for number, (pairs, weights) in enumerate(shares):
-            packed = self.batch(pairs)
-            ref_R = torch.tensor([x for pair in pairs for x in reference[pair.id]], device=self.device)
-            result = losses.pair_loss(
-                self.engine(packed, chunks),
-                ref_R,
-                packed,
-                torch.tensor(weights, device=self.device),
-                beta=train.beta,
-                loss=train.loss,
-                label_smoothing=train.label_smoothing,
-                length_normalized=train.length_normalized,
-                nll_scale=train.nll_scale,
-            )
-            for name, value in {**result.sums, "tokens": float(packed.input_ids.numel())}.items():
+        for number, (items, weights) in enumerate(shares):
+            packed = self.batch(items)
+            weight = torch.tensor(weights, device=self.device)
+            logps_R = self.engine(packed, chunks)
+            if targets:
+                loss, sums = losses.target_loss(logps_R, packed.segment_R, weight)
+            else:
+                ref_R = torch.tensor([x for item in items for x in reference[item.id]], device=self.device)
+                result = losses.pair_loss(
+                    logps_R,
+                    ref_R,
+                    packed,
+                    weight,
+                    beta=train.beta,
+                    loss=train.loss,
+                    label_smoothing=train.label_smoothing,
+                    length_normalized=train.length_normalized,
+                    nll_scale=train.nll_scale,
+                )
+                loss, sums = result.loss, dict(result.sums)
+                for kind in kinds if len(kinds) > 1 else ():
+                    of_kind = torch.tensor([item.kind == kind for item in items], device=self.device)
+                    sums |= {f"{kind}/{name}": (value * of_kind).sum() for name, value in result.each.items()}
+            for name, value in {**sums, "tokens": float(packed.input_ids.numel())}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             self.engine.set_gradient_accumulation_boundary(number == len(shares) - 1)
-            # DeepSpeed averages gradients over the ranks; the sum over all pairs is wanted.
-            self.engine.backward(result.loss * (world_size / len(batch)))
+            # DeepSpeed averages gradients over the ranks; the sum over all items is wanted.
+            self.engine.backward(loss * (world_size / (targets or len(batch))))
             if number < len(shares) - 1:
                 self.engine.step()
         names = sorted(totals)
@@ -239,14 +263,15 @@ class Policy:
         summed = dict(zip(names, sums.tolist(), strict=True))
         if not math.isfinite(summed["loss"]):
             raise TrainingFailed(
-                f"the loss is {summed['loss']}; nothing was updated by this step. Its pairs: "
-                + ", ".join(pair.id for pair in batch)
-                + ". Lower train.lr, or look at these pairs in pairs.parquet"
+                f"the loss is {summed['loss']}; nothing was updated by this step. Its pairs (or examples): "
+                + ", ".join(item.id for item in batch)
+                + ". Lower train.lr, or look at these in the iteration's Parquet files"
             )
         return summed
 
-    def step(self, batch: Sequence[PreferencePair], reference: dict[str, list[float]], lr: float) -> dict[str, float]:
-        """One optimizer step; metrics are means over the step's pairs unless the name says otherwise."""
+    def step(self, batch: Sequence[Item], reference: dict[str, list[float]], lr: float) -> dict[str, float]:
+        """One optimizer step; metrics are means over the step's pairs (SFT: target tokens) unless the name says
+        otherwise. Where both kinds of pairs are trained, `actor/NAME` and `judge/NAME` are means over that kind."""
         started = time.perf_counter()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -256,20 +281,14 @@ class Policy:
         norm = plain_norm if plain_norm is not None else float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise TrainingFailed(
-                f"the gradient norm is {norm} after pairs " + ", ".join(pair.id for pair in batch) + "; lower train.lr"
+                f"the gradient norm is {norm} after " + ", ".join(item.id for item in batch) + "; lower train.lr"
             )
         seconds = time.perf_counter() - started
-        summed["dpo_loss"] = summed["loss"] - self.train.nll_scale * summed["nll"]
-        pairs = summed.pop("pairs")
         tokens = summed.pop("tokens")
-        kl_tokens = summed.pop("kl_tokens")
-        kl = summed.pop("kl")
         return {
-            **{name: value / pairs for name, value in summed.items()},
-            "kl_per_token": kl / kl_tokens if kl_tokens else math.nan,
+            **(target_means(summed) if "tokens_trained" in summed else pair_means(summed, self.train.nll_scale)),
             "grad_norm": norm,
             "lr": lr,
-            "pairs": pairs,
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
             "seconds": seconds,
@@ -303,6 +322,29 @@ class Policy:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def pair_means(summed: dict[str, float], nll_scale: float) -> dict[str, float]:
+    """Means over the pairs of a step, and over those of each kind; `pairs` are numbers of pairs."""
+    found: dict[str, float] = {}
+    for prefix in ["", *sorted({name.rpartition("/")[0] + "/" for name in summed if "/" in name})]:
+        sums = {
+            name.removeprefix(prefix): value
+            for name, value in summed.items()
+            if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
+        }
+        pairs, kl, kl_tokens = sums.pop("pairs"), sums.pop("kl", None), sums.pop("kl_tokens", None)
+        sums["dpo_loss"] = sums["loss"] - nll_scale * sums["nll"]
+        found |= {prefix + name: value / pairs for name, value in sums.items()} | {prefix + "pairs": pairs}
+        if kl is not None:
+            found["kl_per_token"] = kl / kl_tokens if kl_tokens else math.nan
+    return found
+
+
+def target_means(summed: dict[str, float]) -> dict[str, float]:
+    """`sft_loss` is the mean over the target tokens of a step, in nats."""
+    loss = summed["loss"] / summed["tokens_trained"]
+    return {"loss": loss, "sft_loss": loss, "examples": summed["examples"], "tokens_trained": summed["tokens_trained"]}
 
 
 def memory_gib(device: Any) -> float:
@@ -372,8 +414,8 @@ def load_checkpoint(policy: Policy, path: Path) -> tuple[dict[str, list[float]],
 # -- a job -------------------------------------------------------------------------------------------------------------
 
 
-def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
-    """Train one iteration. Rank 0 emits `resumed`, `reference`, `step` and finally `done` events."""
+def run_job(job: TrainJob, model: Model, emit: Emit) -> None:
+    """Train one iteration. Rank 0 emits `resumed`, `reference`, `step`, `candidate` and finally `done` events."""
     import torch
     import torch.distributed as dist
 
@@ -381,24 +423,26 @@ def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
     from rsrlm.runtime import weights
 
     root = dist.get_rank() == 0
-    run = Path(job.run)
+    run, train = Path(job.run), job.train
     started = time.perf_counter()
     policy = Policy(load_policy(job.model, model, train), train, model.dtype)
     try:
-        steps = steps_of(job.pairs, train, job.seed, job.iteration)
+        steps = steps_of(job.items, train, job.seed, job.iteration)
+        last = steps_to_take(len(job.items), train)
         checkpoint = newest_checkpoint(run, job.iteration)
         if checkpoint:
             path, first = checkpoint
             reference, rows = load_checkpoint(policy, path)
         else:
-            first, rows = 0, []
-            rounds = math.ceil(math.ceil(len(job.pairs) / dist.get_world_size()) / train.micro_batch)
-            reference = policy.reference_logps(
-                steps, lambda number: emit({"event": "reference", "done": number + 1, "of": rounds})
-            )
+            first, rows, reference = 0, [], {}
+            rounds = math.ceil(math.ceil(len(job.items) / dist.get_world_size()) / train.micro_batch)
+            if train.method == "dpo":
+                reference = policy.reference_logps(
+                    steps, lambda number: emit({"event": "reference", "done": number + 1, "of": rounds})
+                )
         # The rows, because a driver that was interrupted may not have seen the last steps before the checkpoint.
-        emit({"event": "resumed", "step": first, "of": len(steps), "packed": policy.packed, "rows": rows})
-        for number in range(first, len(steps)):
+        emit({"event": "resumed", "step": first, "of": last, "packed": policy.packed, "rows": rows})
+        for number in range(first, last):
             batch = steps[number]
             lr = losses.lr_at(
                 number,
@@ -411,9 +455,14 @@ def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
             # Dropout draws the same masks when a step is replayed, and others on every rank.
             torch.manual_seed(seed_of(job.seed, job.iteration, str(number), "learner", str(dist.get_rank())))
             metrics = policy.step(batch, reference, lr)
-            rows.append({"step": number, "pair_ids": [pair.id for pair in batch], **metrics})
+            rows.append({"step": number, "pair_ids": [item.id for item in batch], **metrics})
             emit({"event": "step", "row": rows[-1]})
-            if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < len(steps):
+            if train.candidate_every_steps and (number + 1) % train.candidate_every_steps == 0 and number + 1 < last:
+                state = policy.state()
+                if root:
+                    export(policy.model, state, job, model, candidate_path(job.output, number + 1))
+                dist.barrier()
+            if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < last:
                 save_checkpoint(policy, run, job.iteration, reference, rows)
         trained = time.perf_counter()
         state = policy.state()
@@ -424,7 +473,7 @@ def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
             emit(
                 {
                     "event": "done",
-                    "steps": len(steps),
+                    "steps": last,
                     "replayed_from": first,
                     "files": files,
                     "train_seconds": trained - started,
@@ -439,11 +488,21 @@ def run_job(job: TrainJob, model: Model, train: Train, emit: Emit) -> None:
         gc.collect()
 
 
-def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model) -> None:
+def steps_to_take(items: int, train: Train) -> int:
+    """Optimizer steps of an iteration: all of its epochs, or those up to `stop_after_epoch`."""
+    return math.ceil(items / train.pairs_per_step) * (train.stop_after_epoch or train.epochs)
+
+
+def candidate_path(output: str | Path, step: int) -> Path:
+    """The model after so many steps, beside the iteration's last one."""
+    return Path(f"{output}@{step}")
+
+
+def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model, folder: Path | None = None) -> None:
     """A Hugging Face folder with tokenizer and chat template; it appears under its name only when it is whole."""
     from rsrlm.model import load_tokenizer
 
-    output = Path(job.output)
+    output = folder or Path(job.output)
     scratch = output.with_name(output.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch, state_dict=state)
@@ -513,7 +572,7 @@ def serve(settings: dict[str, Any]) -> None:
                     send(job)
                 emit({"event": "done"})
             else:
-                run_job(job, model, train, emit)
+                run_job(job, model, emit)
         except (TrainingFailed, ConfigError) as error:
             # The user's to mend: a rebuilt group would fail in the same way.
             emit({"event": "failed", "message": str(error)})

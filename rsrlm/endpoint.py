@@ -1,0 +1,329 @@
+"""A judge behind an OpenAI-compatible server, for runs that take their rewards from another model.
+
+Papers compare with such a judge, such as 2407.19594v2 with Starling-RM-34B. Retries and their backoff are the openai
+library's, which waits as long as the server's Retry-After says (up to two minutes).
+"""
+
+import asyncio
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
+
+from rsrlm.config import ConfigError
+from rsrlm.records import Completion, Sampling
+
+KEY = "judge.endpoint"
+SHORTEST_SECRET = 8  # shorter keys, such as EMPTY, are placeholders, and may well be words of a message
+# Statuses that the library tries again: the server's state and not the request's fault.
+PASSING = frozenset({408, 409, 429})
+# A refusal of this one text, in the words of OpenAI, Azure, Anthropic, vLLM and llama.cpp.
+ABOUT_THE_TEXT = re.compile(
+    r"(?i)context[ _](length|size|window)|prompt is too long|content[ _](filter|management|policy)|invalid_prompt"
+)
+
+
+class EndpointFailed(Exception):
+    """The server gave no usable answer, however often it was asked. Resuming asks again."""
+
+
+class BudgetSpent(Exception):
+    """`max_cost` is used up; nothing more is sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """`url` ends before /chat/completions; `key_env` names the environment variable that holds the key.
+
+    `timeout_s` is the longest silence of one attempt in seconds, `max_retries` what follows a failed one.
+    `requests_per_minute` counts retries too. Prices are per million tokens, and `max_cost` is in their currency.
+    """
+
+    url: str
+    model: str
+    key_env: str | None = None
+    max_concurrent: int = 16
+    requests_per_minute: float | None = None
+    max_retries: int = 5
+    timeout_s: float = 120.0
+    price_in: float = 0.0
+    price_out: float = 0.0
+    max_cost: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Usage:
+    """What was used so far. `requests` counts all that was sent, `retries` those of them that repeat another.
+
+    `unmetered` answers came without token counts: the token sums lack them, and `cost` charges them one token per
+    byte of the prompt and all of max_tokens, so that max_cost still holds. `withheld` answers are those that the
+    server kept back: filtered, cut off by anything but the length limit, or refused because of their text.
+    Attempts without a usable answer are free here; a server may bill them nevertheless.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    unmetered: int = 0
+    withheld: int = 0
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _CachedTokens(BaseModel):
+    cached_tokens: NonNegativeInt | None = None
+
+
+class _Tokens(BaseModel):
+    prompt_tokens: NonNegativeInt | None = None
+    completion_tokens: NonNegativeInt | None = None
+    prompt_tokens_details: _CachedTokens | None = None
+
+
+class _Answer(BaseModel):
+    """A chat completion as far as it is used. The library does not check what it parses."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Tokens | None = None
+
+
+class Endpoint:
+    """Answers of one model. Use it in one event loop, and `close` it at the end."""
+
+    def __init__(self, config: EndpointConfig, spent: float = 0.0) -> None:
+        """`spent` is what earlier starts of the run have cost. Raises ConfigError; sends nothing."""
+        import openai
+
+        self._config = config
+        _check(config)
+        self._key = _key_of(config.key_env)
+        self.usage = Usage(cost=spent)
+        self._running = asyncio.Semaphore(config.max_concurrent)
+        self._next_turn = 0.0
+        self._limit = "max_tokens"  # the name that every server knows; OpenAI's newer models refuse it
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key or "EMPTY",  # without one, the library would send OPENAI_API_KEY to any server
+            base_url=config.url,
+            timeout=config.timeout_s,
+            max_retries=config.max_retries,
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"request": [self._before], "response": [self._after]}
+            ),
+        )
+
+    @property
+    def slots(self) -> int:
+        """Requests that run at once."""
+        return self._config.max_concurrent
+
+    def stats(self) -> dict[str, float]:
+        """The fields of `Usage`."""
+        return asdict(self.usage)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(self, identifier: str, text: str, sampling: Sampling) -> Completion:
+        """The answer to one user message. It has no token ids, and its weight version is "endpoint:<model>".
+
+        Only an answer that the model itself ended is "stop". One that was withheld (see `Usage`) is an empty text
+        cut by "length", which no judge's parser can read. The key is masked wherever the server repeats it.
+
+        Raises ConfigError where the server refuses key, model or parameters, EndpointFailed where it gives no usable
+        answer, and BudgetSpent before the first request after max_cost is reached. Requests that run at that moment
+        still finish, so up to `slots` answers may come on top.
+        """
+        import openai
+
+        async with self._running:
+            try:
+                answer = await self._send(text, sampling)
+            except openai.APIStatusError as error:
+                if error.status_code != 400 or not ABOUT_THE_TEXT.search(f"{error.code} {error.message}"):
+                    raise self._refused(error) from None
+                self.usage.withheld += 1
+                return self._completion(identifier, "", "length", _Tokens())
+            except openai.APITimeoutError:
+                raise self._failed(f"silent for {KEY}.timeout_s={self._config.timeout_s:g} seconds") from None
+            except openai.APIConnectionError as error:
+                cause = error.__cause__
+                raise self._failed(str(cause) or type(cause).__name__ if cause else error.message) from None
+        tokens = answer.usage or _Tokens()
+        self._charge(tokens, text, sampling)
+        choice = answer.choices[0]
+        if choice.finish_reason not in ("stop", "length"):
+            self.usage.withheld += 1
+            return self._completion(identifier, "", "length", tokens)
+        return self._completion(identifier, choice.message.content or "", choice.finish_reason, tokens)
+
+    async def _send(self, text: str, sampling: Sampling) -> _Answer:
+        import openai
+
+        while True:
+            limit = self._limit
+            # The library passes unknown parameters on: OpenAI has no top_k, and some servers refuse what is off.
+            extra: dict[str, Any] = {limit: sampling.max_tokens}
+            if sampling.top_k:
+                extra["top_k"] = sampling.top_k
+            if sampling.top_p != 1:
+                extra["top_p"] = sampling.top_p
+            try:
+                response = await self._client.chat.completions.with_raw_response.create(
+                    model=self._config.model,
+                    messages=[{"role": "user", "content": text}],
+                    temperature=sampling.temperature,
+                    seed=sampling.seed,
+                    extra_body=extra,
+                )
+            except openai.BadRequestError as error:
+                if limit != "max_tokens" or "max_completion_tokens" not in error.message:
+                    raise
+                self._limit = "max_completion_tokens"
+                continue
+            return _Answer.model_validate_json(response.http_response.content)
+
+    async def _before(self, request: Any) -> None:
+        """Before every request, retries included: wait for its turn, and stop at max_cost.
+
+        Turns are evenly spaced. A bucket that holds a minute's worth would let twice the limit pass in one minute.
+        """
+        if self._config.requests_per_minute:
+            now = asyncio.get_running_loop().time()
+            turn = max(now, self._next_turn)
+            self._next_turn = turn + 60 / self._config.requests_per_minute
+            await asyncio.sleep(turn - now)
+        limit = self._config.max_cost
+        if limit is not None and self.usage.cost >= limit:
+            raise BudgetSpent(
+                f"{KEY}.max_cost={limit:g}: {self.usage.cost:.6g} spent after {self.usage.requests} requests of this "
+                f"start, so no more are sent; raise {KEY}.max_cost and resume, which keeps every answer so far"
+            )
+        self.usage.requests += 1
+        self.usage.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
+
+    async def _after(self, response: Any) -> None:
+        """After every response: one that succeeded but is no chat completion counts as a failed transfer.
+
+        Gateways answer like this when the server behind them fails, and the library then tries again.
+        """
+        import httpx2
+
+        if response.is_success:
+            await response.aread()
+            try:
+                _Answer.model_validate_json(response.content)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"]) or "body"
+                message = f"no chat completion ({where}: {first['msg']}): {self._masked(response.text)[:200]!r}"
+                raise httpx2.DecodingError(message, request=response.request) from None
+
+    def _charge(self, tokens: _Tokens, text: str, sampling: Sampling) -> None:
+        prompt, completion = tokens.prompt_tokens, tokens.completion_tokens
+        self.usage.prompt_tokens += prompt or 0
+        self.usage.completion_tokens += completion or 0
+        self.usage.unmetered += prompt is None or completion is None
+        prompt = len(text.encode()) if prompt is None else prompt
+        completion = sampling.max_tokens if completion is None else completion
+        self.usage.cost += (prompt * self._config.price_in + completion * self._config.price_out) / 1e6
+
+    def _completion(self, identifier: str, text: str, finish_reason: Any, tokens: _Tokens) -> Completion:
+        cached = tokens.prompt_tokens_details
+        return Completion(
+            request_id=identifier,
+            token_ids=(),
+            text=self._masked(text),
+            finish_reason=finish_reason,
+            weight_version=f"endpoint:{self._config.model}",
+            prompt_tokens=tokens.prompt_tokens or 0,
+            cached_tokens=(cached and cached.cached_tokens) or 0,
+            replica=0,
+        )
+
+    def _refused(self, error: Any) -> Exception:
+        """What to raise for a status that is no success."""
+        config, status = self._config, error.status_code
+        # The library's message leaves out bodies in another format than OpenAI's.
+        said = self._masked(
+            f"{error.message} {error.body or ''}" if error.message.endswith(str(status)) else error.message
+        )
+        said = said[:400]
+        if status >= 500 or status in PASSING:
+            hint = f"; if this is its rate limit, lower {KEY}.requests_per_minute" if status == 429 else ""
+            return self._failed(said + hint)
+        if status in (401, 403):
+            return ConfigError(
+                f"{KEY}.key_env={config.key_env or 'null'}: {config.url} refuses its key for {config.model!r}: {said}; "
+                f"set {KEY}.key_env to the name of an environment variable with a key for this server and model"
+            )
+        if status == 404:
+            return ConfigError(
+                f"{KEY}.model={config.model!r}: not found at {KEY}.url={config.url}: {said}; the url ends before "
+                "/chat/completions, such as http://localhost:8000/v1, and the model is one of those under url/models"
+            )
+        return ConfigError(
+            f"{KEY}: {config.url} refuses the request to {config.model!r}: {said}; change the judge's sampling "
+            "parameters or the model accordingly"
+        )
+
+    def _failed(self, reason: str) -> EndpointFailed:
+        config = self._config
+        return EndpointFailed(
+            f"{KEY}.url={config.url}: no usable answer with {KEY}.max_retries={config.max_retries}: "
+            f"{self._masked(reason)}; check the server, then resume"
+        )
+
+    def _masked(self, text: str) -> str:
+        """`text` without the key. Mask before cutting: a part of a key is hard to find."""
+        return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
+
+
+def _check(config: EndpointConfig) -> None:
+    try:
+        url = urlsplit(config.url)
+        _ = url.port  # raises where it is no number
+    except ValueError:
+        url = urlsplit("")
+    if url.username or url.password or url.query:
+        raise ConfigError(
+            f"{KEY}.url: holds a user name, password or query, which would show in messages; write the bare url, and "
+            f"name an environment variable with the key in {KEY}.key_env"
+        )
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError(f"{KEY}.url={config.url!r}: no http url; write one such as http://localhost:8000/v1")
+    if config.max_cost is not None and not config.price_in and not config.price_out:
+        raise ConfigError(
+            f"{KEY}.max_cost={config.max_cost:g}: nothing has a price, so it would never be reached; set "
+            f"{KEY}.price_in and {KEY}.price_out (per million tokens), or leave {KEY}.max_cost out"
+        )
+
+
+def _key_of(variable: str | None) -> str:
+    """The key in an environment variable; "" without a variable."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()  # files of secrets end in a newline
+    if not key:
+        # A key in place of the name is a likely mistake, and must not be shown.
+        shown = variable if re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) else "..."
+        raise ConfigError(
+            f"{KEY}.key_env={shown}: this environment variable is not set or empty; export it where rsrlm starts, "
+            f"write its name and not the key itself, or set {KEY}.key_env=null for a server without keys"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"{KEY}.key_env={variable}: the key in it has characters that no HTTP header may have; correct it"
+        )
+    return key
