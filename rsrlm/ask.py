@@ -123,10 +123,13 @@ class Judging:
 
     def prompt_of(self, prompt: Prompt, response: Response, *, group: str, iteration: int) -> tuple[int, ...]:
         """The tokens that the judge sees: the same for all judgements of a response, which share the prefix cache."""
-        fence = judging.fence_of(seed_of(self._seed, iteration, f"{group}/{response.index}", "judge", "fence"))
-        fields = {"instruction": prompt.text, "response": response.text, "fence": fence}
+        fields = self._fields(prompt, response, group, iteration)
         prefix = judging.ANSWER_PREFIX if self._labels else ""
         return self._encoder.encode(self._template, fields, prefix)
+
+    def _fields(self, prompt: Prompt, response: Response, group: str, iteration: int) -> dict[str, str]:
+        fence = judging.fence_of(seed_of(self._seed, iteration, f"{group}/{response.index}", "judge", "fence"))
+        return {"instruction": prompt.text, "response": response.text, "fence": fence}
 
     async def judge(
         self, engines: Engines, prompt: Prompt, response: Response, index: int, *, group: str, iteration: int
@@ -138,6 +141,9 @@ class Judging:
             return self._record(identifier, response, index, verdict, None, None)
         own = f"{group}/{response.index}"
         token_ids = self.prompt_of(prompt, response, group=group, iteration=iteration)
+        text = ""
+        if self._judge.endpoint:
+            text = self._encoder.text(self._template, self._fields(prompt, response, group, iteration))
         sampling = Sampling(
             temperature=0.0 if self._labels else self._judge.temperature,
             top_p=1.0 if self._labels else self._judge.top_p,
@@ -145,7 +151,7 @@ class Judging:
             max_tokens=self.max_tokens,
             seed=seed_of(self._seed, iteration, own, "judge", str(index)),
         )
-        if len(token_ids) + self.max_tokens > self._room:
+        if len(token_ids) + self.max_tokens > self._room and not text:
             return self._record(identifier, response, index, Unparsed(reason="judge prompt too long"), None, sampling)
         request = Request(
             id=identifier,
@@ -154,6 +160,7 @@ class Judging:
             priority=JUDGE_PRIORITY if self._judge.priority else SAMPLE_PRIORITY,
             regex=self._regex,
             label_ids=self._labels,
+            text=text,
         )
         completion = await engines.generate(request)
         verdict = (
@@ -213,6 +220,7 @@ class Comparing:
         self._template = judging.load_template(other.get(rule.template, rule.template), variables, f"{key}.template")
         self._letters = judging.label_ids(encoder.tokenizer, prefix, judging.WINNERS) if read == "letters" else ()
         self._prefix = prefix if read == "letters" else ""
+        self._by_text = config.judge.endpoint is not None and not isinstance(rule, Meta)
         self._max_tokens = rule.max_tokens if isinstance(rule, Meta) else rule.judge_max_tokens
         self._regex = judging.winner_regex(self._max_tokens) if read == "structured" else None
 
@@ -247,7 +255,7 @@ class Comparing:
         )
         completion = None
         verdict: Verdict = Unparsed(reason="judge prompt too long")
-        if len(token_ids) + sampling.max_tokens <= self._room:
+        if len(token_ids) + sampling.max_tokens <= self._room or self._by_text:
             completion = await engines.generate(
                 Request(
                     id=identifier,
@@ -256,6 +264,7 @@ class Comparing:
                     priority=priority,
                     regex=self._regex,
                     label_ids=self._letters,
+                    text=self._encoder.text(self._template, fields) if self._by_text else "",
                 )
             )
             winner = (

@@ -104,6 +104,12 @@ class ChatEncoder:
         """The prompt that asks the model `text`."""
         return self.encode("{{ prompt }}", {"prompt": text})
 
+    @staticmethod
+    def text(template: str, fields: Mapping[str, str]) -> str:
+        """The user turn as text, for a model behind an API: `template` with the fields put in after the rendering."""
+        pieces = _split(_render(template, sorted(fields)))
+        return "".join(fields[piece] if place % 2 else piece for place, piece in enumerate(pieces))
+
     def target(self, text: str) -> tuple[int, ...]:
         """The answer `text` as a model would write it: the tokens of the text alone, and the end token."""
         return (*self._encode_literally(text), self.tokenizer.eos_token_id)

@@ -1,8 +1,9 @@
-"""The command line: `rsrlm run | resume | plan | doctor`."""
+"""The command line: `rsrlm run | resume | plan | doctor | data | eval`."""
 
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +90,136 @@ def doctor(
     console = Console()
     console.print(checks.render(findings, console.is_terminal), soft_wrap=not console.is_terminal, highlight=False)
     raise typer.Exit(checks.exit_code(findings))
+
+
+data = typer.Typer(no_args_is_help=True, help="Make training data: IFT and EFT examples, prompts.")
+evaluate = typer.Typer(no_args_is_help=True, help="Measure judges against people, and two models against each other.")
+app.add_typer(data, name="data")
+app.add_typer(evaluate, name="eval")
+
+Out = Annotated[Path, typer.Option("--out", help="file to write; what is in hand meanwhile is kept beside it")]
+
+
+@data.command("ift", help="Questions with the reply that people ranked best, from data.trees, as JSONL.")
+def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
+    from rsrlm.progress import Report
+    from rsrlm.runtime import tools
+
+    _ended(lambda: tools.data_ift(configs.load(config, overrides), out, Report()))
+
+
+@data.command(
+    "eft",
+    help="Judgements of ranked replies, written by the config's model and kept where they agree with people, as JSONL. "
+    "The same command goes on after an interruption.",
+)
+def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
+    from rsrlm.progress import Report
+    from rsrlm.runtime import tools
+
+    _ended(lambda: tools.data_eft(configs.load(config, overrides), out, Report()))
+
+
+@data.command(
+    "prompts",
+    help="New prompts by the config's model in the manner of Self-Instruct, from those of prompts.path. The same "
+    "command goes on after an interruption.",
+)
+def data_prompts(
+    config: ConfigPath,
+    out: Out,
+    number: Annotated[int, typer.Option("--number", min=1, help="prompts to make")] = 100,
+    overrides: Overrides = None,
+) -> None:
+    from rsrlm.progress import Report
+    from rsrlm.runtime import tools
+
+    _ended(lambda: tools.data_prompts(configs.load(config, overrides), number, out, Report()))
+
+
+@evaluate.command(
+    "judge",
+    help="How well the judge agrees with people: of a config's model, or of all models of a run (its folder). On Open "
+    "Assistant trees, chosen/rejected pairs, scored responses or AlpacaEval preferences.",
+)
+def eval_judge(
+    config: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="YAML file, or the folder of a run")],
+    source: Annotated[str, typer.Option("--data", help="ranked data: a file or a Hugging Face id")],
+    out: Annotated[Path | None, typer.Option("--out", help="folder; default: eval/NAME in the run folder")] = None,
+    part: Annotated[
+        str, typer.Option("--part", help="all, ift, eft or evaluation: parts by data.ift_share and data.eft_share")
+    ] = "all",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts at most, drawn by seed")] = None,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="the pairwise judge (evaluate.template)")] = False,
+    overrides: Overrides = None,
+) -> None:
+    from rsrlm.progress import Report
+    from rsrlm.runtime import tools
+    from rsrlm.store import RunFolder
+
+    if part not in ("all", "ift", "eft", "evaluation"):
+        raise ConfigError(f"--part {part}: write all, ift, eft or evaluation")
+    run = Path(config) if Path(config).is_dir() else None
+    if run:
+        store, resolved = RunFolder.open(run)
+        resolved = configs.changed(resolved, overrides)
+        names = [resolved.model_name(index) for index in range(resolved.iterations + 1)]
+        models = {"M0": tools.loaded(resolved.model)[0]}
+        models |= {name: store.model(name) for name in names[1:] if store.model(name).exists()}
+        place = store.folder
+    else:
+        resolved = configs.load(config, overrides)
+        models = {"M0": tools.loaded(resolved.model)[0]}
+        place = resolved.folder
+    report = Report()
+    folder = out or place / "eval" / Path(source).name.split(".")[0]
+
+    def work() -> None:
+        prompts = tools.rated(resolved, source, part, limit, report)
+        tools.eval_judge(resolved, models, prompts, folder, pairwise, report, place if run else None)
+        report.line(f"written to {folder}")
+
+    _ended(work)
+
+
+@evaluate.command(
+    "duel",
+    help="Two models head to head on the prompts of a file: both answer, a judge compares in both orders. Writes the "
+    "answers in AlpacaEval's format too.",
+)
+def eval_duel(
+    config: ConfigPath,
+    first: Annotated[str, typer.Argument(metavar="A", help="Hugging Face id or folder of a model")],
+    second: Annotated[str, typer.Argument(metavar="B", help="likewise")],
+    out: Annotated[Path, typer.Option("--out", help="folder to write")],
+    judge: Annotated[str | None, typer.Option("--judge", help="model that compares; default: the config's")] = None,
+    overrides: Overrides = None,
+) -> None:
+    from rsrlm import prompts as prompt_files
+    from rsrlm.progress import Report
+    from rsrlm.runtime import tools
+
+    resolved = configs.load(config, overrides)
+    prompts = prompt_files.read(prompt_files.file_of(resolved.prompts))
+    out.mkdir(parents=True, exist_ok=True)
+    _ended(lambda: tools.eval_duel(resolved, first, second, judge or resolved.model.path, prompts, out, Report()))
+
+
+def _ended(work: Callable[[], Any]) -> None:
+    """Run a command; too few examples and an interruption have exit codes of their own."""
+    import asyncio
+
+    from rsrlm.runtime import launch
+    from rsrlm.seeds import NoExamples
+
+    try:
+        work()
+    except NoExamples as error:
+        print(f"rsrlm: {error}", file=sys.stderr)
+        raise typer.Exit(launch.EXIT_NO_PAIRS) from None
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("rsrlm: interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(launch.EXIT_INTERRUPTED) from None
 
 
 def _check_room(prepared: Any) -> None:

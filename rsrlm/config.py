@@ -66,7 +66,26 @@ class Sample(SamplingParams):
     responses: int = Field(4, ge=2, description="per prompt (K)")
 
 
+class Endpoint(Section):
+    """An OpenAI-compatible server."""
+
+    url: str = Field(description="base url, such as https://api.openai.com/v1")
+    model: str
+    key_env: str | None = Field(None, description="environment variable that holds the key; None: no key")
+    max_concurrent: int = Field(16, gt=0, le=1000)
+    requests_per_minute: Number | None = None
+    max_retries: int = Field(5, ge=0)
+    timeout_s: Number = Field(120.0, gt=0, description="of silence")
+    price_in: Number = Field(0.0, ge=0, description="per million prompt tokens, in any currency")
+    price_out: Number = Field(0.0, ge=0, description="per million generated tokens")
+    max_cost: Number | None = Field(None, description="the run ends before it costs more")
+
+
 class Judge(Section):
+    model: str | None = Field(
+        None, description="another model that judges, frozen, in a pool of its own (judge.replicas): external rewards"
+    )
+    endpoint: Endpoint | None = Field(None, description="a model behind an OpenAI-compatible API that judges")
     read: Literal["text", "structured", "digits", "function"] = Field(
         "text",
         description="text: the verdict line of free text; structured: the same with the line guaranteed; "
@@ -94,6 +113,18 @@ class Judge(Section):
             raise ValueError("judge.read=function needs judge.function, e.g. judge.function=my_judges:shorter")
         if self.read != "function" and self.function:
             raise ValueError(f"judge.function={self.function} needs judge.read=function, not {self.read}")
+        if self.model and self.endpoint:
+            raise ValueError(f"judge.model={self.model} and judge.endpoint: one of them judges; remove the other")
+        if self.model and (self.read == "function" or not self.replicas):
+            raise ValueError(
+                f"judge.model={self.model} needs engines of its own and a judge that asks them: set judge.replicas=1 "
+                "or more, and judge.read to text, structured or digits"
+            )
+        if self.endpoint and (self.read != "text" or self.replicas):
+            raise ValueError(
+                f"judge.endpoint answers in text: judge.read={self.read} and judge.replicas={self.replicas} must be "
+                "text and 0"
+            )
         if self.read == "function" and self.replicas:
             raise ValueError(f"judge.replicas={self.replicas} with judge.read=function: no engine judges; set it to 0")
         return self
@@ -102,6 +133,11 @@ class Judge(Section):
     def per_response(self) -> int:
         """Judgements per response."""
         return self.judgements or (1 if self.read in ("digits", "function") else 3)
+
+    @property
+    def external(self) -> str | None:
+        """Who judges in the place of the model in training."""
+        return self.model or (self.endpoint.model if self.endpoint else None)
 
 
 class Pair(Section):
@@ -281,6 +317,31 @@ class Data(Section):
         return self
 
 
+class SelfInstruct(SamplingParams):
+    """Prompts that a model makes (`rsrlm data prompts`; 2401.10020v3, section 3.1.3, and Self-Instruct, 2212.10560)."""
+
+    temperature: Number = Field(0.6, ge=0)
+    top_p: Number = Field(0.9, gt=0, le=1)
+    max_tokens: int = Field(512, gt=0)
+    from_seeds: int = Field(6, gt=0, description="demonstrations from prompts.path")
+    from_generated: int = Field(2, ge=0, description="demonstrations from prompts made before")
+    round: int = Field(32, gt=0, description="requests that see the same prompts made before")
+    give_up_after: int = Field(5, gt=0, description="rounds in a row without a new prompt")
+    max_rouge: Number = Field(0.7, gt=0, le=1, description="a prompt with a higher ROUGE-L to any other is dropped")
+    min_words: int = Field(3, ge=0, description="a prompt must have more")
+    max_words: int = Field(150, gt=0)
+    cut_at_separator: bool = Field(
+        False, description="leave out what follows a separator: a model in training goes on to answer its own prompts"
+    )
+
+
+class Watched(Section):
+    """A sign of trouble of an iteration: beyond `warn` the run says so, beyond `stop` it ends."""
+
+    warn: Number | None = None
+    stop: Number | None = None
+
+
 class Engine(Section):
     kind: Literal["inprocess", "async"] = Field(
         "inprocess", description="inprocess: vLLM's LLMEngine in the actor (small machines); async: AsyncLLM"
@@ -346,6 +407,10 @@ class Config(Section):
     pair: Pair = Pair()
     sft: SFT = SFT()
     data: Data = Data()
+    self_instruct: SelfInstruct = SelfInstruct()
+    watch: dict[str, Watched] = Field(
+        {}, description="limits of the signs of trouble, by name, in the place of the defaults; null switches one off"
+    )
     train: Train
     schedule: list[dict[str, Any]] = Field(
         [],
@@ -387,6 +452,13 @@ class Config(Section):
                 f"pair.kinds={self.pair.kinds} compares judgements of one response, but judge.read={self.judge.read} "
                 f"gives {self.judge.per_response}; use judge.read=text or structured, and judge.judgements of 2 or more"
             )
+        if "judge" in self.pair.kinds and self.judge.external:
+            raise ValueError(
+                f"pair.kinds={self.pair.kinds} trains on the model's own judgements, but {self.judge.external} judges; "
+                "leave out judge"
+            )
+        if self.judge.endpoint and self.evaluate.duel and self.evaluate.judge != "text":
+            raise ValueError("judge.endpoint compares in text: set evaluate.judge=text, or evaluate.duel=false")
         if "judge" in self.pair.kinds and self.meta.max_tokens >= self.engine.max_model_len:
             raise ValueError(
                 f"meta.max_tokens={self.meta.max_tokens} leaves no room for a prompt in engine.max_model_len="
@@ -475,7 +547,7 @@ SCHEDULED = ("prompts", "sample", "judge", "meta", "pair", "sft", "train")
 # The learner group, the pools and the prompts that are set aside live as long as the run.
 FIXED = (
     *(f"train.{key}" for key in ("workers", "threads", "cpus", "gpus", "max_restarts")),
-    *(f"judge.{key}" for key in ("replicas",)),
+    *(f"judge.{key}" for key in ("replicas", "model", "endpoint")),
     *(f"prompts.{key}" for key in ("path", "heldout", "reuse", "overlong")),
 )
 
@@ -552,6 +624,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _override(data, override)
     return resolve(data, str(file))
+
+
+def changed(config: Config, overrides: list[str] | None) -> Config:
+    """A config with overrides on top of it. Raises ConfigError."""
+    data = config.model_dump(mode="json")
+    for override in overrides or []:
+        _override(data, override)
+    return resolve(data, "the run's config")
 
 
 def _override(data: dict[str, Any], override: str) -> None:

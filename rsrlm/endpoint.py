@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from rsrlm.config import ConfigError
+from rsrlm.config import Endpoint as EndpointConfig
 from rsrlm.records import Completion, Sampling
 
 KEY = "judge.endpoint"
@@ -32,26 +33,6 @@ class EndpointFailed(Exception):
 
 class BudgetSpent(Exception):
     """`max_cost` is used up; nothing more is sent."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointConfig:
-    """`url` ends before /chat/completions; `key_env` names the environment variable that holds the key.
-
-    `timeout_s` is the longest silence of one attempt in seconds, `max_retries` what follows a failed one.
-    `requests_per_minute` counts retries too. Prices are per million tokens, and `max_cost` is in their currency.
-    """
-
-    url: str
-    model: str
-    key_env: str | None = None
-    max_concurrent: int = 16
-    requests_per_minute: float | None = None
-    max_retries: int = 5
-    timeout_s: float = 120.0
-    price_in: float = 0.0
-    price_out: float = 0.0
-    max_cost: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)

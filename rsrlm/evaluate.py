@@ -23,12 +23,19 @@ EVALUATION = 1_000_000  # an iteration number of its own: no seed of an evaluati
 class Evaluation:
     """Evaluates one model after the other on the same prompts."""
 
-    def __init__(self, config: Config, encoder: ChatEncoder, judge: Judging, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        encoder: ChatEncoder,
+        judge: Judging,
+        prompts: Sequence[Prompt],
+        judge_encoder: ChatEncoder | None = None,
+    ) -> None:
         self._config = config
         self._encoder = encoder
         self._judge = judge
         self._prompts = prompts
-        self._pairwise = duel_judge(config, encoder) if config.evaluate.duel else None
+        self._pairwise = duel_judge(config, judge_encoder or encoder) if config.evaluate.duel else None
 
     async def answers(self, engines: Engines, model: str, journal: Journal) -> list[Response]:
         """The answers of the model that the engines hold, in the order of the prompts."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Protocol
 
-from rsrlm import seeds
+from rsrlm import seeds, watch
 from rsrlm.ask import Comparing, Engines, Judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, Train
@@ -32,6 +32,10 @@ class NoPairs(Exception):
     """An iteration whose groups gave no preference pair: nothing to train on."""
 
 
+class Stopped(Exception):
+    """A sign of trouble is beyond the limit at which the run ends."""
+
+
 class Pools(Protocol):
     """The engines of a run and the weights they hold."""
 
@@ -46,6 +50,10 @@ class Pools(Protocol):
         ...
 
     async def stats(self) -> dict[str, float]: ...
+
+    def endpoint_usage(self) -> dict[str, float]:
+        """What a judge behind an API has cost so far; empty without one."""
+        ...
 
     def forget(self, version: str, files: Any = None) -> None:
         """The folder of this model holds other weights now; `files` of the former ones are removed."""
@@ -97,6 +105,8 @@ class Inputs:
 
     encoder: ChatEncoder
     judging: Judging  # of held-out answers: the same in all iterations
+    judge_encoder: ChatEncoder  # of the judge's prompts: the model's own unless another one judges
+    limits: Mapping[str, watch.Limit]
     heldout: Sequence[Prompt]
     steps: Sequence[Step]
     parts: Parts | None = None  # of the ranked data
@@ -118,8 +128,8 @@ class Clock:
 
 
 async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, Any]]:
-    """All iterations that are not finished yet; returns the metrics of all. Raises NoPairs and NoExamples."""
-    evaluation = Evaluation(config, inputs.encoder, inputs.judging, inputs.heldout)
+    """All iterations that are not finished yet; returns the metrics of all. Raises NoPairs, NoExamples and Stopped."""
+    evaluation = Evaluation(config, inputs.encoder, inputs.judging, inputs.heldout, inputs.judge_encoder)
     rows = ports.store.metrics()
     for iteration in range(len(rows), config.iterations):
         step, before = inputs.steps[iteration], config.model_name(iteration)
@@ -129,7 +139,7 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
             with clock("evaluate first model"):
                 await evaluate(evaluation, before, None, config, ports)
         with clock("produce"):
-            items, made = await collect(iteration, before, step, inputs, ports)
+            items, groups, made = await collect(iteration, before, step, inputs, ports)
         with clock("train"):
             trained = await train(iteration, before, step, items, ports)
         if step.config.train.choose != "last":
@@ -148,18 +158,51 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
             "stage_seconds": clock.seconds,
             "published": published,
             "heldout": heldout,
+            "signs": signs_of(iteration, groups, items, rows, ports.store) if groups else {},
+            **({"endpoint": usage} if (usage := ports.pools.endpoint_usage()) else {}),
         }
         ports.store.write_metrics(iteration, row)
         ports.store.event("iteration_finished", iteration=iteration)
         ports.log(row)
         rows.append(row)
+        heed(iteration, row["signs"], inputs.limits, ports)
     return rows
+
+
+def signs_of(
+    iteration: int,
+    groups: Sequence[Group],
+    items: Sequence[PreferencePair] | Sequence[Example],
+    earlier: Sequence[dict[str, Any]],
+    store: RunFolder,
+) -> dict[str, float | None]:
+    """Signs of trouble of a finished iteration, `earlier` being the metrics of those before it."""
+    _, responses, judgements, _ = records_of(groups)
+    return watch.signs(
+        groups,
+        mean_verdicts(responses, judgements),
+        [item for item in items if isinstance(item, PreferencePair)],
+        store.steps(iteration).rows,
+        comparisons=watch.comparisons_of(groups),
+        earlier=[row["signs"] for row in earlier if row.get("signs")],
+    )
+
+
+def heed(iteration: int, signs: Mapping[str, float | None], limits: Mapping[str, watch.Limit], ports: Ports) -> None:
+    """Say which signs are beyond their limits. Raises Stopped where one is beyond that at which the run ends."""
+    raised = watch.alarms(signs, limits) if signs else []
+    for alarm in raised:
+        ports.report.line(f"iteration {iteration}: {alarm.message}")
+        ports.store.event("alarm", iteration=iteration, sign=alarm.sign, value=alarm.value, action=alarm.action)
+    if stops := [alarm.message for alarm in raised if alarm.action == "stop"]:
+        raise Stopped(f"after iteration {iteration}: {stops[0]}")
 
 
 async def collect(
     iteration: int, before: str, step: Step, inputs: Inputs, ports: Ports
-) -> tuple[Sequence[PreferencePair] | Sequence[Example], dict[str, Any]]:
-    """What the iteration trains on, in training order, and the metrics of how it was made. Everything is on disk."""
+) -> tuple[Sequence[PreferencePair] | Sequence[Example], list[Group], dict[str, Any]]:
+    """What the iteration trains on, in training order; the groups that it comes from, and the metrics of how it was
+    made. Everything is on disk."""
     config, store = step.config, ports.store
     await ports.pools.hold(before)
     groups: list[Group] = []
@@ -170,7 +213,7 @@ async def collect(
         examples, counts = await targets(iteration, step, groups, inputs, ports)
         store.write_records(iteration, *records_of(groups), [])
         store.write_examples(iteration, examples)
-        return examples, {**summary_of(groups, []), "examples": counts, "prefix_cache_hit_share": cache}
+        return examples, groups, {**summary_of(groups, []), "examples": counts, "prefix_cache_hit_share": cache}
     reasons = Counter(group.no_pair_reason for group in groups if group.no_pair_reason)
     meta: dict[str, Any] = {}
     if "judge" in config.pair.kinds:
@@ -185,12 +228,16 @@ async def collect(
     store.write_records(iteration, *records_of(groups), pairs)
     if not pairs:
         raise NoPairs(f"iteration {iteration} has no pairs: {dict(reasons)}")
-    return pairs, {
-        **summary_of(groups, pairs),
-        "no_pair_reasons": dict(reasons),
-        "prefix_cache_hit_share": cache,
-        **({"meta": meta} if meta else {}),
-    }
+    return (
+        pairs,
+        groups,
+        {
+            **summary_of(groups, pairs),
+            "no_pair_reasons": dict(reasons),
+            "prefix_cache_hit_share": cache,
+            **({"meta": meta} if meta else {}),
+        },
+    )
 
 
 async def produce(iteration: int, step: Step, inputs: Inputs, ports: Ports) -> tuple[list[Group], float | None]:
@@ -420,7 +467,8 @@ async def evaluate(
     """A model on the held-out prompts: its own judgement, the frozen M0's, and a duel with the model before it."""
     if not config.prompts.heldout:
         return {}
-    first = "M0"
+    external = config.judge.external
+    first = external or "M0"
     engines = ports.pools.samplers
     journal = ports.store.evaluation(model)
     try:
@@ -435,13 +483,16 @@ async def evaluate(
         found = {
             "model": model,
             "answers": lengths(answers),
-            "score_by_current": {"judge": model, **mean_score(answers, own)},
+            "score_by_current": {"judge": external or model, **mean_score(answers, own)},
             "score_by_first": {"judge": first, **mean_score(answers, own)},
         }
         if before:
             with ports.report.stage(f"held-out {model} by {first}", {"judgements": len(own) + duels}) as tick:
-                await ports.pools.hold(first)
-                frozen = await evaluation.scores(ports.pools.judges, first, answers, journal)
+                if external:
+                    frozen = own  # it never changes
+                else:
+                    await ports.pools.hold(first)
+                    frozen = await evaluation.scores(ports.pools.judges, first, answers, journal)
                 tick("judgements", len(frozen), 0)
                 found["score_by_first"] = {"judge": first, **mean_score(answers, frozen)}
                 if config.evaluate.duel:

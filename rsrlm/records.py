@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
-Role = Literal["actor", "judge", "meta", "duel", "data", "learner"]
+Role = Literal["actor", "judge", "meta", "duel", "data", "prompter", "learner"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,8 @@ class Request:
     """One single-sample generation request.
 
     `regex` constrains the text with vLLM's structured outputs. `label_ids` asks for the log-probabilities of these
-    tokens at the first decoding step. Lower `priority` is served first.
+    tokens at the first decoding step. Lower `priority` is served first. `text` is the user turn where a model behind an
+    API is asked, which tokenises for itself.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Request:
     priority: int
     regex: str | None = None
     label_ids: tuple[int, ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,6 +111,14 @@ class RunFolder:
             shutil.rmtree(other, ignore_errors=True)
         return chosen != name
 
+    def note(self, name: str) -> dict[str, Any]:
+        """What was last noted under this name; empty if nothing was."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_note(self, name: str, data: dict[str, Any]) -> None:
+        self.write_json(self.folder / f"{name}.json", data)
+
     # -- facts of the start that a resume must keep ------------------------------------------------------------------
 
     def fix(self, name: str, value: Any) -> Any:

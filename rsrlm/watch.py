@@ -7,12 +7,12 @@ the scale of 0 to 5.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, nan
 from statistics import fmean
 from typing import Literal
 
-from rsrlm.config import ConfigError
+from rsrlm.config import Config, ConfigError
 from rsrlm.metrics import MIN_N, distinct_n, spearman
 from rsrlm.pairing import TIE
 from rsrlm.records import Group, PreferencePair, Scored, Unparsed, Verdict
@@ -226,9 +226,45 @@ SIGNS: dict[str, Sign] = {
     ),
 }
 
+ON_POINTS = ("score_mean", "score_drift", "saturated", "pair_score_gap")
+
 DEFAULT_LIMITS: dict[str, Limit] = {
     name: Limit(direction=sign.direction, warn=sign.warn) for name, sign in SIGNS.items()
 }
+
+
+def limits_of(config: Config) -> dict[str, Limit]:
+    """The defaults with the config's changes. Raises ConfigError for a sign that is not known.
+
+    Limits on points suppose a judge that scores from 0 to 5: a function may use any scale, and has none by default.
+    """
+    limits = dict(DEFAULT_LIMITS)
+    if config.judge.read == "function":
+        limits = {name: replace(limit, warn=None) if name in ON_POINTS else limit for name, limit in limits.items()}
+    unknown = {name: Limit(direction="above") for name in config.watch if name not in SIGNS}
+    check_limits(unknown)
+    for name, changes in config.watch.items():
+        limits[name] = replace(limits[name], warn=changes.warn, stop=changes.stop)
+    return limits
+
+
+def comparisons_of(groups: Sequence[Group]) -> list[Comparison]:
+    """The meta-judge's verdicts with the scores of the two judgements."""
+    found = []
+    for group in groups:
+        points = {one.id: one.verdict.points for one in group.judgements if isinstance(one.verdict, Scored)}
+        for one in group.comparisons:
+            first, _, second = one.id.rpartition("~")
+            winner: dict[float, Literal["A", "B", "tie"]] = {1.0: "A", 0.0: "B", 0.5: "tie"}
+            verdict = one.verdict
+            found.append(
+                Comparison(
+                    first_points=points[first],
+                    second_points=points[f"{one.response_id}#{second}"],
+                    winner=winner[verdict.points] if isinstance(verdict, Scored) else None,
+                )
+            )
+    return found
 
 
 def signs(

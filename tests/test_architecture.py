@@ -15,9 +15,9 @@ LAYERS = {
     "records": 0, "config": 0, "files": 0,
     "chat": 1, "judging": 1, "pairing": 1, "prompts": 1, "buffer": 1, "losses": 1, "packing": 1, "model": 1,
     "progress": 1, "ranked": 1, "self_instruct": 1, "metrics": 1, "endpoint": 1, "meta_judging": 2, "watch": 2,
-    "ask": 2, "store": 2, "plan": 3, "doctor": 4, "produce": 3, "evaluate": 4, "seeds": 4, "loop": 5,
+    "ask": 2, "store": 2, "plan": 3, "doctor": 4, "produce": 3, "evaluate": 4, "seeds": 4, "judge_eval": 5, "loop": 5,
     "runtime.weights": 6, "runtime.mailbox": 6, "runtime.vllm_worker": 7, "runtime.engine": 7, "runtime.learner": 7,
-    "runtime.actors": 8, "runtime.launch": 9, "cli": 10,
+    "runtime.actors": 8, "runtime.launch": 9, "runtime.tools": 10, "cli": 11,
 }  # fmt: skip
 SIDEWAYS = {("judging", "chat"), ("losses", "packing"), ("ranked", "chat"),
             ("runtime.engine", "runtime.vllm_worker")}  # fmt: skip
@@ -29,8 +29,9 @@ ALLOWED = {
     "vllm": {"runtime.engine", "runtime.vllm_worker"},
     "deepspeed": {"runtime.learner"},
 }
-LIGHT = ["records", "config", "files", "chat", "judging", "pairing", "prompts", "buffer", "model", "store", "plan",
-         "doctor", "produce", "evaluate", "loop", "progress", "cli", "ranked", "self_instruct", "metrics", "watch", "meta_judging", "ask", "seeds", "endpoint"]  # fmt: skip
+LIGHT = ["records", "config", "files", "chat", "judging", "pairing", "prompts", "buffer", "model", "store",
+         "plan", "doctor", "produce", "evaluate", "loop", "progress", "cli", "ranked", "self_instruct",
+         "metrics", "watch", "meta_judging", "ask", "seeds", "judge_eval", "endpoint"]  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

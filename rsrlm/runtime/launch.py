@@ -18,21 +18,22 @@ from typing import Any
 
 from rsrlm import plan as planning
 from rsrlm import prompts as prompt_files
-from rsrlm import seeds
+from rsrlm import seeds, watch
 from rsrlm.ask import Judging, meta_judge
 from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.config import Config, ConfigError, Train
+from rsrlm.endpoint import BudgetSpent, Endpoint, EndpointFailed
 from rsrlm.evaluate import Evaluation
-from rsrlm.loop import Inputs, NoPairs, Ports, Step
+from rsrlm.loop import Inputs, NoPairs, Ports, Step, Stopped
 from rsrlm.loop import run as run_loop
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
 from rsrlm.progress import Report
-from rsrlm.records import Example, PreferencePair
+from rsrlm.records import Completion, Example, PreferencePair, Request
 from rsrlm.runtime.learner import set_dropout
 from rsrlm.seeds import NoExamples
 from rsrlm.store import RunFolder
 
-EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 4, 130
+EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 
 MADE = ("ift", "eft", "positive")  # sources that a run makes by itself
 
@@ -59,6 +60,7 @@ class Prepared:
 
     config: Config
     model: Path
+    judge: Path | None  # other weights that judge
     inputs: Inputs
     left_out: list[str]
 
@@ -76,10 +78,12 @@ def prepare(config: Config) -> Prepared:
     lengths = {prompt.id: len(encoder.user(prompt.text)) for prompt in prompts}
     usable, left_out = prompt_files.usable(prompts, lengths, config)
     heldout, hands = prompt_files.deal(usable, config)
+    judge, judge_encoder = judge_of(config, encoder)
+    limits = watch.limits_of(config)
     steps = []
     for iteration, hand in enumerate(hands):
         step = config.at(iteration)
-        judging = Judging(step, encoder)
+        judging = Judging(step, judge_encoder)
         steps.append(
             Step(
                 config=step,
@@ -102,13 +106,28 @@ def prepare(config: Config) -> Prepared:
     )
     inputs = Inputs(
         encoder=encoder,
-        judging=Judging(config, encoder),
+        judging=Judging(config, judge_encoder),
+        judge_encoder=judge_encoder,
+        limits=limits,
         heldout=heldout,
         steps=steps,
         parts=seeds.divide(config.data) if trains_on_trees else None,
     )
-    Evaluation(config, encoder, inputs.judging, heldout)  # refuses a template that it cannot use
-    return Prepared(config=config, model=model, inputs=inputs, left_out=left_out)
+    Evaluation(config, encoder, inputs.judging, heldout, judge_encoder)  # refuses a template that it cannot use
+    return Prepared(config=config, model=model, judge=judge, inputs=inputs, left_out=left_out)
+
+
+def judge_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
+    """The folder of another model that judges, and the encoder of its prompts; else None and the model's own."""
+    if config.judge.endpoint:
+        Endpoint(config.judge.endpoint)  # refuses what it cannot use
+    if config.judge.model is None:
+        return None, encoder
+    model = config.model.model_copy(update={"path": config.judge.model})
+    folder = folder_of(model)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    check_tokenizer(tokenizer, config.judge.model)
+    return folder, ChatEncoder(tokenizer)
 
 
 def planned(prepared: Prepared) -> planning.Plan:
@@ -150,8 +169,11 @@ def _address(config: Config) -> str | None:
 class Pools:
     """The sampler pool and, where configured, a judge pool of its own, with the same weights."""
 
-    def __init__(self, config: Config, store: RunFolder, first: Path, start: str, broadcast: Any) -> None:
+    def __init__(
+        self, config: Config, store: RunFolder, first: Path, start: str, broadcast: Any, judge: Path | None = None
+    ) -> None:
         from rsrlm.runtime.actors import EnginePool
+        from rsrlm.runtime.weights import WeightSet, describe
 
         self._store = store
         self._first = first
@@ -160,10 +182,17 @@ class Pools:
         weights = self._exported(start)
         self.samplers = EnginePool(config, weights, "engines", config.engine.replicas, store.event)
         self._all = [self.samplers]
-        self.judges = self.samplers
-        if config.judge.replicas:
+        self.judges: Any = self.samplers
+        self._frozen: list[EnginePool] = []  # hold other weights, and keep them
+        self._endpoint: Endpoint | None = None
+        if config.judge.endpoint:
+            self._endpoint = Endpoint(config.judge.endpoint, spent=store.note("endpoint").get("cost", 0.0))
+            self.judges = BehindEndpoint(self._endpoint)
+        elif config.judge.replicas:
+            if judge:
+                weights = WeightSet(version="judge", folder=str(judge), files=describe(weight_files(judge)))
             self.judges = EnginePool(config, weights, "judges", config.judge.replicas, store.event)
-            self._all.append(self.judges)
+            (self._frozen if judge else self._all).append(self.judges)
 
     def _exported(self, version: str, files: Any = None) -> Any:
         """The version as its model folder holds it; `files` are the learner's transfer files of the same weights."""
@@ -177,7 +206,7 @@ class Pools:
         return self._known[version]
 
     async def start(self) -> None:
-        await asyncio.gather(*(pool.start() for pool in self._all))
+        await asyncio.gather(*(pool.start() for pool in (*self._all, *self._frozen)))
 
     async def hold(self, version: str, files: Any = None) -> dict[str, Any]:
         """Every engine holds this model when it returns; the seconds of each replica."""
@@ -216,14 +245,39 @@ class Pools:
 
     async def stats(self) -> dict[str, float]:
         total: dict[str, float] = {}
-        for pool in self._all:
+        for pool in (*self._all, *self._frozen):
             for one in await pool.stats():
                 for name, value in one.items():
                     total[name] = total.get(name, 0.0) + value
         return total
 
+    def endpoint_usage(self) -> dict[str, float]:
+        """What a judge behind an API has cost so far; empty without one. It is kept for a resume."""
+        if self._endpoint is None:
+            return {}
+        usage = self._endpoint.stats()
+        self._store.write_note("endpoint", usage)
+        return usage
+
     async def close(self) -> None:
-        await asyncio.gather(*(pool.close() for pool in self._all))
+        self.endpoint_usage()
+        await asyncio.gather(*(pool.close() for pool in (*self._all, *self._frozen)))
+        if self._endpoint:
+            await self._endpoint.close()
+
+
+class BehindEndpoint:
+    """A model behind an API in the form of an engine pool."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    @property
+    def slots(self) -> int:
+        return self._endpoint.slots
+
+    async def generate(self, request: Request) -> Completion:
+        return await self._endpoint.ask(request.id, request.text, request.sampling)
 
 
 class LearnerPort:
@@ -267,7 +321,7 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
     # Resuming after an iteration's training: the engines come up with its result.
     done = len(store.metrics())
     trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
-    pools = Pools(config, store, prepared.model, config.model_name(done + trained), group.broadcast)
+    pools = Pools(config, store, prepared.model, config.model_name(done + trained), group.broadcast, prepared.judge)
     try:
         report.line("starting engines and learner")
         started = time.perf_counter()
@@ -288,7 +342,7 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
             await asyncio.wait_for(asyncio.gather(group.close(), pools.close(), buffer.close()), 25)
 
 
-def _interruptible(work: Any) -> Any:
+def interruptible(work: Any) -> Any:
     """Run in a new event loop; SIGINT and SIGTERM cancel the work, which then cleans up."""
 
     async def main() -> Any:
@@ -311,14 +365,16 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
     write_summary(store, "running")
     status, code, reason = "completed", EXIT_OK, ""
     try:
-        with _ray(config, store), _tracker(config, store) as log:
-            _interruptible(_run(prepared, store, report, log))
+        with ray_cluster(config, store), _tracker(config, store) as log:
+            interruptible(_run(prepared, store, report, log))
     except (asyncio.CancelledError, KeyboardInterrupt):
         status, code = "interrupted", EXIT_INTERRUPTED
     except NoPairs as error:
         status, code, reason = "no_pairs", EXIT_NO_PAIRS, str(error)
     except NoExamples as error:
         status, code, reason = "no_examples", EXIT_NO_PAIRS, str(error)
+    except Stopped as error:
+        status, code, reason = "stopped", EXIT_STOPPED, str(error)
     except BaseExceptionGroup as group:
         status, code, reason = _failure(_first_of(group))
     except Exception as error:
@@ -375,6 +431,8 @@ def _failure(error: BaseException) -> tuple[str, int, str]:
     cause = error.cause if isinstance(error, RayTaskError) else error  # the actor's own, which has its errno
     if isinstance(cause, ConfigError):
         return "failed", EXIT_USER, str(cause)
+    if isinstance(cause, (EndpointFailed, BudgetSpent)):
+        return "failed", EXIT_FAILED, str(cause)
     full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, (LearnerFailed, PoolFailed)) and "No space left" in str(error)):
         return "failed", EXIT_USER, f"the disk is full ({cause}); free some space, then resume"
@@ -439,7 +497,7 @@ def _heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str
 
 
 @contextlib.contextmanager
-def _ray(config: Config, store: RunFolder) -> Any:
+def ray_cluster(config: Config, store: RunFolder, learner: bool = True) -> Any:
     """A Ray cluster: the one of `ray.address` or RAY_ADDRESS, else one on this machine for this run only."""
     # rsrlm sets every worker's threads itself; Ray's own uv hook would rebuild the environment in each worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -471,26 +529,26 @@ def _ray(config: Config, store: RunFolder) -> Any:
     context = ray.init(**arguments)
     store.event("ray", address=address or "local", session=context.address_info.get("session_dir"))
     try:
-        _check_resources(config, ray.cluster_resources())
+        _check_resources(config, ray.cluster_resources(), config.train.workers if learner else 0)
         yield
     finally:
         ray.shutdown()
         remove_stale()
 
 
-def _check_resources(config: Config, there: dict[str, float]) -> None:
+def _check_resources(config: Config, there: dict[str, float], ranks: int) -> None:
     """Raises ConfigError when the cluster can never place all engines and ranks."""
     engines = config.engine.replicas + config.judge.replicas
     for resource, engine, rank in (
         ("CPU", config.engine.cpus, config.train.cpus),
         ("GPU", config.engine.gpus, config.train.gpus),
     ):
-        needed = engines * engine + config.train.workers * rank
+        needed = engines * engine + ranks * rank
         if needed > there.get(resource, 0.0):
             key = resource.lower() + "s"
             raise ConfigError(
                 f"engine.{key}={engine:g} for each of {engines} engines and train.{key}={rank:g} for each of "
-                f"{config.train.workers} ranks make {needed:g}, but the cluster has {there.get(resource, 0.0):g} Ray "
+                f"{ranks} ranks make {needed:g}, but the cluster has {there.get(resource, 0.0):g} Ray "
                 f"{resource}s; lower them or the number of engines and ranks"
             )
 
