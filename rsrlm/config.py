@@ -7,7 +7,7 @@ value and the remedy.
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -457,6 +457,12 @@ class Config(Section):
                 f"pair.kinds={self.pair.kinds} trains on the model's own judgements, but {self.judge.external} judges; "
                 "leave out judge"
             )
+        if self.train.choose != "last" and not self.prompts.heldout:
+            raise ValueError(f"train.choose={self.train.choose} goes by held-out answers; set prompts.heldout")
+        if self.train.choose == "duel" and not self.evaluate.duel:
+            raise ValueError(
+                "train.choose=duel with evaluate.duel=false: nobody compares the candidates; set it to true"
+            )
         if self.judge.endpoint and self.evaluate.duel and self.evaluate.judge != "text":
             raise ValueError("judge.endpoint compares in text: set evaluate.judge=text, or evaluate.duel=false")
         if "judge" in self.pair.kinds and self.meta.max_tokens >= self.engine.max_model_len:
@@ -527,9 +533,13 @@ def _message(error: ValidationError, source: str) -> str:
 
 
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at a place; sections stand in lists, mappings and unions with None too."""
     section: Any = Config
     for part in path:
-        section = section.model_fields[part].annotation
+        inside = section.model_fields[part].annotation if part in section.model_fields else section
+        while not (isinstance(inside, type) and issubclass(inside, BaseModel)):
+            inside = next(one for one in reversed(get_args(inside)) if one is not type(None))
+        section = inside
     return sorted(section.model_fields)
 
 

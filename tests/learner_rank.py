@@ -1,20 +1,23 @@
 """One rank of the learner outside Ray, started by test_learner.py: gradients and losses of one step, saved by rank 0.
 
 `python learner_rank.py MODEL OUTPUT CASES` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; CASES is JSON: a
-list of [zero_stage, micro_batch, options].
+list of [zero_stage, micro_batch, options]. With method "sft" in the options the items are examples; with "mixed", pairs
+of both kinds.
 """
 
 import json
 import os
 import random
 import sys
+from dataclasses import replace
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
 from rsrlm.config import Model, Train
-from rsrlm.records import PreferencePair
+from rsrlm.records import Example, PreferencePair
 from rsrlm.runtime.learner import Policy, load_policy
 
 
@@ -44,18 +47,28 @@ def make_pairs() -> list[PreferencePair]:
     ]
 
 
+def make_examples() -> list[Example]:
+    """The prompts and chosen responses of the pairs: 32 target tokens."""
+    return [
+        Example(id=pair.id, kind="ift", prompt_token_ids=pair.prompt_token_ids, target_token_ids=pair.chosen_token_ids)
+        for pair in make_pairs()
+    ]
+
+
 def main() -> None:
     folder, output, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
-    pairs = make_pairs()
     found = []
     for stage, micro_batch, options in cases:
+        pairs: list[Any] = make_examples() if options.get("method") == "sft" else make_pairs()
+        if options.pop("mixed", False):
+            pairs = [replace(pair, kind="judge") if place % 2 else pair for place, pair in enumerate(pairs)]
         train = Train(
             lr=1e-3, pairs_per_step=5, zero_stage=stage, micro_batch=micro_batch, max_grad_norm=1e9, **options
         )
         policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32")
-        reference = policy.reference_logps([pairs], lambda _: None)
+        reference = policy.reference_logps([pairs], lambda _: None) if train.method == "dpo" else {}
         # The first step moves the policy off its reference, so that the second loss is not ln 2.
         first = policy.step(pairs, reference, 1e-3)
         summed = policy.gradients(pairs, reference)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from rsrlm.config import ConfigError, Train
-from rsrlm.runtime.learner import newest_checkpoint, set_dropout, share_of, steps_of
+from rsrlm.runtime.learner import newest_checkpoint, set_dropout, share_of, steps_of, steps_to_take
 
 SCRIPT = Path(__file__).parent / "learner_rank.py"
 OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
+SFT = {"method": "sft"}
 
 
 def free_port() -> int:
@@ -51,20 +52,38 @@ def run_ranks(model: Path, output: Path, world_size: int, cases: list[Any]) -> l
 
 @pytest.mark.ray
 def test_loss_and_gradients_do_not_depend_on_the_split(tiny_model: Path, tmp_path: Path) -> None:
-    """Five pairs of unequal length on 1 and 2 ranks, micro-batch 1, 2, 5, ZeRO 0-3, packed and padded, NLL term on."""
+    """Five pairs of unequal length on 1 and 2 ranks, micro-batch 1, 2, 5, ZeRO 0-3, packed and padded, NLL term on; and
+    five examples likewise."""
     one = run_ranks(
         tiny_model,
         tmp_path / "one.pt",
         1,
-        [[0, 5, OPTIONS], [0, 1, OPTIONS], [0, 2, OPTIONS], [0, 2, {**OPTIONS, "packed": False}], [2, 2, OPTIONS]],
+        [
+            [0, 5, OPTIONS],
+            [0, 1, OPTIONS],
+            [0, 2, OPTIONS],
+            [0, 2, {**OPTIONS, "packed": False}],
+            [2, 2, OPTIONS],
+            [0, 2, {**OPTIONS, "mixed": True}],
+            [0, 5, SFT],
+            [0, 2, {**SFT, "packed": False}],
+        ],
     )
     two = run_ranks(
         tiny_model,
         tmp_path / "two.pt",
         2,
-        [[0, 1, OPTIONS], [0, 2, OPTIONS], [0, 5, OPTIONS], [1, 2, OPTIONS], [2, 1, OPTIONS], [3, 2, OPTIONS]],
+        [
+            [0, 1, OPTIONS],
+            [0, 2, OPTIONS],
+            [0, 5, OPTIONS],
+            [1, 2, OPTIONS],
+            [2, 1, OPTIONS],
+            [3, 2, OPTIONS],
+            [0, 1, SFT],
+            [2, 2, SFT],
+        ],
     )
-    import torch
 
     reference = one[0]
     assert reference["packed"]
@@ -75,13 +94,35 @@ def test_loss_and_gradients_do_not_depend_on_the_split(tiny_model: Path, tmp_pat
     assert reference["summed"]["pairs"] == 5
     # Chosen 7 + 1 + 14 + 6 + 4 and rejected 3 + 9 + 14 + 2 + 25 tokens.
     assert reference["summed"]["kl_tokens"] == 85
-    for other in one[1:] + two:
-        assert other["summed"]["loss"] == pytest.approx(reference["summed"]["loss"], rel=1e-4)
-        assert other["first"]["grad_norm"] == pytest.approx(reference["first"]["grad_norm"], rel=1e-4)
-        assert other["gradients"].keys() == reference["gradients"].keys()
-        for name, gradient in reference["gradients"].items():
-            scale = gradient.abs().max()
-            assert torch.allclose(other["gradients"][name], gradient, atol=float(1e-3 * scale), rtol=0), name
+    for other in one[1:6] + two[:6]:
+        assert_same_step(other, reference)
+    mixed = one[5]["summed"]
+    assert (mixed["actor/pairs"], mixed["judge/pairs"]) == (3, 2)
+    for name in ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "nll"):
+        assert mixed[f"actor/{name}"] + mixed[f"judge/{name}"] == pytest.approx(mixed[name], rel=1e-4, abs=1e-4)
+    means = one[5]["first"]
+    assert means["actor/dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert (means["pairs"], means["actor/pairs"], means["judge/pairs"]) == (5, 3, 2)
+
+    # Supervised fine-tuning: the mean over all 7 + 1 + 14 + 6 + 4 target tokens, not over examples or ranks.
+    sft = one[6]
+    assert sft["summed"]["tokens_trained"] == 32
+    assert sft["first"]["sft_loss"] == pytest.approx(sft["first"]["loss"])
+    assert sft["first"]["sft_loss"] > 5  # random targets
+    assert sft["summed"]["loss"] / 32 < sft["first"]["sft_loss"]  # one step in
+    for other in (one[7], *two[6:]):
+        assert_same_step(other, sft)
+
+
+def assert_same_step(other: dict[str, Any], reference: dict[str, Any]) -> None:
+    import torch
+
+    assert other["summed"]["loss"] == pytest.approx(reference["summed"]["loss"], rel=1e-4)
+    assert other["first"]["grad_norm"] == pytest.approx(reference["first"]["grad_norm"], rel=1e-4)
+    assert other["gradients"].keys() == reference["gradients"].keys()
+    for name, gradient in reference["gradients"].items():
+        scale = gradient.abs().max()
+        assert torch.allclose(other["gradients"][name], gradient, atol=float(1e-3 * scale), rtol=0), name
 
 
 def pairs_of(count: int) -> list[Any]:
@@ -154,3 +195,11 @@ def test_the_newest_checkpoint_of_the_iteration_counts(tmp_path: Path) -> None:
     for name in ("i00-s000008", "i01-s000002", "i01-s000010", "i01-s000012.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_checkpoint(tmp_path, 1) == (tmp_path / "checkpoints" / "i01-s000010", 10)
+
+
+@pytest.mark.parametrize(
+    ("items", "epochs", "stop", "steps"), [(10, 3, None, 9), (10, 3, 2, 6), (10, 3, 3, 9), (1, 10, 6, 6)]
+)
+def test_training_stops_after_an_epoch(items: int, epochs: int, stop: int | None, steps: int) -> None:
+    train = Train(lr=1e-3, pairs_per_step=4, epochs=epochs, stop_after_epoch=stop)
+    assert steps_to_take(items, train) == steps

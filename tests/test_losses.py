@@ -26,12 +26,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from rsrlm.losses import PairLoss, lr_at, pair_loss, sequence_sums
+from rsrlm.losses import PairLoss, lr_at, pair_loss, sequence_sums, target_loss
 from rsrlm.packing import (
     PairBatch,
     PairIds,
     check_architecture,
+    pack_examples,
     pack_pairs,
+    pad_examples,
     pad_pairs,
     response_logps,
     supports_packing,
@@ -212,6 +214,44 @@ def test_empty_part_is_refused(build: Callable[[list[PairIds]], PairBatch], empt
     parts[empty] = ()
     with pytest.raises(ValueError, match="at least one token"):
         build([(parts[0], parts[1], parts[2])])
+
+
+def test_packed_examples_by_hand() -> None:
+    batch = pack_examples([((5, 6), (9, 10)), ((7,), (15,))])
+    assert batch.input_ids.tolist() == [[5, 6, 9, 10, 7, 15]]
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.predict_R.tolist() == [1, 2, 4]
+    assert batch.target_R.tolist() == [9, 10, 15]
+    assert batch.segment_R.tolist() == [0, 0, 1]
+    assert batch.length_S.tolist() == [2, 1]
+    mask = batch.attention_mask[0, 0].int().tolist()
+    assert mask == [  # the second example sees nothing of the first
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
+    ]  # fmt: skip
+
+
+def test_padded_examples_by_hand() -> None:
+    batch = pad_examples([((5, 6), (9, 10)), ((7,), (15,))], pad_id=3)
+    assert batch.input_ids.tolist() == [[5, 6, 9, 10], [7, 15, 3, 3]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.predict_R.tolist() == [1, 2, 4]
+    assert batch.segment_R.tolist() == [0, 0, 1]
+
+
+def test_examples_have_the_logps_of_each_alone(llama: PreTrainedModel) -> None:
+    examples = [(prompt, chosen) for prompt, chosen, _ in PAIRS]
+    with torch.no_grad():
+        alone = torch.cat([response_logps(llama, pad_examples([one], pad_id=0)) for one in examples])
+        for batch in (pack_examples(examples), pad_examples(examples, pad_id=0)):
+            assert torch.allclose(response_logps(llama, batch), alone, atol=1e-5)
+
+
+def test_target_loss_is_a_sum_over_tokens() -> None:
+    loss, sums = target_loss(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0]))
+    assert loss == 3.0
+    assert {name: float(value) for name, value in sums.items()} == {"loss": 3.0, "tokens_trained": 2.0, "examples": 1.0}
 
 
 def test_to_moves_every_tensor() -> None:

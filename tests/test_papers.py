@@ -1,0 +1,409 @@
+"""Every choice of the two papers is a key whose change alone alters requests, records, loss or schedule; what is not
+done stands in the README with its reason.
+
+SR is Self-Rewarding (2401.10020v3), MR Meta-Rewarding (2407.19594v2); numbers are sections.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rsrlm import losses, meta_judging, seeds, self_instruct
+from rsrlm import plan as planning
+from rsrlm.ask import Judging, meta_judge, sampling_of
+from rsrlm.chat import ChatEncoder
+from rsrlm.config import Config, load, resolve
+from rsrlm.model import load_tokenizer
+from rsrlm.pairing import best_against_worst
+from rsrlm.produce import judge_pairs
+from rsrlm.prompts import deal
+from rsrlm.ranked import RankedPrompt, Reply
+from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Sampling, Scored
+from rsrlm.runtime.learner import set_dropout, steps_of, steps_to_take
+
+ROOT = Path(__file__).parent.parent
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
+
+
+# -- what is looked at -------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Keeps what an engine is asked, and always answers the same."""
+
+    slots = 8
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    async def generate(self, request: Request) -> Completion:
+        self.requests.append(request)
+        return Completion(
+            request_id=request.id, token_ids=(5, 2), text="Fine.\nScore: 3", finish_reason="stop", weight_version="M0",
+            prompt_tokens=1, cached_tokens=0, replica=0, label_logprobs=(-1.0,) * len(request.label_ids),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(smollm2: Path) -> ChatEncoder:
+    return ChatEncoder(load_tokenizer(smollm2, False))
+
+
+def response(index: int, text: str, group: str = "00/p") -> Response:
+    return Response(
+        id=f"{group}/{index}", prompt_id=group.rpartition("/")[2], index=index, role="actor", text=text,
+        token_ids=(10 + index, 2), prompt_token_ids=(1,), finish_reason="stop", weight_version="M0", sampling=SAMPLING,
+    )  # fmt: skip
+
+
+def judgement(response_id: str, index: int, points: float, text: str = "") -> Judgement:
+    return Judgement(
+        id=f"{response_id}#{index}", prompt_id="p", response_id=response_id, index=index, role="judge",
+        judge="additive", text=text or f"{index}" * 900, token_ids=(30 + index, 2), finish_reason="stop",
+        weight_version="M0", sampling=SAMPLING, verdict=Scored(points=points),
+    )  # fmt: skip
+
+
+RESPONSES = [response(i, text) for i, text in enumerate(["x" * 3000, "x" * 400, "x" * 50, "x" * 50, "y" * 700])]
+POINTS = {f"00/p/{i}": Scored(points=points) for i, points in enumerate([4.0, 3.8, 1.0, 4.0, 1.2])}
+
+
+def asked_of_the_judge(config: Config, encoder: ChatEncoder) -> list[Any]:
+    engine = Recorder()
+    judge = Judging(config, encoder)
+
+    async def ask() -> list[Judgement]:
+        prompt = Prompt(id="p", text="Why?")
+        return [
+            await judge.judge(engine, prompt, RESPONSES[2], index, group="00/p", iteration=0)
+            for index in range(judge.per_response)
+        ]
+
+    made = asyncio.run(ask())
+    return [engine.requests, [one.verdict for one in made]]
+
+
+def asked_of_the_meta_judge(config: Config, encoder: ChatEncoder) -> list[Request]:
+    engine = Recorder()
+    fields = {"instruction": "Why?", "response": "So.", "judgement_a": "Score: 1", "judgement_b": "Score: 2"}
+    asyncio.run(
+        meta_judge(config, encoder).ask(
+            engine, "c", fields, prompt_id="p", response_id="r", index=0, role="meta", seed=1, fence_seed=2, priority=0
+        )
+    )
+    return engine.requests
+
+
+def actor_pair(config: Config, encoder: ChatEncoder) -> Any:
+    return best_against_worst(RESPONSES, POINTS, config.pair, 0, config.seed)
+
+
+def judge_pair(config: Config, encoder: ChatEncoder) -> Any:
+    """One group where the first position wins all but once, and one where the second does."""
+    groups = []
+    for name, wins in (("p", {(0, 1): 1, (1, 0): 1, (0, 2): 1, (2, 0): 1, (1, 2): 1, (2, 1): -1}),
+                       ("q", {(0, 1): -1, (1, 0): -1, (0, 2): -1, (2, 0): 1, (1, 2): -1, (2, 1): -1})):  # fmt: skip
+        shown = response(0, "an answer", f"00/{name}")
+        texts = ("same" * 300, "same" * 300, "other" * 300)
+        found = [judgement(shown.id, i, points, texts[i]) for i, points in enumerate([1.0, 4.0, 2.0])]
+        rule = config.meta
+        matches = meta_judging.matches(meta_judging.contestants(found, rule), rule, config.seed)
+        comparisons = tuple(
+            Judgement(
+                id=meta_judging.comparison_id(a, b), prompt_id=name, response_id=shown.id, index=a.index, role="meta",
+                judge="meta", text="", token_ids=(), finish_reason="stop", weight_version="M0", sampling=SAMPLING,
+                verdict=Scored(points={1: 1.0, -1: 0.0}[wins[a.index, b.index]]),
+            )
+            for a, b in matches
+        )  # fmt: skip
+        groups.append(
+            Group(id=f"00/{name}", iteration=0, prompt=Prompt(id=name, text="Why?"), responses=(shown,),
+                  judgements=tuple(found), comparisons=comparisons, pair=None, no_pair_reason="x")
+        )  # fmt: skip
+    return judge_pairs(groups, Judging(config, encoder), config)
+
+
+def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
+    train = config.train
+    return [
+        losses.lr_at(step, 10, lr=train.lr, lr_final=train.lr_final, warmup_steps=train.warmup_steps,
+                     schedule=train.schedule)
+        for step in range(10)
+    ]  # fmt: skip
+
+
+def steps(config: Config, encoder: ChatEncoder) -> Any:
+    items: Sequence[Any] = [RESPONSES[0]] * 11
+    return [len(step) for step in steps_of(items, config.train, 0, 0)], steps_to_take(11, config.train)
+
+
+def requests(config: Config, encoder: ChatEncoder) -> Any:
+    from rsrlm.model import folder_of
+
+    planned = planning.plan(config, folder_of(config.model))
+    return planned.requests, planned.generated_tokens
+
+
+def loss(config: Config, encoder: ChatEncoder) -> float:
+    import torch
+
+    from rsrlm.packing import pack_pairs
+
+    batch = pack_pairs([((1, 2), (3, 4), (5,))])
+    train = config.train
+    found = losses.pair_loss(
+        torch.tensor([-1.0, -2.0, -2.5]), torch.tensor([-1.5, -2.0, -2.0]), batch, torch.ones(1), beta=train.beta,
+        loss=train.loss, label_smoothing=train.label_smoothing, length_normalized=train.length_normalized,
+        nll_scale=train.nll_scale,
+    )  # fmt: skip
+    return float(found.loss)
+
+
+def dropout(config: Config, encoder: ChatEncoder) -> float:
+    from transformers import LlamaConfig
+
+    model = LlamaConfig()
+    set_dropout(model, config.train.dropout)
+    return float(model.attention_dropout)
+
+
+def divided(config: Config, encoder: ChatEncoder) -> Any:
+    parts = seeds.divide(config.data)
+    ift = seeds.ift(parts.ift, encoder, config.data)[0]
+    return parts.counts, [[one.id for one in part] for part in (parts.ift, parts.eft, parts.evaluation)], len(ift)
+
+
+def kept_judgements(config: Config, encoder: ChatEncoder) -> Any:
+    prompts, found = [], {}
+    for name, points in (
+        ("a", [5.0, 4.0, 4.5]),
+        ("b", [4.0, 4.0, 1.0]),
+        ("c", [4.0, 2.0, 1.0]),
+        ("d", [4.0, 3.0, 2.0]),
+    ):
+        replies = tuple(Reply(id=f"{name}{i}", text=f"{i}", rank=float(i)) for i in range(3))
+        prompts.append(RankedPrompt(id=name, text="?", replies=replies))
+        for i, value in enumerate(points):
+            found[f"{name}{i}"] = [judgement(f"00/{name}/{i}", 0, value)]
+    kept, counts = seeds.accepted(prompts, found, config.data, config.seed)
+    return [one.judgement.id for one in kept], counts
+
+
+def mixture(config: Config, encoder: ChatEncoder) -> Any:
+    examples = seeds.positive(
+        [Group(id="00/p", iteration=0, prompt=Prompt(id="p", text="?"), responses=tuple(RESPONSES), judgements=tuple(
+            judgement(one.id, 0, POINTS[one.id].points) for one in RESPONSES), pair=None, no_pair_reason="x")],
+        config.sft.positive_score,
+    )  # fmt: skip
+    sources = [(source.path, source.weight, examples) for source in config.sft.sources]
+    return [item.id for item in seeds.mixed(sources, config, 0)]
+
+
+def made_prompts(config: Config, encoder: ChatEncoder) -> Any:
+    rule = config.self_instruct
+    texts = [f"Prompt number {i} about {topic}" for i, topic in enumerate(["tea", "cars", "rain", "bread"] * 5)]
+    numbers = {"from_seeds": rule.from_seeds, "from_generated": rule.from_generated}
+    shown = self_instruct.demonstrations(texts[:12], texts[12:], seed=config.seed, batch=0, **numbers)
+    text = (
+        " Explain how tea is made at home\n10. Describe a red car\n11. Name\n---\n12. Explain how tea is brewed at home"
+    )
+    found = self_instruct.Continuation(request=0, text=text, cut=False, model="M", demonstrations=())
+    kept, reasons = self_instruct.select(
+        [found], self_instruct.Pool(max_rouge=rule.max_rouge),
+        self_instruct.Filters(min_words=rule.min_words, max_words=rule.max_words),
+        cut_at_separator=rule.cut_at_separator,
+    )  # fmt: skip
+    return shown, [one.text for one in kept], reasons, sampling_of(rule, 0)
+
+
+def dealt(config: Config, encoder: ChatEncoder) -> Any:
+    return deal([Prompt(id=f"p{i}", text="?") for i in range(40)], config)
+
+
+def scheduled(config: Config, encoder: ChatEncoder) -> Any:
+    each = [config.at(iteration) for iteration in range(config.iterations)]
+    names = [config.model_name(index) for index in range(config.iterations + 1)]
+    return names, [(one.train, one.pair, one.meta, one.sft) for one in each]
+
+
+# -- the rows ----------------------------------------------------------------------------------------------------------
+
+Look = Callable[[Config, ChatEncoder], Any]
+STRUCTURED = {"judge": {"read": "structured", "judgements": 3, "max_tokens": 60}}
+BOTH = {**STRUCTURED, "pair": {"kinds": ["actor", "judge"]}, "engine": {"max_model_len": 2048}}
+TREES = {"data": {"trees": "TREES", "ift_share": 0.5, "eft_share": 0.3, "minimum": 1}, **STRUCTURED}
+MIXED = {"sft": {"sources": [{"path": "positive"}], "positive_score": 4.0}, "data": {"minimum": 1}}
+
+ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
+    # (row, what is looked at, config, change of one key)
+    ("SR 2.4: the sequence of models and what each is trained on", scheduled, {"iterations": 2},
+     {"schedule": [{"train": {"method": "sft"}, "sft": {"sources": [{"path": "x.jsonl"}]}}, {}]}),
+    ("SR 2.4: M1 starts from M0 again", scheduled, {}, {"train": {"start": "first"}}),
+    ("SR 2.4: M2 and M3 start from the model before", scheduled, {"train": {"start": "first"}},
+     {"train": {"start": "before"}}),
+    ("SR 3.1.1: seed data", divided, TREES, {"data": {"ift_share": 0.2}}),
+    ("SR 3.1.1: trees for EFT, and those left for evaluation", divided, TREES, {"data": {"eft_share": 0.1}}),
+    ("SR 3.1.1: English", divided, TREES, {"data": {"language": "de"}}),
+    ("SR 3.1.1: 3,200 IFT examples", divided, TREES, {"data": {"max_ift": 3}}),
+    ("SR 3.1.1: 1,630 EFT examples", kept_judgements, TREES, {"data": {"max_eft": 1}}),
+    ("SR 3.1.1: the order of the scores agrees with people", kept_judgements, TREES, {"data": {"accept": "pairs"}}),
+    ("SR 3.1.1: the most common score is thinned", kept_judgements, TREES, {"data": {"most_common": 0.2}}),
+    ("SR 3.1.1: judgements sampled for a reply (open)", lambda c, e: c.data.eft_judgements * requests(c, e)[1], TREES,
+     {"data": {"eft_judgements": 7}}),
+    ("SR 2.1: IFT and EFT are mixed", mixture, MIXED,
+     {"sft": {"sources": [{"path": "positive", "weight": 2.0}]}}),
+    ("SR A.4: positive examples are those of score 5", mixture, MIXED, {"sft": {"positive_score": 3.8}}),
+    ("SR 3.1.3: T of the prompt maker", made_prompts, {}, {"self_instruct": {"temperature": 0.9}}),
+    ("SR 3.1.3: top-p of the prompt maker", made_prompts, {}, {"self_instruct": {"top_p": 0.5}}),
+    ("SR 3.1.3: 6 demonstrations from the seeds", made_prompts, {}, {"self_instruct": {"from_seeds": 5}}),
+    ("SR 3.1.3: 2 demonstrations from those made", made_prompts, {}, {"self_instruct": {"from_generated": 1}}),
+    ("SR 3.1.3: ROUGE-L filter", made_prompts, {}, {"self_instruct": {"max_rouge": 0.99}}),
+    ("SR 3.1.3: length filter", made_prompts, {}, {"self_instruct": {"min_words": 6}}),
+    ("SR A.5: cut at the separator", made_prompts, {}, {"self_instruct": {"cut_at_separator": True}}),
+    ("SR 2.2, fig. 2: the judge's prompt, or another (fig. 7)", asked_of_the_judge, STRUCTURED,
+     {"judge": {"template": "buckets"}}),
+    ("SR 3.1.3: 3 judgements", requests, STRUCTURED, {"judge": {"judgements": 11}}),
+    ("SR 3.1.3: T of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"temperature": 0.2}}),
+    ("SR 3.1.3: top-p of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"top_p": 0.5}}),
+    ("SR 3.1.3: 4 candidates", requests, {}, {"sample": {"responses": 7}}),
+    ("SR 3.1.3: T and top-p of the actor", lambda c, e: sampling_of(c.sample, 0), {}, {"sample": {"top_p": 0.9}}),
+    ("SR 2.3: equal scores (open), margin", actor_pair, {}, {"pair": {"min_margin": 3.5}}),
+    ("SR 3.1.3: prompts of an iteration", dealt, {}, {"prompts": {"per_iteration": 5}}),
+    ("SR 3.1.3: learning rate", learning_rates, {}, {"train": {"lr": 2e-3}}),
+    ("SR 3.1.3: final learning rate", learning_rates, {}, {"train": {"lr_final": 1e-4}}),
+    ("SR 3.1.3: cosine", learning_rates, {}, {"train": {"schedule": "linear"}}),
+    ("SR 3.1.3: batch", steps, {}, {"train": {"pairs_per_step": 3}}),
+    ("SR 3.1.3: dropout", dropout, {}, {"train": {"dropout": 0.1}}),
+    ("SR 3.1.3, MR A.3: beta", loss, {}, {"train": {"beta": 0.5}}),
+    ("SR 3.1.3: a candidate every 200 steps, chosen by a judge", scheduled, {},
+     {"train": {"candidate_every_steps": 200, "choose": "duel"}}),
+    ("SR 3.2.1: validation prompts", dealt, {}, {"prompts": {"heldout": 3}}),
+    ("SR 3.2.1, A.6: who compares, and how it is read", requests, {}, {"evaluate": {"judge": "text"}}),
+    ("MR 3.1: which kinds of pairs", scheduled, BOTH, {"pair": {"kinds": ["actor"]}}),
+    ("MR 2.2: identical responses are removed", lambda c, e: len(str(best_against_worst(
+        [response(0, "a"), response(1, "a")], {"00/p/0": Scored(points=1.0), "00/p/1": Scored(points=2.0)}, c.pair,
+        0))),
+     {}, {"pair": {"duplicates": "drop"}}),
+    ("MR 2.2: rho", actor_pair, {}, {"pair": {"rho": 0.3}}),
+    ("MR 2.2: ties at rho 0 (open)", actor_pair, {}, {"pair": {"ties": "length"}}),
+    ("MR 2.2: length in characters", lambda c, e: str(best_against_worst(
+        [response(0, "long text"), response(1, "x"), response(2, "w")],
+        {"00/p/0": Scored(points=2.0), "00/p/1": Scored(points=2.0), "00/p/2": Scored(points=1.0)}, c.pair, 0)),
+     {"pair": {"ties": "length"}}, {"pair": {"length": "tokens"}}),
+    ("MR A.3: chosen of at most 2,500 characters", actor_pair, {}, {"pair": {"max_chosen_chars": 2500}}),
+    ("MR 2.3, fig. 2: the meta-judge's prompt and reading", asked_of_the_meta_judge, BOTH,
+     {"meta": {"read": "letters"}}),
+    ("MR: sampling of the meta-judge (open)", asked_of_the_meta_judge, BOTH, {"meta": {"temperature": 0.1}}),
+    ("MR 2.3: every two judgements in both orders, or fewer", requests, {**BOTH, "judge": {
+        **STRUCTURED["judge"], "judgements": 11}}, {"meta": {"opponents": 4}}),
+    ("MR 2.3: identical judgements (open)", judge_pair, BOTH, {"meta": {"collapse": True}}),
+    ("MR 2.3: scope of the position weights (open)", judge_pair, BOTH, {"meta": {"weights": "prompt"}}),
+    ("MR 2.3: Bradley-Terry that stays finite (open)", judge_pair, BOTH, {"meta": {"ridge": 1.0}}),
+    ("MR A.3: chosen judgement of at most 1,100 characters", judge_pair, BOTH, {"meta": {"max_chosen_chars": 1100}}),
+    ("MR 2.3: nothing to compare where all agree (open)", lambda c, e: len(meta_judging.contestants(
+        [judgement("00/p/0", i, 3.0) for i in range(3)], c.meta)), BOTH, {"meta": {"skip_agreed": True}}),
+    ("MR A.3: 10 epochs", steps, {}, {"train": {"epochs": 10}}),
+    ("MR A.3: the checkpoint of epoch 5", steps, {"train": {"epochs": 10}}, {"train": {"stop_after_epoch": 5}}),
+    ("MR A.3: a setting of its own for each iteration", scheduled, {"iterations": 2},
+     {"schedule": [{}, {"pair": {"rho": 0.32}}]}),
+    ("DPO and others: smoothing", loss, {}, {"train": {"label_smoothing": 0.1}}),
+    ("DPO and others: IPO", loss, {}, {"train": {"loss": "ipo"}}),
+    ("DPO and others: length-normalised", loss, {}, {"train": {"length_normalized": True}}),
+    ("DPO and others: NLL term", loss, {}, {"train": {"nll_scale": 1.0}}),
+]  # fmt: skip
+
+# Row, and what the README must say about it.
+NOT_DONE = [
+    ("SR 3.2.1, MR 3.2: AlpacaEval 2, Arena-Hard and MT-Bench by GPT-4", "AlpacaEval 2, Arena-Hard and MT-Bench"),
+    ("SR 3.2.1: the nine NLP benchmarks", "nine NLP benchmarks"),
+    ("SR 3.2.1: human evaluation", "human evaluation"),
+]
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in change.items():
+        found[key] = {**found[key], **value} if isinstance(value, dict) and isinstance(found.get(key), dict) else value
+    return found
+
+
+@pytest.mark.parametrize(("row", "look", "config", "change"), ROWS, ids=[row[0] for row in ROWS])
+def test_a_key_alone_alters_what_is_done(
+    row: str, look: Look, config: dict[str, Any], change: dict[str, Any], make_config: Any, encoder: ChatEncoder,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    trees = tmp_path / "trees.jsonl"
+    trees.write_text("".join(json.dumps(tree(number)) + "\n" for number in range(40)))
+    small = make_config().model_dump()
+    text = json.dumps(merged(small, config)).replace("TREES", str(trees))
+    base = resolve(json.loads(text))
+    changed = resolve(merged(base.model_dump(), change))
+    assert look(base, encoder) == look(base, encoder)
+    assert look(base, encoder) != look(changed, encoder)
+
+
+def tree(number: int) -> dict[str, Any]:
+    def message(name: str, role: str, **more: Any) -> dict[str, Any]:
+        return {
+            "message_id": f"t{number}{name}",
+            "text": f"text {name} of {number}",
+            "role": role,
+            "lang": "en",
+            **more,
+        }
+
+    replies = [message(f"r{rank}", "assistant", rank=rank, replies=[]) for rank in range(3)]
+    return {"message_tree_id": f"t{number}", "prompt": {**message("", "prompter"), "replies": replies}}
+
+
+@pytest.mark.parametrize(("row", "said"), NOT_DONE, ids=[row for row, _ in NOT_DONE])
+def test_what_is_not_done_stands_in_the_readme(row: str, said: str) -> None:
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_recipes_carry_the_papers_values() -> None:
+    """2401.10020v3, section 3.1.3; 2407.19594v2, section 3.1 and appendix A.3."""
+    sr = load(ROOT / "configs/self_rewarding_llama2_70b.yaml", ["data.trees=x"])
+    assert [sr.model_name(index) for index in range(5)] == ["M0", "SFT", "M1", "M2", "M3"]
+    sft, m1, m2, m3 = (sr.at(iteration) for iteration in range(4))
+    for one in (sft, m1):
+        assert (one.train.method, one.train.lr, one.train.lr_final) == ("sft", 5.5e-6, 1.1e-6)
+    for one in (m2, m3):
+        assert (one.train.method, one.train.start, one.train.lr, one.train.lr_final) == ("dpo", "before", 1e-6, 1e-7)
+        assert (one.train.candidate_every_steps, one.train.beta) == (200, 0.1)
+        assert (one.sample.responses, one.sample.temperature, one.sample.top_p) == (4, 0.7, 0.9)
+        assert (one.judge.judgements, one.judge.temperature, one.judge.top_p) == (3, 0.7, 0.9)
+        assert (one.pair.rho, one.pair.kinds) == (0.0, ["actor"])
+    assert {one.train.pairs_per_step for one in (sft, m1, m2, m3)} == {16}
+    assert {one.train.dropout for one in (sft, m1, m2, m3)} == {0.1}
+    assert ([s.path for s in sft.sft.sources], [s.path for s in m1.sft.sources]) == (["ift"], ["ift", "eft"])
+    assert m1.train.start == "first"
+    assert (sr.data.max_ift, sr.data.max_eft, sr.data.accept) == (3200, 1630, "order")
+    assert (sr.self_instruct.temperature, sr.self_instruct.top_p) == (0.6, 0.9)
+
+    mr = load(ROOT / "configs/meta_rewarding_llama3_8b.yaml", ["data.trees=x"])
+    assert [mr.model_name(index) for index in range(6)] == ["M0", "SFT", "M1", "M2", "M3", "M4"]
+    first, *rest = (mr.at(iteration) for iteration in range(5))
+    assert (first.train.method, first.train.lr, first.train.epochs, first.train.stop_after_epoch) == (
+        "sft",
+        5e-8,
+        10,
+        5,
+    )
+    assert [source.path for source in first.sft.sources] == ["eft"]
+    for one in rest:
+        assert (one.train.method, one.train.lr, one.train.epochs, one.train.beta) == ("dpo", 5e-6, 10, 0.1)
+        assert (one.train.pairs_per_step, one.train.schedule) == (32, "cosine")
+        assert (one.sample.responses, one.sample.temperature, one.sample.top_p) == (7, 0.8, 0.95)
+        assert (one.judge.judgements, one.judge.temperature, one.judge.top_p) == (11, 0.8, 0.95)
+        assert one.pair.duplicates == "drop"
+        assert one.prompts.per_iteration == 5000
+    assert [one.pair.rho for one in rest] == [0.0, 0.32, 0.32, 0.4]
+    assert [one.pair.kinds for one in rest] == [["actor", "judge"]] * 2 + [["actor"]] * 2
+    assert [one.pair.max_chosen_chars for one in rest] == [2500, None, None, None]
+    assert [one.meta.max_chosen_chars for one in rest] == [1100, 1000, None, None]
+    assert [one.train.stop_after_epoch for one in rest] == [6, 4, 2, 2]
