@@ -150,6 +150,9 @@ def eval_judge(
         str, typer.Option("--part", help="all, ift, eft or evaluation: parts by data.ift_share and data.eft_share")
     ] = "all",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts at most, drawn by seed")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="of a run: only this model, such as M0; may be repeated")
+    ] = None,
     pairwise: Annotated[bool, typer.Option("--pairwise", help="the pairwise judge (evaluate.template)")] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -162,10 +165,14 @@ def eval_judge(
     run = Path(config) if Path(config).is_dir() else None
     if run:
         store, resolved = RunFolder.open(run)
-        resolved = configs.changed(resolved, overrides)
         names = [resolved.model_name(index) for index in range(resolved.iterations + 1)]
         models = {"M0": tools.loaded(resolved.model)[0]}
         models |= {name: store.model(name) for name in names[1:] if store.model(name).exists()}
+        if model and (missing := [name for name in model if name not in models]):
+            raise ConfigError(f"--model {missing[0]}: {run} has {', '.join(models)}")
+        models = {name: path for name, path in models.items() if not model or name in model}
+        # One judge for all of them: that of the run, without what its schedule changes.
+        resolved = configs.changed(resolved.model_copy(update={"schedule": []}), overrides)
         place = store.folder
     else:
         resolved = configs.load(config, overrides)

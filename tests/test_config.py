@@ -377,3 +377,74 @@ def test_the_run_folder_is_absolute(small: Path, tmp_path: Path, monkeypatch: py
     assert load(small, ["runs=/data/runs", "name=try2"]).folder == Path("/data/runs/try2")
     with pytest.raises(ConfigError, match="runs=~nobody-of-this-name/results: that user has no home folder"):
         _ = load(small, ["runs=~nobody-of-this-name/results"]).folder
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_changes_one_iteration() -> None:
+    config = resolve(
+        {
+            **SMALL,
+            "pair": {"min_margin": 0.5},
+            "schedule": [{"name": "SFT", "train": {"lr": 0.25}}, {"pair": {"rho": 0.1}}],
+        }
+    )
+    first, second = config.at(0), config.at(1)
+    assert (first.train.lr, second.train.lr) == (0.25, config.train.lr)
+    assert (first.pair.rho, second.pair.rho) == (0.0, 0.1)
+    assert (first.pair.min_margin, second.pair.min_margin) == (0.5, 0.5)  # what an entry leaves out stays as it is
+    assert [config.model_name(index) for index in range(3)] == ["M0", "SFT", "M2"]
+    assert [number for _, number in config.distinct] == [1, 1]
+    assert resolve(config.model_dump()) == config
+
+
+def test_without_a_schedule_all_iterations_are_alike() -> None:
+    config = resolve({**SMALL, "iterations": 10**9})
+    assert config.at(10**9 - 1) == config
+    assert config.distinct == [(config, 10**9)]
+    assert config.model_name(10**9) == "M1000000000"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule=[{}]", "schedule has 1 entries for iterations=2; write one for each iteration"),
+        ("schedule=[{}, {pair: {roh: 0.3}}]", "schedule entry 1: pair.roh: unknown key; known here: cut, duplicates"),
+        (
+            "schedule=[{}, {engine: {replicas: 2}}]",
+            "schedule entry 1: engine cannot change; known here: name, prompts,",
+        ),
+        (
+            "schedule=[{train: {workers: 2}}, {}]",
+            "train.workers holds for the whole run; set it outside of the schedule",
+        ),
+        ("schedule=[{prompts: {heldout: 1}}, {}]", "prompts.heldout holds for the whole run"),
+        ("schedule=[{name: M2}, {}]", "the models M0, M2, M2 need names of their own"),
+        ("schedule=[{name: M0}, {}]", "the models M0, M0, M2 need names of their own"),
+        ("schedule=[{name: a/b}, {}]", "name='a/b' must be letters, digits, '.', '_' and '-'"),
+        ("schedule=[3, {}]", "schedule.0=3: input should be a valid dictionary"),
+        ("schedule=[{pair: 3}, {}]", "schedule entry 0: pair=3 must be a mapping of keys"),
+        ("schedule=[{train: {method: sft}}, {}]", "iteration 0 has train.method=sft and no sft.sources; name at least"),
+        (
+            "schedule=[{}, {train: {epochs: 2, stop_after_epoch: 3}}]",
+            "schedule entry 1: train.stop_after_epoch=3 is after",
+        ),
+        ("pair.rho=0.5", "pair.rho=0.5: input should be less than 0.5"),
+        ("pair='{rho: 0.1, ties: length}'", "pair.ties=length does not apply to pair.rho=0.1"),
+        ("pair.kinds=[judge, judge]", "pair.kinds=['judge', 'judge']: name each kind once"),
+        ("pair.kinds=[]", "pair.kinds=[]: "),
+        ("pair.kinds=[actor, judge]", "use judge.read=text or structured, and judge.judgements of 2 or more"),
+        ("train.choose=score", "candidates are for choosing among them; set both, or neither"),
+        ("train.candidate_every_steps=3", "candidates are for choosing among them; set both, or neither"),
+        ("sft.sources=[{path: eft}]", "which is made from ranked data: set data.trees=PATH"),
+        ("data='{ift_share: 0.7, eft_share: 0.4}'", "add up to more than 1; lower them"),
+        ("judge='{read: digits, model: x}'", "judge.model=x needs engines of its own"),
+        ("judge='{read: digits, endpoint: {url: u, model: m}}'", "judge.endpoint answers in text"),
+        ("judge.endpoint='{url: u, model: m, kye: k}'", "judge.endpoint.kye: unknown key; known here: key_env,"),
+        ("sft.sources='[{path: a, wieght: 2}]'", "sft.sources.0.wieght: unknown key; known here: path, weight"),
+        ("watch='{equal_scores: {wran: 1}}'", "watch.equal_scores.wran: unknown key; known here: stop, warn"),
+    ],
+)
+def test_schedules_and_combinations_that_are_refused(small: Path, override: str, message: str) -> None:
+    assert message in refused(small, override)

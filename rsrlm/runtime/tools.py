@@ -3,10 +3,11 @@
 Each writes its answers to a journal beside its result as they come, so that the same command goes on after a kill.
 """
 
+import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,38 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_whole(path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
+def begun_with(folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """Note the settings under which answers in `folder` are made. Raises ConfigError where it was begun with others:
+    journals of one question are no answers to another."""
+    path = folder / f"{name}.settings.json"
+    plain = json.loads(json.dumps(settings))
+    if path.exists():
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in {*noted, *plain} if noted.get(key) != plain.get(key))
+        if changed:
+            raise ConfigError(
+                f"{folder} was begun with other settings ({', '.join(changed)}); restore them, remove the folder, or "
+                "choose another with --out"
+            )
+    else:
+        write_json(path, plain)
+
+
+def asked_of(config: Config) -> dict[str, Any]:
+    """What answers depend on, apart from their prompts."""
+    return {
+        "seed": config.seed,
+        "model": config.model.model_dump(),
+        "judge": config.judge.model_dump(),
+        "evaluate": config.evaluate.model_dump(),
+        "max_model_len": config.engine.max_model_len,
+    }
+
+
+def digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\x1f".join(texts).encode(errors="replace")).hexdigest()[:16]
+
+
 def beside(out: Path) -> Path:
     """The folder of what a command has in hand while it works on `out`."""
     return out.with_name(out.name + ".work")
@@ -109,6 +142,11 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
     folder, encoder = loaded(config.model)
     judge = Judging(config, encoder)
     each = config.data.eft_judgements
+    begun_with(
+        beside(out),
+        "eft",
+        {**asked_of(config), "template": digest([judge.source]), "trees": digest(p.id for p in parts.eft)},
+    )
     replies = sum(reply.rank is not None for prompt in parts.eft for reply in prompt.replies)
     journal = Journal(beside(out) / "journal.jsonl")
 
@@ -150,11 +188,13 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
     work_folder = beside(out)
     work_folder.mkdir(parents=True, exist_ok=True)
     journal = work_folder / "continuations.jsonl"
-    settings = {"seed": config.seed, "model": config.model.path, **rule.model_dump(), "known": [p.id for p in known]}
-    noted = work_folder / "settings.json"
-    if noted.exists() and json.loads(noted.read_text(encoding="utf-8")) != settings:
-        raise ConfigError(f"{work_folder}: was begun with other settings; remove it, or choose another --out")
-    write_json(noted, settings)
+    settings = {
+        "seed": config.seed,
+        "model": config.model.path,
+        **rule.model_dump(),
+        "prompts.path": digest(p.text for p in known),
+    }
+    begun_with(work_folder, "prompts", settings)
     done = _continuations(journal)
     texts = {prompt.id: prompt.text for prompt in known}
 
@@ -295,6 +335,16 @@ def eval_judge(
     _, encoder = loaded(replace_path(config.model, first))
     found: dict[str, Any] = {}
     judge, comparing = Judging(config, encoder), duel_judge(config, encoder) if pairwise else None
+    name = "pairwise" if pairwise else "judge"
+    begun_with(
+        out,
+        name,
+        {
+            **asked_of(config),
+            "template": digest([comparing.source if comparing else judge.source]),
+            "data": digest(text for prompt in prompts for text in (prompt.id, *(reply.id for reply in prompt.replies))),
+        },
+    )
 
     async def work(pools: launch.Pools) -> Any:
         for name in models:
@@ -322,7 +372,7 @@ def eval_judge(
     ]
     asked = comparing.name if comparing else f"{judge.name}, {judge.per_response} judgements of each reply"
     report.table(f"Judge: {asked}", rows, {"measure": "", **{name: name for name in found}})
-    write_json(out / ("pairwise.json" if pairwise else "judge.json"), {"judge": asked, "models": found})
+    write_json(out / f"{name}.json", {"judge": asked, "models": found})
     return found
 
 
@@ -334,6 +384,8 @@ def eval_duel(
     config: Config, first: str, second: str, judge: str, prompts: Sequence[Prompt], out: Path, report: Report
 ) -> dict[str, Any]:
     """Two models' answers to the same prompts, compared by a third (or one of them) in both orders."""
+    settings = {**asked_of(config), "a": first, "b": second, "by": judge}
+    begun_with(out, "duel", {**settings, "prompts": digest(text for p in prompts for text in (p.id, p.text))})
     sides = []
     for place, path in enumerate((first, second)):
         folder, encoder = loaded(config.model.model_copy(update={"path": path}))

@@ -1,0 +1,142 @@
+"""Judges against people and models against each other, with a judge that is a function and one that is scripted."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rsrlm import judge_eval
+from rsrlm.ask import Judging, duel_judge
+from rsrlm.chat import ChatEncoder
+from rsrlm.model import load_tokenizer
+from rsrlm.ranked import RankedPrompt, Reply
+from rsrlm.records import Completion, Prompt, Request, Response, Sampling
+from rsrlm.runtime import tools
+from rsrlm.store import Journal
+
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
+
+
+def longer(prompt: str, response: str) -> float | None:
+    """A judge that likes length, and cannot read what begins with a question mark."""
+    return None if response.startswith("?") else min(5.0, float(len(response)))
+
+
+class Scripted:
+    """Answers a comparison by what it is shown; counts how often it is asked."""
+
+    slots = 4
+
+    def __init__(self, decide: Callable[[str], tuple[float, float]], tokenizer: Any) -> None:
+        self.asked = 0
+        self._decide = decide
+        self._tokenizer = tokenizer
+
+    async def generate(self, request: Request) -> Completion:
+        self.asked += 1
+        shown = self._tokenizer.decode(request.prompt_token_ids)
+        return Completion(
+            request_id=request.id, token_ids=(5,), text="A", finish_reason="length", weight_version="M0",
+            prompt_tokens=1, cached_tokens=0, replica=0, label_logprobs=self._decide(shown),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(smollm2: Path) -> ChatEncoder:
+    return ChatEncoder(load_tokenizer(smollm2, False))
+
+
+def ticked(name: str, items: int, tokens: int) -> None:
+    pass
+
+
+def ranked(name: str, *replies: tuple[str, float | None]) -> RankedPrompt:
+    found = tuple(Reply(id=f"{name}-{i}", text=text, rank=rank) for i, (text, rank) in enumerate(replies))
+    return RankedPrompt(id=name, text=f"about {name}?", replies=found)
+
+
+def test_only_ranked_replies_are_compared() -> None:
+    prompts = [ranked("a", ("x", 0), ("y", None), ("z", 1)), ranked("b", ("x", 0), ("y", None)), ranked("c", ("x", 0))]
+    found = judge_eval.comparable(prompts)
+    assert [[reply.id for reply in prompt.replies] for prompt in found] == [["a-0", "a-2"]]
+
+
+def test_measures_of_a_judge_that_scores(
+    make_config: Any, encoder: ChatEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 prompts: people and the judge agree on 20, disagree on 10, tie for the judge on 6, unreadable in 4."""
+    config = make_config(judge={"read": "function", "function": "test_judge_eval:longer"})
+    prompts = [ranked(f"agree{i}", ("xxx", 0), ("x", 1)) for i in range(20)]
+    prompts += [ranked(f"other{i}", ("x", 0), ("xxxxx", 1)) for i in range(10)]
+    prompts += [ranked(f"tie{i}", ("xx", 0), ("yy", 1)) for i in range(6)]
+    prompts += [ranked(f"unread{i}", ("?x", 0), ("y", 1)) for i in range(4)]
+    journal = Journal(tmp_path / "journal.jsonl")
+    found = asyncio.run(
+        judge_eval.scores(prompts, Judging(config, encoder), None, journal, ticked, 0)  # type: ignore[arg-type]
+    )
+    assert (found["pairwise_accuracy"]["value"], found["pairwise_accuracy"]["n"]) == (pytest.approx(20 / 36), 36)
+    assert found["agreement"]["value"] == pytest.approx(23 / 36)  # a tie counts one half
+    assert (found["agreement_without_ties"]["value"], found["agreement_without_ties"]["n"]) == (
+        pytest.approx(20 / 30), 30,
+    )  # fmt: skip
+    assert found["tie_share"]["value"] == pytest.approx(6 / 36)
+    assert found["readable"]["value"] == pytest.approx(76 / 80)
+    assert not found["five_best"]["estimable"]  # ten replies with a 5
+    assert found["five_best"]["n"] == 10
+
+
+def test_measures_of_a_judge_that_compares(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    """A judge that always says A agrees with itself in no order: nothing but position."""
+    config = make_config()
+    prompts = [ranked(f"p{i}", ("good", 0), ("bad", 1), ("bad too", 1)) for i in range(32)]
+    engine = Scripted(lambda shown: (-0.1, -3.0), encoder.tokenizer)
+
+    def measured() -> dict[str, Any]:
+        journal = Journal(tmp_path / "journal.jsonl")
+        work = judge_eval.verdicts(prompts, duel_judge(config, encoder), engine, journal, ticked, 0)
+        return asyncio.run(work)
+
+    found = measured()
+    assert found["first_position"]["value"] == 1.0
+    assert found["inconsistent"]["value"] == 1.0
+    assert found["agreement"]["n"] == 0
+    assert engine.asked == 32 * 6  # three pairs of each prompt in both orders
+    assert measured() == found
+    assert engine.asked == 32 * 6  # the journal knew them all
+
+
+def test_a_duel_counts_both_orders_and_equal_answers(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    def answer(prompt: str, text: str) -> Response:
+        return Response(
+            id=f"{prompt}/0", prompt_id=prompt, index=0, role="actor", text=text, token_ids=(5,),
+            prompt_token_ids=(1,), finish_reason="stop", weight_version="M0", sampling=SAMPLING,
+        )  # fmt: skip
+
+    def likes_good(shown: str) -> tuple[float, float]:
+        a, b = shown.index("<response A"), shown.index("<response B")
+        return (-0.1, -3.0) if "good" in shown[a:b] else (-3.0, -0.1)
+
+    prompts = [Prompt(id=f"p{i}", text="?") for i in range(40)]
+    first = [answer(p.id, "same" if i < 10 else "good") for i, p in enumerate(prompts)]
+    second = [answer(p.id, "same" if i < 10 else "bad") for i, p in enumerate(prompts)]
+    engine = Scripted(likes_good, encoder.tokenizer)
+    found = asyncio.run(
+        judge_eval.duel(
+            prompts, first, second, duel_judge(make_config(), encoder), engine, Journal(tmp_path / "j.jsonl"), ticked, 0
+        )
+    )
+    assert (found["win"]["value"], found["tie"]["value"], found["loss"]["value"]) == (0.75, 0.25, 0.0)
+    assert found["win_rate"]["value"] == 0.875
+    assert engine.asked == 60  # equal answers need no judge
+    assert found["mean_chars"] == [4.0, pytest.approx(3.25)]
+
+
+def test_answers_of_another_question_are_not_taken(tmp_path: Path) -> None:
+    from rsrlm.config import ConfigError
+
+    tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "text"}})
+    tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "text"}})
+    with pytest.raises(ConfigError, match=r"was begun with other settings \(judge\); restore them, remove the folder"):
+        tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "digits"}})
