@@ -13,7 +13,6 @@ cut fewer than 10 %. Results: benchmarks/results/learning.json and learning.png.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -23,12 +22,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from rsrlm.config import Prompts
-
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ITERATIONS = 3
 LEAST_WORDS = 5
+BEST_WORDS = 10
 
 FIXED_TEXT = """The old harbour lies at the end of a narrow valley, where a river meets the sea. In winter the
 fishing boats stay behind the stone wall, and people mend nets in the long wooden sheds. When spring comes, the first
@@ -41,23 +39,52 @@ the church on the other side. A doctor comes to the village twice a week. The sc
 who also run the library. Bread is baked in the morning and sold until it is gone. Nobody locks the door at night."""
 
 
+QUESTIONS = (
+    "Tell me about {} in a few sentences.",
+    "What is interesting about {}? Keep it brief.",
+    "Describe {} in two or three sentences.",
+)
+
+TOPICS = """bicycles; rainbows; coffee; chess; earthquakes; honey bees; lighthouses; jazz; volcanoes; paper; umbrellas;
+whales; bread; compasses; glaciers; libraries; mirrors; tulips; the moon; penguins; clay pots; sailing;
+thunder; wool; bridges; olive oil; kites; photosynthesis; trains; snow; clocks; gardens; salt; maps; tea;
+dinosaurs; origami; soap; deserts; owls; pianos; cheese; hiking; magnets; rivers; violins; windmills;
+chocolate; camping; stars; carpets; swimming; potatoes; glass; the heart; letters; rubber; elephants; candles;
+museums; batteries; rice; wolves; poetry; sleep; bamboo; castles; cameras; pumpkins; the sea; football;
+spiders; cotton; radio; mushrooms; shadows; tides; farming; gold; squirrels; theatre; ice cream; caves;
+dolphins; pencils; vaccines; apples; the equator; knitting; satellites; frogs; markets; marathons; steam
+engines; coral reefs; dictionaries; fog; horses; lemons; telescopes; parrots; yoga; recycling; bricks;
+waterfalls; the violin; cinnamon; tunnels; ants; painting; forests; helicopters; silk; turtles; calendars;
+pottery; oranges; lightning; soup; cranes; ballet; islands; garlic; airports; diamonds; snails; the wheel;
+cactus plants; fireworks; oceans; baskets; lions; pasta; ladders; the printing press; ferries; peppers;
+meteors; drums; hats; butterflies; the alphabet; bicycle helmets; cherries; dams; folk songs; hammers;
+kitchens; lakes; mountains"""
+
+
 def fewer_words(prompt: str, response: str) -> float:
-    """5 points at five words, falling by one for every 20 words more; 0 below five words."""
+    """5 points for five to ten words, falling by one for every 20 words more; 0 below five words.
+
+    The best score is not at the edge itself: a judge that pays most for exactly five words pays for falling short too,
+    since no sampler hits a length exactly.
+    """
     words = len(response.split())
-    return 0.0 if words < LEAST_WORDS else max(0.0, 5.0 - (words - LEAST_WORDS) / 20)
+    return 0.0 if words < LEAST_WORDS else min(5.0, max(0.0, 5.0 - (words - BEST_WORDS) / 20))
 
 
 def write_prompts(path: Path) -> None:
-    """The built-in prompts that ask for a short answer, of which the cap cuts few of M0's, and that a good answer of
-    less than five words does not meet: those would make the judge's floor meaningless."""
-    from rsrlm.prompts import file_of, read
-
-    short = re.compile(r"sentence|bullet|brief|short|words|few|single|one line|one-line|paragraph|quick", re.I)
-    a_word_will_do = re.compile(r"translat|title|label|html|code|python|how far|how many|how much|slogan|name", re.I)
-    found = [prompt for prompt in read(file_of(Prompts(path="builtin", per_iteration=1))) if short.search(prompt.text)]
-    found = [prompt for prompt in found if not a_word_will_do.search(prompt.text)]
+    """Two questions about each topic. Answers are a few sentences: the cap cuts few of them, and an answer of less than
+    five words would be a collapse and not a good answer."""
+    topics = [topic.strip() for topic in TOPICS.replace("\n", " ").split(";")]
+    prompts = [
+        {
+            "id": f"{topic.replace(' ', '-')}-{place}",
+            "prompt": QUESTIONS[(number + place) % len(QUESTIONS)].format(topic),
+        }
+        for number, topic in enumerate(topics)
+        for place in range(2)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"id": one.id, "prompt": one.text}) + "\n" for one in found))
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
 
 
 def run_seed(seed: int, runs: Path, extra: list[str]) -> Path:

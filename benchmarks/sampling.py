@@ -162,7 +162,7 @@ async def requests_of(prepared: Prepared, number: int, scratch: Path) -> list[Re
     """The requests that the producer makes in this round."""
     recorder = Recorder()
     journal = Journal(scratch / f"recorded-{number}.jsonl")
-    await producer(prepared, recorder, journal, number).all(prepared.inputs.hands[number], ignore)
+    await producer(prepared, recorder, journal, number).all(prepared.inputs.steps[number].prompts, ignore)
     journal.close()
     return recorder.requests
 
@@ -188,7 +188,7 @@ async def run_rsrlm(
     journal = store.journal(number)
     with Load(idle) as load:
         started = time.perf_counter()
-        groups = await producer(prepared, pool, journal, number).all(prepared.inputs.hands[number], ignore)
+        groups = await producer(prepared, pool, journal, number).all(prepared.inputs.steps[number].prompts, ignore)
         journal.close()
         seconds = time.perf_counter() - started
     tokens = {response.id: list(response.token_ids) for group in groups for response in group.responses}
