@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Language models that reward themselves: vLLM samplers and judges, a preference buffer and a DeepSpeed DPO "
     "learner, as Ray actors.",
     epilog="Start with `rsrlm run configs/quickstart.yaml`. Exit codes: 0 finished, 2 a mistake in config or input, "
-    "3 an iteration without pairs, 4 a failure, 130 interrupted.",
+    "3 no pairs or too few examples, 4 a failure, 5 stopped by a limit of watch, 130 interrupted.",
 )
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")]

@@ -73,12 +73,12 @@ class Endpoint(Section):
     model: str
     key_env: str | None = Field(None, description="environment variable that holds the key; None: no key")
     max_concurrent: int = Field(16, gt=0, le=1000)
-    requests_per_minute: Number | None = None
+    requests_per_minute: Number | None = Field(None, gt=0)
     max_retries: int = Field(5, ge=0)
     timeout_s: Number = Field(120.0, gt=0, description="of silence")
     price_in: Number = Field(0.0, ge=0, description="per million prompt tokens, in any currency")
     price_out: Number = Field(0.0, ge=0, description="per million generated tokens")
-    max_cost: Number | None = Field(None, description="the run ends before it costs more")
+    max_cost: Number | None = Field(None, ge=0, description="the run ends before it costs more")
 
 
 class Judge(Section):
@@ -470,6 +470,27 @@ class Config(Section):
                 f"meta.max_tokens={self.meta.max_tokens} leaves no room for a prompt in engine.max_model_len="
                 f"{self.engine.max_model_len}; lower the first or raise the second"
             )
+        if "judge" in self.pair.kinds and self.judge.temperature == 0:
+            raise ValueError(
+                f"judge.temperature=0 with pair.kinds={self.pair.kinds}: all judgements of a response would be "
+                "the same; raise it"
+            )
+        if self.evaluate.judge == "text" and self.evaluate.judge_max_tokens >= self.engine.max_model_len:
+            raise ValueError(
+                f"evaluate.judge_max_tokens={self.evaluate.judge_max_tokens} leaves no room for a prompt in "
+                f"engine.max_model_len={self.engine.max_model_len}; lower the first or raise the second"
+            )
+        if "eft" in {source.path for source in self.sft.sources} and self.judge.external:
+            raise ValueError(
+                f"sft.sources names eft, the model's own judgements, but {self.judge.external} judges; make a file "
+                "with `rsrlm data eft`, and name that"
+            )
+        positive = "positive" in {source.path for source in self.sft.sources}
+        if positive and self.judge.read == "digits" and self.sft.positive_score >= 5:
+            raise ValueError(
+                f"sft.positive_score={self.sft.positive_score} with judge.read=digits, whose mean never reaches it; "
+                "lower it"
+            )
         made = {source.path for source in self.sft.sources} & {"ift", "eft"}
         if made and self.data.trees is None:
             raise ValueError(
@@ -574,6 +595,8 @@ def _check_schedule(config: Config, source: str) -> None:
             if section == "name":
                 if not isinstance(values, str) or not re.fullmatch(NAME, values):
                     raise ConfigError(f"{where}: name={values!r} must be letters, digits, '.', '_' and '-'")
+                if values.endswith((".tmp", ".old")):
+                    raise ConfigError(f"{where}: name={values!r}: .tmp and .old are endings of files in the making")
             elif section not in SCHEDULED:
                 raise ConfigError(f"{where}: {section} cannot change; known here: name, {', '.join(SCHEDULED)}")
             elif not isinstance(values, dict):
@@ -582,6 +605,17 @@ def _check_schedule(config: Config, source: str) -> None:
             step = config.at(iteration)
         except ValidationError as error:
             raise ConfigError(_message(error, where)) from None
+        unread = {
+            "sft": step.train.method != "sft",
+            "pair": step.train.method == "sft",
+            "meta": step.train.method == "sft" or "judge" not in step.pair.kinds,
+        }
+        for section in changes:
+            if unread.get(section):
+                raise ConfigError(
+                    f"{where}: {section} has no effect with train.method={step.train.method} and "
+                    f"pair.kinds={step.pair.kinds}; remove it, or change these"
+                )
         for key in FIXED:
             section, name = key.split(".")
             if getattr(getattr(step, section), name) != getattr(getattr(config, section), name):

@@ -4,7 +4,9 @@ Every stage takes up what an earlier attempt at the same iteration has finished,
 undisturbed one go through the same code. An iteration is finished when its metrics.json is there.
 """
 
+import asyncio
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -106,7 +108,6 @@ class Inputs:
     encoder: ChatEncoder
     judging: Judging  # of held-out answers: the same in all iterations
     judge_encoder: ChatEncoder  # of the judge's prompts: the model's own unless another one judges
-    limits: Mapping[str, watch.Limit]
     heldout: Sequence[Prompt]
     steps: Sequence[Step]
     parts: Parts | None = None  # of the ranked data
@@ -165,7 +166,7 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
         ports.store.event("iteration_finished", iteration=iteration)
         ports.log(row)
         rows.append(row)
-        heed(iteration, row["signs"], inputs.limits, ports)
+        heed(iteration, row["signs"], watch.limits_of(step.config), ports)
     return rows
 
 
@@ -217,7 +218,8 @@ async def collect(
     reasons = Counter(group.no_pair_reason for group in groups if group.no_pair_reason)
     meta: dict[str, Any] = {}
     if "judge" in config.pair.kinds:
-        found, weights = judge_pairs(groups, step.judging, config)
+        # Thousands of fits: in a thread, so that an interruption is heard meanwhile.
+        found, weights = await asyncio.to_thread(judge_pairs, groups, step.judging, config)
         for key, pair in found.items():
             reason = pair if isinstance(pair, str) else ""
             await ports.buffer.call("put", key, iteration, None if reason else pair, reason)
@@ -426,26 +428,25 @@ async def choose(
     finished = store.iteration(iteration) / "chosen.json"
     if not finished.exists():
         names = store.candidates(step.model)
+        judge = step.config.judge.external or before
         answers = {}
         for name in names:
             await ports.pools.hold(name)
-            journal = store.evaluation(name)
-            answers[name] = await evaluation.answers(ports.pools.samplers, name, journal)
+            journal = store.evaluation(as_candidate(name))
+            answers[name] = await evaluation.answers(ports.pools.samplers, as_candidate(name), journal)
             journal.close()
         await ports.pools.hold(before)
         best, found = names[0], {}
         for earlier, name in zip([None, *names], names, strict=False):
-            journal = store.evaluation(name)
+            journal = store.evaluation(as_candidate(name))
             if step.config.train.choose == "score":
-                judged = await evaluation.scores(ports.pools.judges, before, answers[name], journal)
+                judged = await evaluation.scores(ports.pools.judges, judge, answers[name], journal)
                 found[name] = mean_score(answers[name], judged)
             elif earlier:
-                found[name] = await evaluation.duel(
-                    ports.pools.judges, before, answers[name], answers[earlier], journal
-                )
+                found[name] = await evaluation.duel(ports.pools.judges, judge, answers[name], answers[earlier], journal)
             journal.close()
             if step.config.train.choose == "score":
-                better = (found[name]["mean"] or 0.0) > (found[best]["mean"] or 0.0)
+                better = mean_or_least(found[name]) > mean_or_least(found[best])
             else:
                 better = bool(earlier) and (found[name]["win"] or 0.0) > (found[name]["loss"] or 0.0)
             if better:
@@ -459,6 +460,15 @@ async def choose(
     if store.take_candidate(step.model, chosen["chosen"]):
         ports.pools.forget(step.model, trained.pop("files", None))
     return {"choice": chosen}
+
+
+def as_candidate(name: str) -> str:
+    """Where a candidate's answers are kept: the last one bears the model's own name, which may become another one's."""
+    return name if "@" in name else f"{name}@last"
+
+
+def mean_or_least(score: Mapping[str, Any]) -> float:
+    return -math.inf if score["mean"] is None else float(score["mean"])
 
 
 async def evaluate(

@@ -202,8 +202,9 @@ def judge_pair(
         prompt_token_ids=tuple(prompt_token_ids),
         chosen_token_ids=chosen.token_ids,
         rejected_token_ids=rejected.token_ids,
-        chosen_score=best,
-        rejected_score=worst,
+        # Rounded: a resumed run on another machine must come to the same pair.
+        chosen_score=round(best, 6),
+        rejected_score=round(worst, 6),
         weight_version=chosen.weight_version,
     )
 

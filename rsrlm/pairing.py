@@ -28,11 +28,11 @@ def candidates(responses: Sequence[Response], verdicts: Mapping[str, Verdict], r
     for response in sorted(responses, key=lambda response: response.index):
         verdict = verdicts.get(response.id)
         cut, empty = not response.complete, not response.text.strip()
+        if not isinstance(verdict, Scored) or (cut and rule.cut == "drop") or (empty and rule.empty == "drop"):
+            continue
         if rule.duplicates == "drop" and response.text in seen:
             continue
         seen.add(response.text)
-        if not isinstance(verdict, Scored) or (cut and rule.cut == "drop") or (empty and rule.empty == "drop"):
-            continue
         taking_part.append(Candidate(response=response, points=verdict.points, may_win=not cut and not empty))
     return taking_part
 

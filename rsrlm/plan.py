@@ -26,6 +26,7 @@ ENGINE_BASE = 1.15 * GIB
 ENGINE_CORE_BASE = 1.40 * GIB  # further processes of AsyncLLM
 LEARNER_BASE = 0.85 * GIB
 DRIVER = 0.60 * GIB
+JUDGE_PROMPT = 400  # tokens of the additive template
 RAY = 1.50 * GIB  # raylet, GCS, agents, buffer, mailbox and the helpers of Ray Train
 
 
@@ -104,6 +105,10 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
     )
 
 
+def _steps_at_most(config: Config) -> int:
+    return _iteration(config, 1, Seeds())[3]
+
+
 def actors(config: Config) -> list[tuple[str, int, str]]:
     """Kind of actor, how many, and what each is given."""
     engine, train = config.engine, config.train
@@ -140,8 +145,7 @@ def memory(config: Config, model: Path) -> dict[str, float]:
     if engine.kind == "async":
         one_engine += ENGINE_CORE_BASE
     copies = 4 if train.zero_stage == 0 else 5  # weights, gradients, two moments; ZeRO's flat copy
-    sequence = min(engine.max_model_len, 2 * config.sample.max_tokens + 64)
-    tokens = train.micro_batch * sequence
+    tokens = max(step.train.micro_batch * min(engine.max_model_len, _sequence(step)) for step, _ in config.distinct)
     per_token = shape["layers"] * (14 * shape["hidden"] + 4 * shape["intermediate"])
     if train.gradient_checkpointing:
         per_token = shape["layers"] * shape["hidden"] * 2
@@ -155,6 +159,16 @@ def memory(config: Config, model: Path) -> dict[str, float]:
     found["driver"] = float(DRIVER)
     found["ray"] = float(RAY)
     return found
+
+
+def _sequence(step: Config) -> int:
+    """Tokens of one row of the learner: a prompt of usual length with what is trained behind it."""
+    pair = 2 * step.sample.max_tokens + 64
+    judgement = JUDGE_PROMPT + step.sample.max_tokens + 2 * step.judge.max_tokens
+    reply = (step.data.max_chars or 4 * step.engine.max_model_len) // 4
+    if step.train.method == "sft":
+        return max(pair, JUDGE_PROMPT + reply + step.judge.max_tokens)
+    return max(pair, judgement) if "judge" in step.pair.kinds else pair
 
 
 def total_memory(config: Config, memory_by_process: dict[str, float]) -> float:
@@ -173,6 +187,13 @@ def disk(config: Config, model: Path, steps: int) -> dict[str, float]:
     weights = num_parameters(model) * BYTES[config.model.dtype]
     others = sum(file.stat().st_size for file in model.iterdir() if file.is_file() and file not in weight_files(model))
     found = {"models": float(config.iterations * (weights + others))}
+    candidates = [
+        -(-_steps_at_most(step) // step.train.candidate_every_steps) - 1
+        for step, _ in config.distinct
+        if step.train.candidate_every_steps
+    ]
+    if candidates and max(candidates) > 0:  # they go when one of them is chosen
+        found["candidates"] = float(max(candidates) * (weights + others))
     if steps > config.train.checkpoint_every_steps:
         found["checkpoint"] = float(3 * num_parameters(model) * 4)
     found["records"] = 0.0

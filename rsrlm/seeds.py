@@ -5,6 +5,7 @@ writes, kept where its scores agree with people (2401.10020v3, section 3.1.1). P
 with the highest scores (appendix A.4).
 """
 
+import asyncio
 import json
 import random
 from collections import Counter
@@ -69,9 +70,10 @@ def shortened(prompt: RankedPrompt, most: int | None) -> RankedPrompt | None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str, encoder: ChatEncoder, judge: Judging) -> list[Example]:
+def read_file(path: str, encoder: ChatEncoder, judge: Judging | None) -> list[Example]:
     """Examples of a JSONL file: {"prompt", "target"}, or {"instruction", "response", "target"} for the judge's prompt.
 
+    `judge` writes that prompt for the model in training; None where the config's judge has none that asks for text.
     `id` is optional. Raises ConfigError with the line.
     """
     found = []
@@ -95,7 +97,12 @@ def read_file(path: str, encoder: ChatEncoder, judge: Judging) -> list[Example]:
                 '"response": "...", "target": "Because ...\\nScore: 4"}'
             )
         identifier = str(entry.get("id", f"{Path(path).name}:{number}"))
-        if "instruction" in entry:
+        if "instruction" in entry and judge is None:
+            raise ConfigError(
+                f"{where}: a judgement to imitate, but judge.read asks for none in words; set judge.read to text or "
+                "structured"
+            )
+        if "instruction" in entry and judge:
             tokens = judge.prompt_of(
                 Prompt(id=identifier, text=entry["instruction"]),
                 reply_as_response(Reply(id=identifier, text=entry["response"], rank=None), identifier, identifier, 0),
@@ -113,7 +120,7 @@ def read_file(path: str, encoder: ChatEncoder, judge: Judging) -> list[Example]:
             )
         )
     if not found:
-        raise ConfigError(f"sft.sources path={path}: no examples in it")
+        raise ConfigError(f"sft.sources path={path}: no examples in it; write one JSON object per line")
     return found
 
 
@@ -156,6 +163,11 @@ def reply_as_response(reply: Reply, prompt_id: str, group: str, index: int) -> R
     )
 
 
+def group_of(iteration: int, prompt: RankedPrompt) -> str:
+    """A group id that no prompt of the run has, even where both come from the same file."""
+    return group_id(iteration, f"ranked:{prompt.id}")
+
+
 async def judge_replies(
     prompts: Sequence[RankedPrompt],
     judge: Judging,
@@ -167,13 +179,16 @@ async def judge_replies(
 ) -> dict[str, list[Judgement]]:
     """`each` judgements of every ranked reply, by the reply's id; what the journal holds is not done again."""
 
+    room = asyncio.Semaphore(max(2, 2 * engines.slots if engines else 2))
+
     async def one(prompt: RankedPrompt, reply: Reply, index: int, number: int) -> tuple[str, Judgement]:
-        group = group_id(iteration, prompt.id)
+        group = group_of(iteration, prompt)
         response = reply_as_response(reply, prompt.id, group, index)
         found = journal.judgements.get(f"{response.id}#{number}")
         if found is None:
             asked = Prompt(id=prompt.id, text=prompt.text)
-            found = await judge.judge(engines, asked, response, number, group=group, iteration=iteration)
+            async with room:
+                found = await judge.judge(engines, asked, response, number, group=group, iteration=iteration)
             journal.add(found)
         tick("judge", 1, len(found.token_ids))
         return reply.id, found
@@ -252,7 +267,7 @@ def eft(found: Iterable[Accepted], judge: Judging, iteration: int) -> list[Examp
     """The judge's own prompt and its own tokens."""
     examples = []
     for one in found:
-        group = group_id(iteration, one.prompt.id)
+        group = group_of(iteration, one.prompt)
         response = reply_as_response(one.reply, one.prompt.id, group, one.index)
         asked = Prompt(id=one.prompt.id, text=one.prompt.text)
         examples.append(
@@ -306,6 +321,8 @@ def mixed(sources: Sequence[tuple[str, float, Sequence[Example]]], config: Confi
         drawn = random.Random(f"source {config.seed} {iteration} {name}")
         items += ordered * int(weight)
         items += drawn.sample(ordered, round((weight - int(weight)) * len(ordered)))
+    if not items:
+        raise NoExamples(f"iteration {iteration}: the weights of sft.sources leave no example; raise them")
     random.Random(f"examples {config.seed} {iteration}").shuffle(items)
     return items
 

@@ -1,6 +1,7 @@
 """Configs: what loads, what is refused, and that nothing is repaired in silence."""
 
 import copy
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def refused(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_loads_and_survives_its_dump(path: Path, tmp_path: Path) -> None:
-    config = load(path)
+    config = load(path, ["data.trees=trees.jsonl"])
     resolved = tmp_path / "config.yaml"
     resolved.write_text(dump(config), encoding="utf-8")
     assert load(resolved) == config
@@ -430,11 +431,28 @@ def test_without_a_schedule_all_iterations_are_alike() -> None:
             "schedule=[{}, {train: {epochs: 2, stop_after_epoch: 3}}]",
             "schedule entry 1: train.stop_after_epoch=3 is after",
         ),
+        ("schedule=[{name: M.tmp}, {}]", ".tmp and .old are endings of files in the making"),
+        ("schedule=[{sft: {sources: [{path: a}]}}, {}]", "schedule entry 0: sft has no effect with train.method=dpo"),
+        ("schedule=[{meta: {ridge: 0.1}}, {}]", "schedule entry 0: meta has no effect with train.method=dpo"),
+        (
+            "schedule=[{train: {method: sft}, sft: {sources: [{path: a}]}, pair: {rho: 0.1}}, {}]",
+            "schedule entry 0: pair has no effect with train.method=sft",
+        ),
+        (
+            "schedule=[{judge: {read: structured, temperature: 0, judgements: 3}, pair: {kinds: [actor, judge]}}, {}]",
+            "all judgements of a response would be the same; raise it",
+        ),
+        ("evaluate='{judge: text, judge_max_tokens: 9999}'", "evaluate.judge_max_tokens=9999 leaves no room"),
+        (
+            "judge='{read: digits, model: x, replicas: 1}' 'sft.sources=[{path: eft}]' data.trees=x",
+            "the model's own judgements, but x judges; make a file with `rsrlm data eft`",
+        ),
+        ("judge.read=digits 'sft.sources=[{path: positive}]'", "whose mean never reaches it; lower it"),
         ("pair.rho=0.5", "pair.rho=0.5: input should be less than 0.5"),
         ("pair='{rho: 0.1, ties: length}'", "pair.ties=length does not apply to pair.rho=0.1"),
         ("pair.kinds=[judge, judge]", "pair.kinds=['judge', 'judge']: name each kind once"),
         ("pair.kinds=[]", "pair.kinds=[]: "),
-        ("pair.kinds=[actor, judge]", "use judge.read=text or structured, and judge.judgements of 2 or more"),
+        ("'pair.kinds=[actor, judge]' judge.read=digits", "use judge.read=text or structured, and judge.judgements of 2 or more"),
         ("train.choose=score", "candidates are for choosing among them; set both, or neither"),
         ("train.candidate_every_steps=3", "candidates are for choosing among them; set both, or neither"),
         ("sft.sources=[{path: eft}]", "which is made from ranked data: set data.trees=PATH"),
@@ -447,4 +465,4 @@ def test_without_a_schedule_all_iterations_are_alike() -> None:
     ],
 )
 def test_schedules_and_combinations_that_are_refused(small: Path, override: str, message: str) -> None:
-    assert message in refused(small, override)
+    assert message in refused(small, *(shlex.split(override) if "'" in override else [override]))

@@ -288,6 +288,8 @@ def test_of_equal_texts_only_the_first_takes_part() -> None:
     kept = candidates(responses, points, Pair(duplicates="drop"))
     assert [one.response.index for one in kept] == [0, 2]
     assert [one.response.index for one in candidates(responses, points, Pair())] == [0, 1, 2]
+    unread = candidates(responses, judged([None, 5.0, 3.0]), Pair(duplicates="drop"))
+    assert [one.response.index for one in unread] == [1, 2]  # a copy that nobody could read stands in nobody's way
 
 
 @given(

@@ -137,6 +137,11 @@ def test_the_last_iteration_chose_among_candidates(run: Path) -> None:
     means = {name: found["mean"] for name, found in choice["found"].items()}
     assert means[choice["chosen"]] == max(means.values())
     assert sorted(path.name for path in (run / "models").iterdir()) == ["M1", "M2", "SFT"]
+    # What is measured afterwards is the chosen model: its own answers, not those of the last candidate.
+    answers = run / "evaluation"
+    assert {path.stem for path in answers.glob("M2@*")} == {*choice["candidates"][:-1], "M2@last"}
+    found = [json.loads(line) for line in (answers / "M2.jsonl").read_text().splitlines()]
+    assert {one["response"]["weight_version"] for one in found if "response" in one} == {"M2"}
     assert row["signs"]["n_responses"] == 24
     assert row["heldout"]["model"] == "M2"
 

@@ -128,9 +128,9 @@ def test_eft_keeps_what_agrees_with_people(judge: Judging) -> None:
     examples = seeds.eft(found, judge, 0)
     assert [example.kind for example in examples] == ["eft", "eft"]
     assert examples[0].target_token_ids == (40, 0, 2)  # the judge's own tokens
-    response = seeds.reply_as_response(good.replies[0], "good", "00/good", 0)
+    response = seeds.reply_as_response(good.replies[0], "good", "00/ranked:good", 0)
     asked = Prompt(id="good", text=good.text)
-    assert examples[0].prompt_token_ids == judge.prompt_of(asked, response, group="00/good", iteration=0)
+    assert examples[0].prompt_token_ids == judge.prompt_of(asked, response, group="00/ranked:good", iteration=0)
 
 
 def test_eft_is_thinned_and_capped() -> None:

@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from rsrlm.store import RunFolder
 
 EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 
+NOTED_EVERY_S = 5.0
 MADE = ("ift", "eft", "positive")  # sources that a run makes by itself
 
 COLUMNS = {
@@ -71,7 +72,7 @@ def prepare(config: Config) -> Prepared:
     path = prompt_files.file_of(config.prompts)
     prompts = prompt_files.read(path)
     model = folder_of(config.model)
-    set_dropout(load_config(model, config.model.trust_remote_code), config.train.dropout)
+    shape = load_config(model, config.model.trust_remote_code)
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     check_tokenizer(tokenizer, config.model.path)
     encoder = ChatEncoder(tokenizer)
@@ -79,20 +80,22 @@ def prepare(config: Config) -> Prepared:
     usable, left_out = prompt_files.usable(prompts, lengths, config)
     heldout, hands = prompt_files.deal(usable, config)
     judge, judge_encoder = judge_of(config, encoder)
-    limits = watch.limits_of(config)
     steps = []
     for iteration, hand in enumerate(hands):
         step = config.at(iteration)
         judging = Judging(step, judge_encoder)
+        watch.limits_of(step)  # refuses a sign that is not known
+        set_dropout(shape, step.train.dropout)
+        own = Judging(step, encoder) if step.judge.read in ("text", "structured") else None
         steps.append(
             Step(
                 config=step,
                 model=config.model_name(iteration + 1),
                 judging=judging,
-                meta=meta_judge(step, encoder) if "judge" in step.pair.kinds else None,
+                meta=meta_judge(step, encoder) if compares(step) else None,
                 prompts=hand,
                 files={
-                    source.path: seeds.read_file(source.path, encoder, judging)
+                    source.path: seeds.read_file(source.path, encoder, own)
                     for source in step.sft.sources
                     if step.train.method == "sft" and source.path not in MADE
                 },
@@ -108,13 +111,24 @@ def prepare(config: Config) -> Prepared:
         encoder=encoder,
         judging=Judging(config, judge_encoder),
         judge_encoder=judge_encoder,
-        limits=limits,
         heldout=heldout,
         steps=steps,
         parts=seeds.divide(config.data) if trains_on_trees else None,
     )
+    for made in ("ift", "eft"):
+        wanted = any(made in (source.path for source in one.config.sft.sources) for one in steps)
+        if wanted and inputs.parts and not getattr(inputs.parts, made):
+            raise ConfigError(
+                f"data.trees={config.data.trees}: nothing in it for source {made}: {inputs.parts.counts}; raise "
+                f"data.{made}_share, or look at data.language and data.max_chars"
+            )
     Evaluation(config, encoder, inputs.judging, heldout, judge_encoder)  # refuses a template that it cannot use
     return Prepared(config=config, model=model, judge=judge, inputs=inputs, left_out=left_out)
+
+
+def compares(step: Config) -> bool:
+    """Whether an iteration trains on pairs of judgements."""
+    return step.train.method == "dpo" and "judge" in step.pair.kinds
 
 
 def judge_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
@@ -185,9 +199,11 @@ class Pools:
         self.judges: Any = self.samplers
         self._frozen: list[EnginePool] = []  # hold other weights, and keep them
         self._endpoint: Endpoint | None = None
+        self._before: dict[str, float] = {}  # what earlier starts used of it
         if config.judge.endpoint:
-            self._endpoint = Endpoint(config.judge.endpoint, spent=store.note("endpoint").get("cost", 0.0))
-            self.judges = BehindEndpoint(self._endpoint)
+            self._before = store.note("endpoint")
+            self._endpoint = Endpoint(config.judge.endpoint, spent=self._before.get("cost", 0.0))
+            self.judges = BehindEndpoint(self._endpoint, self.endpoint_usage)
         elif config.judge.replicas:
             if judge:
                 weights = WeightSet(version="judge", folder=str(judge), files=describe(weight_files(judge)))
@@ -255,7 +271,9 @@ class Pools:
         """What a judge behind an API has cost so far; empty without one. It is kept for a resume."""
         if self._endpoint is None:
             return {}
-        usage = self._endpoint.stats()
+        counted = self._endpoint.stats()
+        usage = {name: value + self._before.get(name, 0) for name, value in counted.items()}
+        usage["cost"] = counted["cost"]  # begins with what was spent before
         self._store.write_note("endpoint", usage)
         return usage
 
@@ -267,17 +285,25 @@ class Pools:
 
 
 class BehindEndpoint:
-    """A model behind an API in the form of an engine pool."""
+    """A model behind an API in the form of an engine pool. `note` is called every few seconds: what was spent must
+    survive a kill."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, note: Callable[[], Any]) -> None:
         self._endpoint = endpoint
+        self._note = note
+        self._noted = time.monotonic()
 
     @property
     def slots(self) -> int:
         return self._endpoint.slots
 
     async def generate(self, request: Request) -> Completion:
-        return await self._endpoint.ask(request.id, request.text, request.sampling)
+        try:
+            return await self._endpoint.ask(request.id, request.text, request.sampling)
+        finally:
+            if time.monotonic() - self._noted > NOTED_EVERY_S:
+                self._noted = time.monotonic()
+                self._note()
 
 
 class LearnerPort:
@@ -395,13 +421,22 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
     judges = [
         source for step in inputs.steps for source in (step.judging.source, step.meta.source if step.meta else "")
     ]
-    files = [[example.id for example in found] for step in inputs.steps for found in step.files.values()]
-    ranked = [prompt.id for part in (inputs.parts.ift, inputs.parts.eft) for prompt in part] if inputs.parts else []
+    files = [
+        [example.prompt_token_ids, example.target_token_ids]
+        for step in inputs.steps
+        for found in step.files.values()
+        for example in found
+    ]
+    parts = (inputs.parts.ift, inputs.parts.eft) if inputs.parts else ()
+    ranked = [[p.id, p.text, [(r.text, r.rank) for r in p.replies]] for part in parts for p in part]
     now = {
         "prompts": _digest(json.dumps(dealt)),
         "judge": _digest(json.dumps([inputs.judging.source, judges])),
         "training data": _digest(json.dumps([files, ranked])),
         "model": [[file.name, file.stat().st_size] for file in weight_files(prepared.model)],
+        "judge's model": [[file.name, file.stat().st_size] for file in weight_files(prepared.judge)]
+        if prepared.judge
+        else [],
     }
     for name, value in store.fix("inputs", now).items():
         if value != now[name]:

@@ -415,7 +415,7 @@ def load_checkpoint(policy: Policy, path: Path) -> tuple[dict[str, list[float]],
 
 
 def run_job(job: TrainJob, model: Model, emit: Emit) -> None:
-    """Train one iteration. Rank 0 emits `resumed`, `reference`, `step`, `candidate` and finally `done` events."""
+    """Train one iteration. Rank 0 emits `resumed`, `reference`, `step` and finally `done` events."""
     import torch
     import torch.distributed as dist
 

@@ -29,15 +29,18 @@ from rsrlm.store import Journal, RunFolder
 Work = Callable[[launch.Pools], Awaitable[Any]]
 
 
-def on_engines(config: Config, folder: Path, model: Path, work: Work) -> Any:
-    """Run `work` with engines that hold `model` as M0, and everything down again; notes go to `folder`'s events."""
+def on_engines(config: Config, folder: Path, model: Path, work: Work, judge: Path | None = None) -> Any:
+    """Run `work` with engines that hold `model` as M0, and everything down again; notes go to `folder`'s events.
+
+    `judge` is the folder of another model that judges (see `launch.judge_of`).
+    """
     # No learner, so nobody who could send over gloo: every engine loads from its folder.
     config = config.model_copy(update={"weights": config.weights.model_copy(update={"transport": "shm"})})
     folder.mkdir(parents=True, exist_ok=True)
     store = RunFolder(folder)
 
     async def main() -> Any:
-        pools = launch.Pools(config, store, model, "M0", None)
+        pools = launch.Pools(config, store, model, "M0", None, judge)
         try:
             await pools.start()
             return await work(pools)
@@ -140,7 +143,8 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
         raise ConfigError(f"judge.read={config.judge.read}: EFT targets are written judgements; use text or structured")
     parts = parts_of(config)
     folder, encoder = loaded(config.model)
-    judge = Judging(config, encoder)
+    other, judge_encoder = launch.judge_of(config, encoder)
+    judge = Judging(config, judge_encoder)
     each = config.data.eft_judgements
     begun_with(
         beside(out),
@@ -156,7 +160,7 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
 
     report.line(f"{replies} replies of {len(parts.eft)} prompts, {each} judgements each; starting engines")
     try:
-        judgements = on_engines(config, beside(out), folder, work)
+        judgements = on_engines(config, beside(out), folder, work, other)
     finally:
         journal.close()
     found, counts = seeds.accepted(parts.eft, judgements, config.data, config.seed)
@@ -334,7 +338,13 @@ def eval_judge(
     first = next(iter(models.values()))
     _, encoder = loaded(replace_path(config.model, first))
     found: dict[str, Any] = {}
-    judge, comparing = Judging(config, encoder), duel_judge(config, encoder) if pairwise else None
+    other, judge_encoder = launch.judge_of(config, encoder)
+    judge, comparing = Judging(config, judge_encoder), duel_judge(config, judge_encoder) if pairwise else None
+    if config.judge.external and len(models) > 1:
+        raise ConfigError(
+            f"judge.model={config.judge.external} judges in the place of {', '.join(models)}: all would measure the "
+            "same; choose one with --model M0, or let them judge: judge.model=null judge.endpoint=null judge.replicas=0"
+        )
     name = "pairwise" if pairwise else "judge"
     begun_with(
         out,
@@ -364,7 +374,7 @@ def eval_judge(
             finally:
                 journal.close()
 
-    on_engines(config, run or out, first, work)
+    on_engines(config, run or out, first, work, other)
     columns = PAIRWISE_COLUMNS if pairwise else JUDGE_COLUMNS
     rows = [
         {"measure": heading, **{name: figure(measures[key]) for name, measures in found.items()}}
