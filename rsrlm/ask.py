@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from rsrlm import judging
 from rsrlm.chat import ChatEncoder
-from rsrlm.config import Config, Evaluate, Judge, Meta, SamplingParams
+from rsrlm.config import Config, ConfigError, Evaluate, Judge, Meta, SamplingParams
 from rsrlm.records import (
     Completion,
     Judgement,
@@ -125,7 +125,7 @@ class Judging:
 
     def prompt_of(self, prompt: Prompt, response: Response, *, group: str, iteration: int) -> tuple[int, ...]:
         """The tokens that the judge sees: the same for all judgements of a response, which share the prefix cache."""
-        key = (iteration, group, response.index, response.text)
+        key = (iteration, group, response.index, prompt.text, response.text)
         if key in self._prompts:
             return self._prompts[key]
         fields = self._fields(prompt, response, group, iteration)
@@ -316,6 +316,8 @@ def meta_judge(config: Config, encoder: ChatEncoder) -> Comparing:
 def duel_judge(config: Config, encoder: ChatEncoder) -> Comparing:
     """The judge of two answers to one prompt."""
     evaluate = config.evaluate
+    if config.judge.endpoint and evaluate.judge == "letters":
+        raise ConfigError("evaluate.judge=letters: judge.endpoint compares in text; set evaluate.judge=text")
     return Comparing(
         encoder, config, evaluate, evaluate.judge, judging.PAIRWISE_VARIABLES, "evaluate", judging.PAIRWISE_PREFIX
     )

@@ -105,7 +105,7 @@ def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
     from rsrlm.progress import Report
     from rsrlm.runtime import tools
 
-    _ended(lambda: tools.data_ift(configs.load(config, overrides), out, Report()))
+    _ended(lambda: tools.data_ift(configs.load(config, overrides), tools.check_out(out), Report()))
 
 
 @data.command(
@@ -117,7 +117,7 @@ def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
     from rsrlm.progress import Report
     from rsrlm.runtime import tools
 
-    _ended(lambda: tools.data_eft(configs.load(config, overrides), out, Report()))
+    _ended(lambda: tools.data_eft(configs.load(config, overrides), tools.check_out(out), Report()))
 
 
 @data.command(
@@ -134,7 +134,7 @@ def data_prompts(
     from rsrlm.progress import Report
     from rsrlm.runtime import tools
 
-    _ended(lambda: tools.data_prompts(configs.load(config, overrides), number, out, Report()))
+    _ended(lambda: tools.data_prompts(configs.load(config, overrides), number, tools.check_out(out), Report()))
 
 
 @evaluate.command(
@@ -147,8 +147,13 @@ def eval_judge(
     source: Annotated[str, typer.Option("--data", help="ranked data: a file or a Hugging Face id")],
     out: Annotated[Path | None, typer.Option("--out", help="folder; default: eval/NAME in the run folder")] = None,
     part: Annotated[
-        str, typer.Option("--part", help="all, ift, eft or evaluation: parts by data.ift_share and data.eft_share")
-    ] = "all",
+        str | None,
+        typer.Option(
+            "--part",
+            help="all, ift, eft or evaluation: parts by data.ift_share and data.eft_share; default: evaluation for the "
+            "config's own data.trees, else all",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts at most, drawn by seed")] = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", help="of a run: only this model, such as M0; may be repeated")
@@ -160,7 +165,7 @@ def eval_judge(
     from rsrlm.runtime import tools
     from rsrlm.store import RunFolder
 
-    if part not in ("all", "ift", "eft", "evaluation"):
+    if part not in (None, "all", "ift", "eft", "evaluation"):
         raise ConfigError(f"--part {part}: write all, ift, eft or evaluation")
     run = Path(config) if Path(config).is_dir() else None
     if run:
@@ -175,15 +180,17 @@ def eval_judge(
         resolved = configs.changed(resolved.model_copy(update={"schedule": []}), overrides)
         place = store.folder
     else:
+        if model:
+            raise ConfigError(f"--model {model[0]}: only a run has several models; give the run's folder")
         resolved = configs.load(config, overrides)
         models = {"M0": tools.loaded(resolved.model)[0]}
         place = resolved.folder
     report = Report()
-    folder = out or place / "eval" / Path(source).name.split(".")[0]
+    folder = tools.check_out(out or place / "eval" / Path(source).name.split(".")[0], folder=True)
 
     def work() -> None:
         prompts = tools.rated(resolved, source, part, limit, report)
-        tools.eval_judge(resolved, models, prompts, folder, pairwise, report, place if run else None)
+        tools.eval_judge(resolved, models, prompts, folder, pairwise, report)
         report.line(f"written to {folder}")
 
     _ended(work)
@@ -199,7 +206,9 @@ def eval_duel(
     first: Annotated[str, typer.Argument(metavar="A", help="Hugging Face id or folder of a model")],
     second: Annotated[str, typer.Argument(metavar="B", help="likewise")],
     out: Annotated[Path, typer.Option("--out", help="folder to write")],
-    judge: Annotated[str | None, typer.Option("--judge", help="model that compares; default: the config's")] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="model that compares; default: the config's judge")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     from rsrlm import prompts as prompt_files
@@ -208,8 +217,8 @@ def eval_duel(
 
     resolved = configs.load(config, overrides)
     prompts = prompt_files.read(prompt_files.file_of(resolved.prompts))
-    out.mkdir(parents=True, exist_ok=True)
-    _ended(lambda: tools.eval_duel(resolved, first, second, judge or resolved.model.path, prompts, out, Report()))
+    tools.check_out(out, folder=True)
+    _ended(lambda: tools.eval_duel(resolved, first, second, judge, prompts, out, Report()))
 
 
 def _ended(work: Callable[[], Any]) -> None:
@@ -227,6 +236,10 @@ def _ended(work: Callable[[], Any]) -> None:
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("rsrlm: interrupted; the same command goes on", file=sys.stderr)
         raise typer.Exit(launch.EXIT_INTERRUPTED) from None
+    except Exception as error:
+        _, code, reason = launch.failure(error)
+        print(f"rsrlm: {reason}", file=sys.stderr)
+        raise typer.Exit(code) from None
 
 
 def _check_room(prepared: Any) -> None:

@@ -78,7 +78,7 @@ class Endpoint(Section):
     timeout_s: Number = Field(120.0, gt=0, description="of silence")
     price_in: Number = Field(0.0, ge=0, description="per million prompt tokens, in any currency")
     price_out: Number = Field(0.0, ge=0, description="per million generated tokens")
-    max_cost: Number | None = Field(None, ge=0, description="the run ends before it costs more")
+    max_cost: Number | None = Field(None, ge=0, description="no request is sent once it has cost this much")
 
 
 class Judge(Section):
@@ -408,7 +408,7 @@ class Config(Section):
     sft: SFT = SFT()
     data: Data = Data()
     self_instruct: SelfInstruct = SelfInstruct()
-    watch: dict[str, Watched] = Field(
+    watch: dict[str, Watched | None] = Field(
         {}, description="limits of the signs of trouble, by name, in the place of the defaults; null switches one off"
     )
     train: Train

@@ -351,7 +351,7 @@ async def train(
     total = -(-len(items) // rule.pairs_per_step) * (rule.stop_after_epoch or rule.epochs)
     per_rank = -(-len(items) // rule.workers)
     rounds = -(-per_rank // rule.micro_batch) if pairs else 0
-    source = before if rule.start == "before" else "M0"
+    source = starts_from(rule, before)
 
     async def mark(row: dict[str, Any]) -> None:
         if pairs:
@@ -397,6 +397,11 @@ async def train(
     store.write_json(finished, trained)
     store.drop_checkpoints()  # the next iteration starts from the exported model
     return {**trained, "files": files}
+
+
+def starts_from(rule: Train, before: str) -> str:
+    """The model that an iteration's training starts from."""
+    return before if rule.start == "before" else "M0"
 
 
 def steps_of(rows: Sequence[dict[str, Any]], loss: str) -> dict[str, Any]:

@@ -45,15 +45,16 @@ def divide(data: Data, key: str = "data.trees") -> Parts:
     assert data.trees is not None
     read = ranked.read(data.trees, language=data.language, key=key)
     counts = Counter(read.counts)
-    shares = {"ift": data.ift_share, "eft": data.eft_share, "evaluation": 1 - data.ift_share - data.eft_share}
-    shares["evaluation"] = max(0.0, shares["evaluation"])
-    found: dict[str, list[RankedPrompt]] = {name: [] for name in shares}
+    # In the order of the names: evaluation is always at the end, whatever the other two share among them.
+    parts = {"1 eft": data.eft_share, "2 ift": data.ift_share, "3 evaluation": 1 - data.ift_share - data.eft_share}
+    parts["3 evaluation"] = max(0.0, parts["3 evaluation"])
+    found: dict[str, list[RankedPrompt]] = {"ift": [], "eft": [], "evaluation": []}
     for prompt in read.prompts:
         short = shortened(prompt, data.max_chars)
         if short is None:
             counts["prompts longer than data.max_chars, or without a shorter reply"] += 1
         else:
-            found[ranked.part_of(prompt.id, shares)].append(short)
+            found[ranked.part_of(prompt.id, parts).partition(" ")[2]].append(short)
     return Parts(counts=dict(counts), **{name: tuple(prompts) for name, prompts in found.items()})
 
 
@@ -77,6 +78,7 @@ def read_file(path: str, encoder: ChatEncoder, judge: Judging | None) -> list[Ex
     `id` is optional. Raises ConfigError with the line.
     """
     found = []
+    seen: dict[str, int] = {}
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
@@ -97,6 +99,9 @@ def read_file(path: str, encoder: ChatEncoder, judge: Judging | None) -> list[Ex
                 '"response": "...", "target": "Because ...\\nScore: 4"}'
             )
         identifier = str(entry.get("id", f"{Path(path).name}:{number}"))
+        if identifier in seen:
+            raise ConfigError(f"{where}: id {identifier!r} stands in line {seen[identifier]} already; ids are unique")
+        seen[identifier] = number
         if "instruction" in entry and judge is None:
             raise ConfigError(
                 f"{where}: a judgement to imitate, but judge.read asks for none in words; set judge.read to text or "

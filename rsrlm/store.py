@@ -60,7 +60,7 @@ class RunFolder:
                 f"{folder} holds a run already; go on with `rsrlm resume {folder}`, or choose another name "
                 "with name=NAME"
             )
-        if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {".config.yaml.tmp"}):
+        if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {".config.yaml.tmp", "eval"}):
             raise ConfigError(f"{folder} holds other files ({min(others)}); choose another name with name=NAME")
 
     @classmethod

@@ -244,7 +244,8 @@ def limits_of(config: Config) -> dict[str, Limit]:
     unknown = {name: Limit(direction="above") for name in config.watch if name not in SIGNS}
     check_limits(unknown)
     for name, changes in config.watch.items():
-        limits[name] = replace(limits[name], warn=changes.warn, stop=changes.stop)
+        chosen = {"warn": None, "stop": None} if changes is None else changes.model_dump(exclude_unset=True)
+        limits[name] = replace(limits[name], **chosen)
     return limits
 
 

@@ -731,23 +731,23 @@ def test_a_full_disk_is_the_users_to_mend(
     make: Callable[[], BaseException], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = ("failed", 2, f"the disk is full ({reason}); free some space, then resume")
-    assert launch._failure(make()) == expected
+    assert launch.failure(make()) == expected
     assert caplog.records == []  # no stack trace
 
 
 def test_mistakes_that_show_later_are_the_users_as_well(caplog: pytest.LogCaptureFixture) -> None:
     for error in (ConfigError("judge.function f raised"), of_an_actor(ConfigError("judge.function f raised"))):
-        assert launch._failure(error) == ("failed", 2, "judge.function f raised")
+        assert launch.failure(error) == ("failed", 2, "judge.function f raised")
     assert caplog.records == []
 
 
 def test_other_failures_are_not(caplog: pytest.LogCaptureFixture) -> None:
-    assert launch._failure(of_the_learner("rank 0 died")) == ("failed", 4, "rank 0 died")
-    assert launch._failure(of_a_pool("no engine")) == ("failed", 4, "no engine")
+    assert launch.failure(of_the_learner("rank 0 died")) == ("failed", 4, "rank 0 died")
+    assert launch.failure(of_a_pool("no engine")) == ("failed", 4, "no engine")
     assert caplog.records == []
     with caplog.at_level(logging.ERROR):
-        assert launch._failure(full(errno.EIO))[:2] == ("failed", 4)
-        assert launch._failure(of_an_actor(ValueError("x")))[:2] == ("failed", 4)
+        assert launch.failure(full(errno.EIO))[:2] == ("failed", 4)
+        assert launch.failure(of_an_actor(ValueError("x")))[:2] == ("failed", 4)
     assert [bool(record.exc_info) for record in caplog.records] == [True, True]
 
 
@@ -773,11 +773,11 @@ def executed(
 
     async def nothing(*_: Any) -> None: ...
 
-    monkeypatch.setattr(launch, "_ray", cluster)
+    monkeypatch.setattr(launch, "ray_cluster", cluster)
     monkeypatch.setattr(launch, "_run", nothing)
     screen = Screen()
     inputs: Any = None
-    prepared = launch.Prepared(config=config, model=Path(), inputs=inputs, left_out=["long", "longer"])
+    prepared = launch.Prepared(config=config, model=Path(), judge=None, inputs=inputs, left_out=["long", "longer"])
     return EXECUTE(prepared, store, screen), screen.lines
 
 

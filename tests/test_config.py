@@ -452,7 +452,10 @@ def test_without_a_schedule_all_iterations_are_alike() -> None:
         ("pair='{rho: 0.1, ties: length}'", "pair.ties=length does not apply to pair.rho=0.1"),
         ("pair.kinds=[judge, judge]", "pair.kinds=['judge', 'judge']: name each kind once"),
         ("pair.kinds=[]", "pair.kinds=[]: "),
-        ("'pair.kinds=[actor, judge]' judge.read=digits", "use judge.read=text or structured, and judge.judgements of 2 or more"),
+        (
+            "'pair.kinds=[actor, judge]' judge.read=digits",
+            "use judge.read=text or structured, and judge.judgements of 2",
+        ),
         ("train.choose=score", "candidates are for choosing among them; set both, or neither"),
         ("train.candidate_every_steps=3", "candidates are for choosing among them; set both, or neither"),
         ("sft.sources=[{path: eft}]", "which is made from ranked data: set data.trees=PATH"),

@@ -138,5 +138,5 @@ def test_answers_of_another_question_are_not_taken(tmp_path: Path) -> None:
 
     tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "text"}})
     tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "text"}})
-    with pytest.raises(ConfigError, match=r"was begun with other settings \(judge\); restore them, remove the folder"):
+    with pytest.raises(ConfigError, match=r"begun with other settings \(judge=.*text.*, now .*digits.*\); restore"):
         tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "digits"}})

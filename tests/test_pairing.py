@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsrlm.config import Pair
-from rsrlm.pairing import best_against_worst, candidates, tiers
+from rsrlm.pairing import TIE, best_against_worst, candidates, tiers
 from rsrlm.records import PreferencePair, Response, Sampling, Scored, Unparsed, Verdict
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
@@ -206,10 +206,10 @@ def test_what_holds_for_every_pair(drawn: list[tuple], rule: Pair, data: st.Data
     assert rule.cut == "rejected_only" or rejected.complete
     assert rule.empty == "rejected_only" or rejected.text.strip()
     assert rule.max_chosen_chars is None or len(chosen.text) <= rule.max_chosen_chars
-    # Nobody who may win scored more, nobody who takes part scored less.
-    assert all(verdicts[r.id].points <= pair.chosen_score for r in readable if r.complete and r.text.strip())
+    # Nobody who may win scored more, nobody who takes part scored less (a smaller difference than TIE is none).
+    assert all(verdicts[r.id].points <= pair.chosen_score + TIE for r in readable if r.complete and r.text.strip())
     assert all(
-        verdicts[r.id].points >= pair.rejected_score
+        verdicts[r.id].points >= pair.rejected_score - TIE
         for r in readable
         if (r.complete or rule.cut == "rejected_only") and (r.text.strip() or rule.empty == "rejected_only")
     )

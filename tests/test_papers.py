@@ -6,6 +6,7 @@ SR is Self-Rewarding (2401.10020v3), MR Meta-Rewarding (2407.19594v2); numbers a
 
 import asyncio
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rsrlm import plan as planning
 from rsrlm.ask import Judging, meta_judge, sampling_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, load, resolve
+from rsrlm.loop import starts_from
 from rsrlm.model import load_tokenizer
 from rsrlm.pairing import best_against_worst
 from rsrlm.produce import judge_pairs
@@ -24,6 +26,7 @@ from rsrlm.prompts import deal
 from rsrlm.ranked import RankedPrompt, Reply
 from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Sampling, Scored
 from rsrlm.runtime.learner import set_dropout, steps_of, steps_to_take
+from rsrlm.store import Journal
 
 ROOT = Path(__file__).parent.parent
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
@@ -125,6 +128,33 @@ def judge_pair(config: Config, encoder: ChatEncoder) -> Any:
                   judgements=tuple(found), comparisons=comparisons, pair=None, no_pair_reason="x")
         )  # fmt: skip
     return judge_pairs(groups, Judging(config, encoder), config)
+
+
+def produced(config: Config, encoder: ChatEncoder) -> Any:
+    """Everything that is asked for one prompt, in an order of its own, and the pair of responses."""
+    from rsrlm.produce import Producer
+    from rsrlm.runtime.launch import compares
+
+    engine = Recorder()
+    with tempfile.TemporaryDirectory() as folder:
+        producer = Producer(
+            config, encoder, engine, engine, Judging(config, encoder), Journal(Path(folder) / "j.jsonl"), 0,
+            lambda *_: None, meta_judge(config, encoder) if compares(config) else None,
+        )  # fmt: skip
+        group = asyncio.run(producer.group(Prompt(id="p", text="Why?")))
+    return sorted(engine.requests, key=lambda request: request.id), len(group.comparisons), group.no_pair_reason
+
+
+def replies_judged(config: Config, encoder: ChatEncoder) -> int:
+    engine = Recorder()
+    prompt = RankedPrompt(id="p", text="Why?", replies=(Reply(id="r", text="So.", rank=0.0),))
+    with tempfile.TemporaryDirectory() as folder:
+        work = seeds.judge_replies(
+            [prompt], Judging(config, encoder), engine, Journal(Path(folder) / "j.jsonl"), 0,
+            config.data.eft_judgements, lambda *_: None,
+        )  # fmt: skip
+        asyncio.run(work)
+    return len(engine.requests)
 
 
 def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
@@ -242,9 +272,8 @@ ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
     # (row, what is looked at, config, change of one key)
     ("SR 2.4: the sequence of models and what each is trained on", scheduled, {"iterations": 2},
      {"schedule": [{"train": {"method": "sft"}, "sft": {"sources": [{"path": "x.jsonl"}]}}, {}]}),
-    ("SR 2.4: M1 starts from M0 again", scheduled, {}, {"train": {"start": "first"}}),
-    ("SR 2.4: M2 and M3 start from the model before", scheduled, {"train": {"start": "first"}},
-     {"train": {"start": "before"}}),
+    ("SR 2.4: M1 starts from M0 again, M2 and M3 from the model before", lambda c, e: starts_from(c.train, "M1"), {},
+     {"train": {"start": "first"}}),
     ("SR 3.1.1: seed data", divided, TREES, {"data": {"ift_share": 0.2}}),
     ("SR 3.1.1: trees for EFT, and those left for evaluation", divided, TREES, {"data": {"eft_share": 0.1}}),
     ("SR 3.1.1: English", divided, TREES, {"data": {"language": "de"}}),
@@ -252,8 +281,7 @@ ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
     ("SR 3.1.1: 1,630 EFT examples", kept_judgements, TREES, {"data": {"max_eft": 1}}),
     ("SR 3.1.1: the order of the scores agrees with people", kept_judgements, TREES, {"data": {"accept": "pairs"}}),
     ("SR 3.1.1: the most common score is thinned", kept_judgements, TREES, {"data": {"most_common": 0.2}}),
-    ("SR 3.1.1: judgements sampled for a reply (open)", lambda c, e: c.data.eft_judgements * requests(c, e)[1], TREES,
-     {"data": {"eft_judgements": 7}}),
+    ("SR 3.1.1: judgements sampled for a reply (open)", replies_judged, TREES, {"data": {"eft_judgements": 7}}),
     ("SR 2.1: IFT and EFT are mixed", mixture, MIXED,
      {"sft": {"sources": [{"path": "positive", "weight": 2.0}]}}),
     ("SR A.4: positive examples are those of score 5", mixture, MIXED, {"sft": {"positive_score": 3.8}}),
@@ -266,11 +294,12 @@ ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
     ("SR A.5: cut at the separator", made_prompts, {}, {"self_instruct": {"cut_at_separator": True}}),
     ("SR 2.2, fig. 2: the judge's prompt, or another (fig. 7)", asked_of_the_judge, STRUCTURED,
      {"judge": {"template": "buckets"}}),
-    ("SR 3.1.3: 3 judgements", requests, STRUCTURED, {"judge": {"judgements": 11}}),
+    ("SR 3.1.3: 3 judgements", produced, STRUCTURED, {"judge": {"judgements": 11}}),
     ("SR 3.1.3: T of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"temperature": 0.2}}),
     ("SR 3.1.3: top-p of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"top_p": 0.5}}),
-    ("SR 3.1.3: 4 candidates", requests, {}, {"sample": {"responses": 7}}),
-    ("SR 3.1.3: T and top-p of the actor", lambda c, e: sampling_of(c.sample, 0), {}, {"sample": {"top_p": 0.9}}),
+    ("SR 3.1.3: 4 candidates", produced, {}, {"sample": {"responses": 7}}),
+    ("SR 3.1.3: T of the actor", produced, {}, {"sample": {"temperature": 0.3}}),
+    ("SR 3.1.3: top-p of the actor", produced, {}, {"sample": {"top_p": 0.9}}),
     ("SR 2.3: equal scores (open), margin", actor_pair, {}, {"pair": {"min_margin": 3.5}}),
     ("SR 3.1.3: prompts of an iteration", dealt, {}, {"prompts": {"per_iteration": 5}}),
     ("SR 3.1.3: learning rate", learning_rates, {}, {"train": {"lr": 2e-3}}),
@@ -283,7 +312,7 @@ ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
      {"train": {"candidate_every_steps": 200, "choose": "duel"}}),
     ("SR 3.2.1: validation prompts", dealt, {}, {"prompts": {"heldout": 3}}),
     ("SR 3.2.1, A.6: who compares, and how it is read", requests, {}, {"evaluate": {"judge": "text"}}),
-    ("MR 3.1: which kinds of pairs", scheduled, BOTH, {"pair": {"kinds": ["actor"]}}),
+    ("MR 3.1: which kinds of pairs", produced, BOTH, {"pair": {"kinds": ["actor"]}}),
     ("MR 2.2: identical responses are removed", lambda c, e: len(str(best_against_worst(
         [response(0, "a"), response(1, "a")], {"00/p/0": Scored(points=1.0), "00/p/1": Scored(points=2.0)}, c.pair,
         0))),
@@ -298,7 +327,7 @@ ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
     ("MR 2.3, fig. 2: the meta-judge's prompt and reading", asked_of_the_meta_judge, BOTH,
      {"meta": {"read": "letters"}}),
     ("MR: sampling of the meta-judge (open)", asked_of_the_meta_judge, BOTH, {"meta": {"temperature": 0.1}}),
-    ("MR 2.3: every two judgements in both orders, or fewer", requests, {**BOTH, "judge": {
+    ("MR 2.3: every two judgements in both orders, or fewer", produced, {**BOTH, "judge": {
         **STRUCTURED["judge"], "judgements": 11}}, {"meta": {"opponents": 4}}),
     ("MR 2.3: identical judgements (open)", judge_pair, BOTH, {"meta": {"collapse": True}}),
     ("MR 2.3: scope of the position weights (open)", judge_pair, BOTH, {"meta": {"weights": "prompt"}}),

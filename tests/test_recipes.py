@@ -154,12 +154,13 @@ def test_a_finished_recipe_is_resumed_as_finished(run: Path) -> None:
 
 def test_judges_of_all_models_of_a_run(run: Path, folder: Path) -> None:
     """Scores of every model, and the same again without an engine doing anything twice."""
-    arguments = ("eval", "judge", str(run), "--data", str(folder / "ranked.jsonl"), "--limit", "6")
+    arguments = ("eval", "judge", str(run), "--data", str(folder / "ranked.jsonl"), "--limit", "6", "--part", "all")
     done = rsrlm(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 of 30 prompts with 12 ranked replies" in done.stdout
+    assert "prompts of part all with 12 ranked replies" in done.stdout
     found = json.loads((run / "eval" / "ranked" / "judge.json").read_text())
     assert list(found["models"]) == ["M0", "SFT", "M1", "M2"]
+    assert (found["part"], found["prompts"], found["of"]) == ("all", 6, 30)
     for measures in found["models"].values():
         assert measures["readable"]["n"] == 36  # 12 replies, 3 judgements each
         assert not measures["pairwise_accuracy"]["estimable"]  # 6 pairs

@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,13 +184,21 @@ class Pools:
     """The sampler pool and, where configured, a judge pool of its own, with the same weights."""
 
     def __init__(
-        self, config: Config, store: RunFolder, first: Path, start: str, broadcast: Any, judge: Path | None = None
+        self,
+        config: Config,
+        store: RunFolder,
+        first: Path,
+        start: str,
+        broadcast: Any,
+        judge: Path | None = None,
+        others: Mapping[str, Path] | None = None,
     ) -> None:
+        """`first` is M0's folder, `others` those of models that are not in the run folder."""
         from rsrlm.runtime.actors import EnginePool
         from rsrlm.runtime.weights import WeightSet, describe
 
         self._store = store
-        self._first = first
+        self._folders = {"M0": first, **(others or {})}
         self._broadcast = broadcast
         self._known: dict[str, Any] = {}
         weights = self._exported(start)
@@ -215,7 +223,7 @@ class Pools:
         from rsrlm.runtime.weights import WeightSet, describe
 
         if version not in self._known:
-            folder = self._first if version == "M0" else self._store.model(version)
+            folder = self._folders.get(version) or self._store.model(version)
             self._known[version] = WeightSet(
                 version=version, folder=str(folder), files=files or describe(weight_files(folder))
             )
@@ -401,10 +409,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
         status, code, reason = "no_examples", EXIT_NO_PAIRS, str(error)
     except Stopped as error:
         status, code, reason = "stopped", EXIT_STOPPED, str(error)
-    except BaseExceptionGroup as group:
-        status, code, reason = _failure(_first_of(group))
-    except Exception as error:
-        status, code, reason = _failure(error)
+    except BaseException as error:
+        status, code, reason = failure(error)
     write_summary(store, status, reason)
     with contextlib.suppress(OSError):
         store.event("run_ended", status=status, reason=reason or None)
@@ -450,16 +456,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _first_of(group: BaseExceptionGroup) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def _failure(error: BaseException) -> tuple[str, int, str]:
+def failure(error: BaseException) -> tuple[str, int, str]:
     """Status, exit code and reason. A full disk and a wrong config are the user's to mend; no stack trace for them."""
     from ray.exceptions import RayTaskError
+
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
 
     from rsrlm.runtime.actors import LearnerFailed, PoolFailed
 

@@ -7,8 +7,8 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,36 @@ from rsrlm.store import Journal, RunFolder
 Work = Callable[[launch.Pools], Awaitable[Any]]
 
 
-def on_engines(config: Config, folder: Path, model: Path, work: Work, judge: Path | None = None) -> Any:
-    """Run `work` with engines that hold `model` as M0, and everything down again; notes go to `folder`'s events.
+def on_engines(
+    config: Config,
+    folder: Path,
+    models: Mapping[str, Path],
+    work: Work,
+    judge: Path | None = None,
+    engines: bool = True,
+) -> Any:
+    """Run `work` with engines that hold the first of `models`, and everything down again; notes go to `folder`.
 
-    `judge` is the folder of another model that judges (see `launch.judge_of`).
+    `judge` is the folder of another model that judges (see `launch.judge_of`). Without `engines` nothing starts, for
+    judges that need none.
     """
     # No learner, so nobody who could send over gloo: every engine loads from its folder.
     config = config.model_copy(update={"weights": config.weights.model_copy(update={"transport": "shm"})})
     folder.mkdir(parents=True, exist_ok=True)
     store = RunFolder(folder)
+    first = next(iter(models))
 
     async def main() -> Any:
-        pools = launch.Pools(config, store, model, "M0", None, judge)
+        pools = launch.Pools(config, store, models[first], first, None, judge, models)
         try:
-            await pools.start()
+            if engines:
+                await pools.start()
             return await work(pools)
         finally:
             await pools.close()
 
+    if not engines:
+        return launch.interruptible(main())
     with launch.ray_cluster(config, store, learner=False):
         return launch.interruptible(main())
 
@@ -78,23 +90,43 @@ def begun_with(folder: Path, name: str, settings: dict[str, Any]) -> None:
         noted = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in {*noted, *plain} if noted.get(key) != plain.get(key))
         if changed:
+            listed = ", ".join(f"{key}={noted.get(key)}, now {plain.get(key)}" for key in changed)
             raise ConfigError(
-                f"{folder} was begun with other settings ({', '.join(changed)}); restore them, remove the folder, or "
-                "choose another with --out"
+                f"{folder} was begun with other settings ({listed}); restore them, remove the folder, or choose "
+                "another with --out"
             )
     else:
         write_json(path, plain)
 
 
-def asked_of(config: Config) -> dict[str, Any]:
-    """What answers depend on, apart from their prompts."""
-    return {
-        "seed": config.seed,
-        "model": config.model.model_dump(),
-        "judge": config.judge.model_dump(),
-        "evaluate": config.evaluate.model_dump(),
-        "max_model_len": config.engine.max_model_len,
+def asked_of(config: Config, *sections: str) -> dict[str, Any]:
+    """What answers depend on, apart from what they answer, by dotted key."""
+    found: dict[str, Any] = {"seed": config.seed, "engine.max_model_len": config.engine.max_model_len}
+    keys = {
+        "judge": "model read template function judgements temperature top_p top_k max_tokens min_mass",
+        "evaluate": "template judge judge_max_tokens temperature top_p top_k max_tokens",
     }
+    for section in sections:
+        found |= {f"{section}.{key}": getattr(getattr(config, section), key) for key in keys[section].split()}
+    if config.judge.endpoint:
+        found |= {"judge.endpoint.url": config.judge.endpoint.url, "judge.endpoint.model": config.judge.endpoint.model}
+    return found
+
+
+def digest_of(prompts: Sequence[RankedPrompt]) -> str:
+    """Of all that a judge is shown, and of where it stands."""
+    return digest(
+        text
+        for prompt in prompts
+        for text in (prompt.id, prompt.text, *(r.id + "\x1e" + r.text for r in prompt.replies))
+    )
+
+
+def check_out(out: Path, folder: bool = False) -> Path:
+    """The path, or ConfigError where it can be none."""
+    if not out.name or out.name == ".." or (out.is_file() if folder else out.is_dir()):
+        raise ConfigError(f"--out {out}: give the path of a {'folder' if folder else 'file'} to write")
+    return out
 
 
 def digest(texts: Iterable[str]) -> str:
@@ -149,7 +181,13 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
     begun_with(
         beside(out),
         "eft",
-        {**asked_of(config), "template": digest([judge.source]), "trees": digest(p.id for p in parts.eft)},
+        {
+            **asked_of(config, "judge"),
+            "model": config.model.path,
+            "judge.template's text": digest([judge.source]),
+            "data.eft_judgements": each,
+            "what is judged (data.*)": digest_of(parts.eft),
+        },
     )
     replies = sum(reply.rank is not None for prompt in parts.eft for reply in prompt.replies)
     journal = Journal(beside(out) / "journal.jsonl")
@@ -160,7 +198,7 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
 
     report.line(f"{replies} replies of {len(parts.eft)} prompts, {each} judgements each; starting engines")
     try:
-        judgements = on_engines(config, beside(out), folder, work, other)
+        judgements = on_engines(config, beside(out), {config.model.path: folder}, work, other)
     finally:
         journal.close()
     found, counts = seeds.accepted(parts.eft, judgements, config.data, config.seed)
@@ -199,6 +237,10 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
         "prompts.path": digest(p.text for p in known),
     }
     begun_with(work_folder, "prompts", settings)
+    # Too few seeds: before anything starts.
+    self_instruct.demonstrations(
+        [p.id for p in known], [], seed=0, batch=0, from_seeds=rule.from_seeds, from_generated=rule.from_generated
+    )
     done = _continuations(journal)
     texts = {prompt.id: prompt.text for prompt in known}
 
@@ -220,10 +262,16 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
             )
             asked = tokenizer.encode(self_instruct.request_text([texts[name] for name in shown]))
             room = config.engine.max_model_len - rule.max_tokens
+            if len(asked) > room:
+                raise ConfigError(
+                    f"the demonstrations of request {request} take {len(asked)} tokens, engine.max_model_len="
+                    f"{config.engine.max_model_len} leaves {room} beside self_instruct.max_tokens; raise the first, "
+                    "lower the second, or leave long prompts out of prompts.path"
+                )
             completion = await pools.samplers.generate(
                 Request(
                     id=f"prompts/{request}",
-                    prompt_token_ids=tuple(asked[-room:]),
+                    prompt_token_ids=tuple(asked),
                     sampling=sampling_of(rule, seed_of(config.seed, 0, str(request), "prompter", "0")),
                     priority=SAMPLE_PRIORITY,
                 )
@@ -254,7 +302,7 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
                 tick("kept", min(len(new), number - len(kept) + len(new)), 0)
         return kept, reasons, request
 
-    kept, reasons, requests = on_engines(config, work_folder, folder, work)
+    kept, reasons, requests = on_engines(config, work_folder, {config.model.path: folder}, work)
     rows = []
     for prompt in kept[:number]:
         row = asdict(prompt)
@@ -310,31 +358,48 @@ def figure(found: dict[str, Any]) -> str:
     return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] n={found['n']}"
 
 
-def rated(config: Config, source: str, part: str, limit: int | None, report: Report) -> list[RankedPrompt]:
-    """Prompts with ranked replies to evaluate on. Raises ConfigError where there are none."""
-    data = config.data.model_copy(update={"trees": source})
-    parts = seeds.divide(data, "--data")
+@dataclass(frozen=True, kw_only=True)
+class RatedData:
+    """Prompts with ranked replies to evaluate on; `all` are those of the source, of which the others were drawn."""
+
+    prompts: list[RankedPrompt]
+    all: list[RankedPrompt]
+    source: str
+    part: str
+
+
+def rated(config: Config, source: str, part: str | None, limit: int | None, report: Report) -> RatedData:
+    """Read `--data`. The part defaults to what no training has seen, where the source is the config's own data.trees.
+
+    Raises ConfigError where nothing is left.
+    """
+    own = config.data.trees is not None and Path(config.data.trees).resolve() == Path(source).resolve()
+    part = part or ("evaluation" if own else "all")
+    parts = seeds.divide(config.data.model_copy(update={"trees": source}), "--data")
     sets = {"ift": parts.ift, "eft": parts.eft, "evaluation": parts.evaluation}
-    found = [prompt for name, prompts in sets.items() if part in (name, "all") for prompt in prompts]
-    found = sorted(judge_eval.comparable(found), key=lambda prompt: prompt.id)
+    everything = sorted(
+        judge_eval.comparable([prompt for prompts in sets.values() for prompt in prompts]), key=lambda prompt: prompt.id
+    )
+    inside = {prompt.id for name, prompts in sets.items() if part in (name, "all") for prompt in prompts}
+    found = [prompt for prompt in everything if prompt.id in inside]
     random.Random(f"limit {config.seed}").shuffle(found)
+    for reason, number in parts.counts.items():
+        report.line(f"  {number:>8}  {reason}")
     if not found:
-        raise ConfigError(f"--data {source}: no prompt with two ranked replies in part {part}: {parts.counts}")
+        raise ConfigError(
+            f"--data {source}: no prompt with two ranked replies in part {part}; try --part all, and look at "
+            "data.language and data.max_chars"
+        )
     chosen = found[:limit]
-    report.line(f"{len(chosen)} of {len(found)} prompts with {sum(len(p.replies) for p in chosen)} ranked replies")
-    return chosen
+    replies = sum(len(prompt.replies) for prompt in chosen)
+    report.line(f"{len(chosen)} of {len(found)} prompts of part {part} with {replies} ranked replies")
+    return RatedData(prompts=chosen, all=everything, source=source, part=part)
 
 
 def eval_judge(
-    config: Config,
-    models: dict[str, Path],
-    prompts: Sequence[RankedPrompt],
-    out: Path,
-    pairwise: bool,
-    report: Report,
-    run: Path | None = None,
+    config: Config, models: dict[str, Path], data: RatedData, out: Path, pairwise: bool, report: Report
 ) -> dict[str, Any]:
-    """Measures of the config's judge with the weights of each model; M0 is the first. `run` holds the others."""
+    """Measures of the config's judge with the weights of each model, or of another judge that the config names."""
     first = next(iter(models.values()))
     _, encoder = loaded(replace_path(config.model, first))
     found: dict[str, Any] = {}
@@ -350,39 +415,56 @@ def eval_judge(
         out,
         name,
         {
-            **asked_of(config),
-            "template": digest([comparing.source if comparing else judge.source]),
-            "data": digest(text for prompt in prompts for text in (prompt.id, *(reply.id for reply in prompt.replies))),
+            **asked_of(config, "evaluate" if pairwise else "judge"),
+            "template's text": digest([comparing.source if comparing else judge.source]),
+            "--data and data.*": digest_of(data.all),
         },
     )
 
     async def work(pools: launch.Pools) -> Any:
-        for name in models:
-            await pools.hold(name)
-            journal = Journal(out / f"{name}{'-pairwise' if comparing else ''}.jsonl")
+        for model in models:
+            if engines:
+                await pools.hold(model)
+            journal = Journal(out / f"{model}{'-pairwise' if comparing else ''}.jsonl")
             try:
                 if comparing:
-                    comparisons = sum(len(prompt.replies) * (len(prompt.replies) - 1) for prompt in prompts)
-                    with report.stage(name, {"compare": comparisons}) as tick:
-                        found[name] = await judge_eval.verdicts(
-                            prompts, comparing, pools.judges, journal, tick, config.seed
+                    comparisons = sum(len(prompt.replies) * (len(prompt.replies) - 1) for prompt in data.prompts)
+                    with report.stage(model, {"compare": comparisons}) as tick:
+                        found[model] = await judge_eval.verdicts(
+                            data.prompts, comparing, pools.judges, journal, tick, config.seed
                         )
                 else:
-                    replies = sum(len(prompt.replies) for prompt in prompts)
-                    with report.stage(name, {"judge": replies * judge.per_response}) as tick:
-                        found[name] = await judge_eval.scores(prompts, judge, pools.judges, journal, tick, config.seed)
+                    replies = sum(len(prompt.replies) for prompt in data.prompts)
+                    with report.stage(model, {"judge": replies * judge.per_response}) as tick:
+                        found[model] = await judge_eval.scores(
+                            data.prompts, judge, pools.judges, journal, tick, config.seed
+                        )
             finally:
                 journal.close()
 
-    on_engines(config, run or out, first, work, other)
+    engines = pairwise or config.judge.read != "function"
+    engines = engines and config.judge.endpoint is None
+    on_engines(config, out, models, work, other, engines)
     columns = PAIRWISE_COLUMNS if pairwise else JUDGE_COLUMNS
+    asked = comparing.name if comparing else f"{judge.name}, {judge.per_response} judgements of each reply"
+    result = {
+        "judge": asked + (f" by {config.judge.external}" if config.judge.external else ""),
+        "data": Path(data.source).name,
+        "part": data.part,
+        "prompts": len(data.prompts),
+        "of": len(data.all),
+        "seed": config.seed,
+    }
+    path = out / f"{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = {key: before.get(key) for key in result} == result
+    measured = {**(before["models"] if same else {}), **found}
     rows = [
-        {"measure": heading, **{name: figure(measures[key]) for name, measures in found.items()}}
+        {"measure": heading, **{model: figure(measures[key]) for model, measures in measured.items()}}
         for key, heading in columns.items()
     ]
-    asked = comparing.name if comparing else f"{judge.name}, {judge.per_response} judgements of each reply"
-    report.table(f"Judge: {asked}", rows, {"measure": "", **{name: name for name in found}})
-    write_json(out / f"{name}.json", {"judge": asked, "models": found})
+    report.table(f"Judge: {result['judge']}", rows, {"measure": "", **{model: model for model in measured}})
+    write_json(path, {**result, "models": measured})
     return found
 
 
@@ -391,52 +473,69 @@ def replace_path(model: Model, path: Path) -> Model:
 
 
 def eval_duel(
-    config: Config, first: str, second: str, judge: str, prompts: Sequence[Prompt], out: Path, report: Report
+    config: Config, first: str, second: str, judge: str | None, prompts: Sequence[Prompt], out: Path, report: Report
 ) -> dict[str, Any]:
-    """Two models' answers to the same prompts, compared by a third (or one of them) in both orders."""
-    settings = {**asked_of(config), "a": first, "b": second, "by": judge}
-    begun_with(out, "duel", {**settings, "prompts": digest(text for p in prompts for text in (p.id, p.text))})
-    sides = []
-    for place, path in enumerate((first, second)):
-        folder, encoder = loaded(config.model.model_copy(update={"path": path}))
-        journal = Journal(out / f"answers-{'ab'[place]}.jsonl")
-        title = f"answers of {'AB'[place]}"
+    """Two models' answers to the same prompts, compared by a third (or one of them) in both orders.
 
-        async def work(
-            pools: launch.Pools, encoder: ChatEncoder = encoder, journal: Journal = journal, title: str = title
+    `judge` is a model that compares; None is the config's judge.model or judge.endpoint, else its model.
+    """
+    if judge:
+        update = {"model": None, "endpoint": None, "replicas": 0}
+        config = config.model_copy(update={"judge": config.judge.model_copy(update=update)})
+    by = judge or config.judge.external or config.model.path
+    models = {name: loaded(replace_path(config.model, Path(name))) for name in dict.fromkeys((first, second))}
+    endpoint = config.judge.endpoint
+    folder, encoder = loaded(replace_path(config.model, Path(config.model.path if endpoint else by)))
+    # The pool that compares is the only one of its stage: no engines of another judge beside it.
+    alone = config.model_copy(update={"judge": config.judge.model_copy(update={"model": None, "replicas": 0})})
+    comparing = duel_judge(config, encoder)
+    lengths = {prompt.id: max(len(one.user(prompt.text)) for _, one in models.values()) for prompt in prompts}
+    kept, long = prompt_files.usable(list(prompts), lengths, config)
+    if long:
+        report.line(f"{len(long)} prompts are too long and left out: {', '.join(long[:5])}")
+    asked = digest(text for prompt in kept for text in (prompt.id, prompt.text))
+    sampling = {key: value for key, value in asked_of(config, "evaluate").items() if "judge" not in key}
+    sides = []
+    for side, name in (("a", first), ("b", second)):
+        begun_with(out, f"answers-{side}", {**sampling, "model": name, "prompts": asked})
+        journal = Journal(out / f"answers-{side}.jsonl")
+        where, own = models[name]
+
+        async def answer(
+            pools: launch.Pools, own: ChatEncoder = own, journal: Journal = journal, side: str = side
         ) -> Any:
-            with report.stage(title, {"answers": len(prompts)}) as tick:
-                return await judge_eval.answers(prompts, pools.samplers, encoder, config, journal, tick)
+            with report.stage(f"answers of {side.upper()}", {"answers": len(kept)}) as tick:
+                return await judge_eval.answers(kept, pools.samplers, own, config, journal, tick)
 
         try:
-            known = len(journal.responses) >= len(prompts)
-            sides.append(
-                [journal.responses[f"{prompt.id}/0"] for prompt in prompts]
-                if known
-                else on_engines(config, out, folder, work)
-            )
+            missing = any(f"{prompt.id}/0" not in journal.responses for prompt in kept)
+            sides.append(on_engines(alone, out, {name: where}, answer, engines=missing))
         finally:
             journal.close()
         outputs = [
-            {"instruction": prompt.text, "output": answer.text, "generator": path, "dataset": "prompts"}
-            for prompt, answer in zip(prompts, sides[-1], strict=True)
+            {"instruction": prompt.text, "output": response.text, "generator": name, "dataset": "prompts"}
+            for prompt, response in zip(kept, sides[-1], strict=True)
         ]
-        write_json(out / f"outputs-{'ab'[place]}.json", outputs)
-    folder, encoder = loaded(config.model.model_copy(update={"path": judge}))
-    comparing = duel_judge(config, encoder)
+        write_json(out / f"outputs-{side}.json", outputs)
+    begun_with(
+        out,
+        "comparisons",
+        {
+            **asked_of(config, "evaluate"), "a": first, "b": second, "judge": by, "prompts": asked,
+            "template's text": digest([comparing.source]),
+        },
+    )  # fmt: skip
     journal = Journal(out / "comparisons.jsonl")
 
     async def compare(pools: launch.Pools) -> Any:
-        with report.stage("duel", {"compare": 2 * len(prompts)}) as tick:
-            return await judge_eval.duel(
-                prompts, sides[0], sides[1], comparing, pools.judges, journal, tick, config.seed
-            )
+        with report.stage("duel", {"compare": 2 * len(kept)}) as tick:
+            return await judge_eval.duel(kept, sides[0], sides[1], comparing, pools.judges, journal, tick, config.seed)
 
     try:
-        found = on_engines(config, out, folder, compare)
+        found = on_engines(config if endpoint else alone, out, {by: folder}, compare, engines=endpoint is None)
     finally:
         journal.close()
-    result = {"a": first, "b": second, "judge": f"{comparing.name} by {judge}", **found}
+    result = {"a": first, "b": second, "judge": f"{comparing.name} by {by}", **found}
     write_json(out / "duel.json", result)
     rows = [
         {"what": heading, "value": figure(found[key])}
