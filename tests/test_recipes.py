@@ -8,6 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +204,85 @@ def test_seed_data_and_prompts_as_files(folder: Path) -> None:
     assert few.returncode == 3
     assert "fewer than data.minimum=1000" in few.stderr
     assert not (folder / "few.jsonl").exists()
+
+
+@pytest.mark.full
+def test_a_kill_while_judgements_are_written(run: Path, folder: Path) -> None:
+    """The same examples, in the same order, and the same first loss as without the kill; no judgement is done twice."""
+    command = [*RSRLM, "run", str(folder / "config.yaml"), "name=killed"]
+    killed = folder / "runs" / "killed"
+    journal = killed / "iterations" / "00" / "journal.jsonl"
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < 10):
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    before = journal.read_bytes().count(b"\n")
+    assert before >= 10
+    done = rsrlm("resume", str(killed))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(killed, 0, "examples") == rows(run, 0, "examples")
+    ids = [json.loads(line)["judgement"]["id"] for line in journal.read_text().splitlines()]
+    assert len(ids) == len(set(ids))
+    first, other = (json.loads((one / "summary.json").read_text())["iterations"][0] for one in (run, killed))
+    assert other["sft_loss_first"] == pytest.approx(first["sft_loss_first"], rel=1e-6)
+
+
+class Api(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server whose score depends on the answer's text alone."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = asked["messages"][0]["content"]
+        said = "Winner: A" if "answer B" in text else f"Because.\nScore: {sum(text.encode()) % 6}"
+        answer = {
+            "id": "x", "object": "chat.completion", "created": 0, "model": asked["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+        }  # fmt: skip
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("who", ["model", "endpoint"])
+def test_another_judge(who: str, folder: Path, tiny_model: Path) -> None:
+    """External rewards: other weights in a pool of their own, or a server; and what the server cost."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    judge = {
+        "model": {"read": "structured", "judgements": 2, "max_tokens": 40, "model": str(tiny_model), "replicas": 1},
+        "endpoint": {
+            "read": "text",
+            "judgements": 2,
+            "endpoint": {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "price_in": 1.0},
+        },
+    }[who]
+    try:
+        done = rsrlm(
+            "run", str(folder / "config.yaml"), f"name=external-{who}", "schedule=[]", "iterations=1",
+            f"judge={json.dumps(judge)}", "evaluate.judge=text",
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = folder / "runs" / f"external-{who}"
+    versions = {one["weight_version"] for one in rows(run, 0, "judgements")}
+    assert versions == {{"model": "judge", "endpoint": "endpoint:m"}[who]}
+    assert {one["weight_version"] for one in rows(run, 0, "responses")} == {"M0"}
+    row = json.loads((run / "summary.json").read_text())["iterations"][0]
+    assert row["pairs"] >= 1
+    name = {"model": str(tiny_model), "endpoint": "m"}[who]
+    assert row["heldout"]["score_by_current"]["judge"] == row["heldout"]["score_by_first"]["judge"] == name
+    if who == "endpoint":
+        # 48 judgements, held-out ones of M0 and M1, and duels: 100 prompt tokens each at 1 per million
+        assert row["endpoint"]["requests"] >= 48 + 8
+        assert row["endpoint"]["cost"] == pytest.approx(row["endpoint"]["requests"] * 1e-4)
