@@ -187,20 +187,28 @@ class Judging:
         completion: Completion | None,
         sampling: Sampling | None,
     ) -> Judgement:
-        return Judgement(
+        return _judgement(
+            completion,
             id=identifier,
             prompt_id=response.prompt_id,
             response_id=response.id,
             index=index,
             role="judge",
             judge=self.name,
-            text=completion.text if completion else "",
-            token_ids=completion.token_ids if completion else (),
-            finish_reason=completion.finish_reason if completion else "stop",
-            weight_version=completion.weight_version if completion else "",
             sampling=sampling,
             verdict=verdict,
         )
+
+
+def _judgement(completion: Completion | None, **fields: Any) -> Judgement:
+    """The record of an answer; without one, of a judgement that no engine was asked for."""
+    return Judgement(
+        text=completion.text if completion else "",
+        token_ids=completion.token_ids if completion else (),
+        finish_reason=completion.finish_reason if completion else "stop",
+        weight_version=completion.weight_version if completion else "",
+        **fields,
+    )
 
 
 class Comparing:
@@ -280,17 +288,14 @@ class Comparing:
                 else judging.parse_winner(completion.text, completion.finish_reason)
             )
             verdict = winner if isinstance(winner, Unparsed) else Scored(points=POINTS[winner])
-        return Judgement(
+        return _judgement(
+            completion,
             id=identifier,
             prompt_id=prompt_id,
             response_id=response_id,
             index=index,
             role=role,
             judge=self.name,
-            text=completion.text if completion else "",
-            token_ids=completion.token_ids if completion else (),
-            finish_reason=completion.finish_reason if completion else "stop",
-            weight_version=completion.weight_version if completion else "",
             sampling=sampling,
             verdict=verdict,
         )

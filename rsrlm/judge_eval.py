@@ -13,8 +13,7 @@ from rsrlm.ask import SAMPLE_PRIORITY, Comparing, Engines, Judging, gather, resp
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config
 from rsrlm.evaluate import EVALUATION
-from rsrlm.judging import Preferred, combine_orders
-from rsrlm.produce import mean_verdicts
+from rsrlm.judging import Preferred, combine_orders, mean_points
 from rsrlm.ranked import RankedPrompt
 from rsrlm.records import Judgement, Prompt, Response, Scored, Unparsed, seed_of
 from rsrlm.store import Journal
@@ -39,40 +38,18 @@ async def scores(
     found = await seeds.judge_replies(prompts, judge, engines, journal, EVALUATION, judge.per_response, tick)
     rated = []
     for prompt in prompts:
-        responses = [seeds.reply_as_response(r, prompt.id, prompt.id, i) for i, r in enumerate(prompt.replies)]
-        points = []
-        for reply in prompt.replies:
-            judgements = found[reply.id]
-            verdict = mean_verdicts([_of(judgements)], judgements)[judgements[0].response_id]
-            points.append(verdict.points if isinstance(verdict, Scored) else None)
+        means = [mean_points(one.verdict for one in found[reply.id]) for reply in prompt.replies]
         rated.append(
             metrics.Rated(
                 id=prompt.id,
                 ranks=tuple(float(reply.rank or 0.0) for reply in prompt.replies),
-                scores=tuple(points),
-                lengths=tuple(len(response.text) for response in responses),
+                scores=tuple(mean.points if isinstance(mean, Scored) else None for mean in means),
+                lengths=tuple(len(reply.text) for reply in prompt.replies),
             )
         )
     verdicts = [one.verdict for judgements in found.values() for one in judgements]
     read = [verdict.points for verdict in verdicts if isinstance(verdict, Scored)]
     return metrics.judge_metrics(rated, readable=len(read), judgements=len(verdicts), points=read, seed=seed)
-
-
-def _of(judgements: Sequence[Judgement]) -> Response:
-    """A stand-in with the id of the response that was judged."""
-    first = judgements[0]
-    return Response(
-        id=first.response_id,
-        prompt_id=first.prompt_id,
-        index=0,
-        role="data",
-        text="",
-        token_ids=(),
-        prompt_token_ids=(),
-        finish_reason="stop",
-        weight_version="",
-        sampling=seeds.NOT_SAMPLED,
-    )
 
 
 async def verdicts(
