@@ -824,3 +824,99 @@ def test_a_disk_that_stays_full_does_not_hide_the_reason(make_config: Any, monke
     assert code == 2
     assert f"status: failed: the disk is full ({FULL}); free some space, then resume" in lines
     assert store.summary() == {}
+
+
+# -- rsrlm data and rsrlm eval: what they refuse before anything starts -----------------------------------------------
+
+
+@pytest.fixture
+def ranked(tmp_path: Path) -> Path:
+    path = tmp_path / "ranked.jsonl"
+    rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": "bad"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("data ift CONFIG --out out.jsonl", "data.trees: missing; give ranked data with data.trees=PATH"),
+        ("data ift CONFIG --out . data.trees=RANKED", "--out .: give the path of a file to write"),
+        ("data ift CONFIG --out FOLDER data.trees=RANKED", "FOLDER: give the path of a file to write"),
+        ("data ift CONFIG --out out.jsonl data.trees=nowhere.jsonl", "nowhere.jsonl"),
+        ("data eft CONFIG --out out.jsonl data.trees=RANKED", "judge.read=digits: EFT targets are written judgements"),
+        ("data prompts CONFIG --out out.jsonl self_instruct.from_seeds=30", "shows 32 of them; add prompts"),
+        ("eval judge CONFIG --data RANKED --part most", "--part most: write all, ift, eft or evaluation"),
+        ("eval judge CONFIG --data RANKED --model M1", "--model M1: only a run has several models"),
+        ("eval judge CONFIG --data nowhere.jsonl", "nowhere.jsonl"),
+        ("eval judge CONFIG --data CONFIG", "--data"),
+        ("eval judge CONFIG --data RANKED --out RANKED", "RANKED: give the path of a folder to write"),
+        ("eval judge CONFIG --data RANKED data.max_chars=1", "no prompt with two ranked replies in part all"),
+        ("eval judge FOLDER --data RANKED", "no run here"),
+        ("eval duel CONFIG nowhere nowhere2 --out duel", "nowhere"),
+    ],
+)
+def test_commands_that_are_refused(
+    rsrlm: Callable[..., Ended], config_file: Path, ranked: Path, tmp_path: Path, arguments: str, message: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    places = {"CONFIG": config_file, "RANKED": ranked, "FOLDER": folder}
+
+    def placed(text: str) -> str:
+        for name, path in places.items():
+            text = text.replace(name, str(path))
+        return text
+
+    before = sorted(path for path in tmp_path.rglob("*"))
+    ended = rsrlm(*placed(arguments).split(" "))
+    assert ended.code == 2, ended
+    assert ended.err.startswith("rsrlm: ")
+    assert placed(message) in ended.err
+    assert "Traceback" not in ended.err
+    left = [path for path in tmp_path.rglob("*") if path not in before]
+    assert all("out.jsonl.work" in str(path) for path in left)  # notes of what was begun
+
+
+def test_ift_examples_as_a_file(rsrlm: Callable[..., Ended], config_file: Path, ranked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "ift.jsonl"
+    ended = rsrlm(
+        "data", "ift", config_file, "--out", out, f"data.trees={ranked}", "data.ift_share=1", "data.eft_share=0"
+    )
+    assert ended.code == 0, ended
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 20
+    assert {row["target"] for row in rows} == {f"good {i}" for i in range(20)}
+    few = rsrlm("data", "ift", config_file, "--out", tmp_path / "few.jsonl", f"data.trees={ranked}", "data.max_ift=2")
+    assert (few.code, "fewer than data.minimum=8" in few.err) == (3, True)
+    assert not (tmp_path / "few.jsonl").exists()
+
+
+def test_a_function_judge_is_measured_without_engines(
+    rsrlm: Callable[..., Ended], config_file: Path, ranked: Path, tmp_path: Path
+) -> None:
+    """It likes what is longer: people's choice in all twenty. Twice: the second time from the journal."""
+    (tmp_path / "taste.py").write_text("def longer(prompt, response):\n    return min(5.0, len(response) / 2)\n")
+    arguments = ("eval", "judge", config_file, "--data", ranked, "judge.read=function", "judge.function=taste:longer")
+    for _ in range(2):
+        ended = rsrlm(*arguments, "--limit", 15)
+        assert ended.code == 0, ended
+        assert "15 of 20 prompts of part all with 30 ranked replies" in ended.out
+    found = json.loads((tmp_path / "runs" / "mine" / "eval" / "ranked" / "judge.json").read_text())
+    assert (found["data"], found["part"], found["prompts"], found["of"]) == ("ranked.jsonl", "all", 15, 20)
+    assert found["models"]["M0"]["pairwise_accuracy"]["count"] == 15
+    # a larger limit goes on with what is there; other texts are another question
+    assert rsrlm(*arguments).code == 0
+    ranked.write_text(ranked.read_text().replace("bad", "worse"))
+    changed = rsrlm(*arguments)
+    assert changed.code == 2
+    assert "was begun with other settings (--data and data.*=" in changed.err
+
+
+def test_an_evaluation_does_not_stand_in_the_way_of_a_run(config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    (folder / "eval").mkdir(parents=True)
+    RunFolder.check_new(folder)
+    (folder / "other").mkdir()
+    with pytest.raises(ConfigError, match="holds other files"):
+        RunFolder.check_new(folder)
