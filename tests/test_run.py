@@ -172,7 +172,10 @@ def assert_same_as(folder: Path, whole_folder: Path) -> None:
     assert summary(folder)["status"] == "completed"
 
 
-@pytest.mark.parametrize("place", ["responses", "step", "publish"])
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param("responses", marks=pytest.mark.full), "step", pytest.param("publish", marks=pytest.mark.full)],
+)
 def test_a_killed_driver_is_resumed(place: str, whole: tuple[Path, str], config_file: Path) -> None:
     """SIGKILL leaves no process and loses nothing: the resumed run ends as the undisturbed one did."""
     from rsrlm.config import resolve
@@ -204,7 +207,11 @@ def test_a_killed_driver_is_resumed(place: str, whole: tuple[Path, str], config_
 
 
 @pytest.mark.parametrize(
-    ("number", "begun"), [(signal.SIGINT, "steps.jsonl"), (signal.SIGTERM, "journal.jsonl")], ids=["SIGINT", "SIGTERM"]
+    ("number", "begun"),
+    [
+        pytest.param(signal.SIGINT, "steps.jsonl", id="SIGINT"),
+        pytest.param(signal.SIGTERM, "journal.jsonl", id="SIGTERM", marks=pytest.mark.full),
+    ],
 )
 def test_an_interrupted_run_says_how_to_go_on(
     number: signal.Signals, begun: str, config_file: Path, whole: tuple[Path, str]
