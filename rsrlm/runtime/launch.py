@@ -491,7 +491,7 @@ def _show(store: RunFolder, status: str, reason: str, report: Report) -> None:
     rows = store.metrics()
     if rows:
         report.table("Iterations", [_shown(row) for row in rows], COLUMNS)
-        report.table("Held-out prompts", _heldout_rows(store, rows), HELDOUT_COLUMNS)
+        report.table("Held-out prompts", _heldout_rows(store, rows), _heldout_columns(rows))
     report.line(f"status: {status}" + (f": {reason}" if reason else ""))
     report.line(f"run folder: {store.folder}")
     if status not in ("completed",):
@@ -504,15 +504,20 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **losses}
 
 
-HELDOUT_COLUMNS = {
-    "model": "model",
-    "tokens": "tokens",
-    "words": "words",
-    "complete": "complete",
-    "own": "score by itself",
-    "first": "score by M0",
-    "duel": "win / tie / loss over the model before (judge: M0)",
-}
+def _heldout_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Every score says who gave it: the model itself and M0, or another model that judges in their place."""
+    scores: dict[str, Any] = next((row["heldout"] for row in rows if row["heldout"]), {})
+    judge = scores["score_by_first"]["judge"] if scores else "M0"
+    other = bool(scores) and scores["score_by_current"]["judge"] == judge
+    return {
+        "model": "model",
+        "tokens": "tokens",
+        "words": "words",
+        "complete": "complete",
+        **({} if other else {"own": "score by itself"}),
+        "first": f"score by {judge}",
+        "duel": f"win / tie / loss over the model before (judge: {judge})",
+    }
 
 
 def _heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
