@@ -26,7 +26,6 @@ from rsrlm.records import (
 
 SAMPLE_PRIORITY = 10
 JUDGE_PRIORITY = 0
-REMEMBERED = 256  # judge prompts
 
 
 class Engines(Protocol):
@@ -89,7 +88,6 @@ class Judging:
         self._room = config.engine.max_model_len
         self._seed = config.seed
         self._encoder = encoder
-        self._prompts: dict[Any, tuple[int, ...]] = {}  # the last ones: N judgements of a response ask for the same
         self._function: Callable[[str, str], float] | None = None
         self._template = ""
         self._labels: tuple[int, ...] = ()
@@ -125,15 +123,9 @@ class Judging:
 
     def prompt_of(self, prompt: Prompt, response: Response, *, group: str, iteration: int) -> tuple[int, ...]:
         """The tokens that the judge sees: the same for all judgements of a response, which share the prefix cache."""
-        key = (iteration, group, response.index, prompt.text, response.text)
-        if key in self._prompts:
-            return self._prompts[key]
         fields = self._fields(prompt, response, group, iteration)
         prefix = judging.ANSWER_PREFIX if self._labels else ""
-        if len(self._prompts) >= REMEMBERED:
-            self._prompts.pop(next(iter(self._prompts)))
-        self._prompts[key] = self._encoder.encode(self._template, fields, prefix)
-        return self._prompts[key]
+        return self._encoder.encode(self._template, fields, prefix)
 
     def _fields(self, prompt: Prompt, response: Response, group: str, iteration: int) -> dict[str, str]:
         fence = judging.fence_of(seed_of(self._seed, iteration, f"{group}/{response.index}", "judge", "fence"))

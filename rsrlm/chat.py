@@ -6,6 +6,7 @@ tokens around it stay the same.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,6 +77,8 @@ class ChatEncoder:
         self._added_ids = frozenset(added.values())
         longest_first = sorted(added, key=len, reverse=True)
         self._added_text = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        # N judgements of a response, and all comparisons of those, ask for the same texts again and again.
+        self._encoded = functools.lru_cache(maxsize=512)(self._encode_literally)
         self._pieces: dict[tuple[str, str, frozenset[str]], tuple[str | tuple[int, ...], ...]] = {}
         for text, token in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
             if token in self._encode_literally(text):
@@ -94,7 +97,7 @@ class ChatEncoder:
         key = (template, answer_prefix, frozenset(fields))
         if key not in self._pieces:
             self._pieces[key] = self._trusted_pieces(template, answer_prefix, sorted(fields))
-        values = {name: self._encode_literally(text) for name, text in fields.items()}
+        values = {name: self._encoded(text) for name, text in fields.items()}
         ids: list[int] = []
         for piece in self._pieces[key]:
             ids.extend(values[piece] if isinstance(piece, str) else piece)
