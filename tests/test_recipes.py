@@ -155,6 +155,7 @@ def test_a_finished_recipe_is_resumed_as_finished(run: Path) -> None:
     assert "is finished: 3 iterations" in done.stdout
 
 
+@pytest.mark.full
 def test_judges_of_all_models_of_a_run(run: Path, folder: Path) -> None:
     """Scores of every model, and the same again without an engine doing anything twice."""
     arguments = ("eval", "judge", str(run), "--data", str(folder / "ranked.jsonl"), "--limit", "6", "--part", "all")

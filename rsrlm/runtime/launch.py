@@ -12,7 +12,7 @@ import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,12 @@ def prepare(config: Config) -> Prepared:
     usable, left_out = prompt_files.usable(prompts, lengths, config)
     heldout, hands = prompt_files.deal(usable, config)
     judge, judge_encoder = judge_of(config, encoder)
-    steps = []
+    steps: list[Step] = []
     for iteration, hand in enumerate(hands):
         step = config.at(iteration)
+        if steps and step is config:  # without a schedule all iterations are alike
+            steps.append(replace(steps[0], model=config.model_name(iteration + 1), prompts=hand))
+            continue
         judging = Judging(step, judge_encoder)
         watch.limits_of(step)  # refuses a sign that is not known
         set_dropout(shape, step.train.dropout)
