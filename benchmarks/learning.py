@@ -1,6 +1,6 @@
 """Does the loop learn? A verifiable judge, fewer words is better (at least five), on the real 135M model.
 
-    .venv/bin/python benchmarks/learning.py            # 3 seeds, three iterations each; about 40 minutes on 2 cores
+    .venv/bin/python benchmarks/learning.py            # 3 seeds, three iterations each; about 20 minutes on 2 cores
     .venv/bin/python benchmarks/learning.py --seeds 1  # one seed
 
 Every seed is a run of `rsrlm run` with this file's `fewer_words` as the judge. On held-out prompts the mean length in

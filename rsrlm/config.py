@@ -272,6 +272,10 @@ class Train(Section):
             )
         return self
 
+    def steps(self, items: int) -> int:
+        """Optimizer steps of an iteration on so many pairs or examples."""
+        return -(-items // self.pairs_per_step) * (self.stop_after_epoch or self.epochs)
+
 
 class Source(Section):
     path: str = Field(

@@ -63,28 +63,10 @@ async def verdicts(
     """Measures of a judge that compares two replies, every two of a prompt in both orders."""
 
     async def shown(prompt: RankedPrompt, a: int, b: int) -> Judgement:
-        identifier = f"{prompt.id}/{a}>{b}"
-        found = journal.judgements.get(identifier)
-        if found is None:
-            found = await judge.ask(
-                engines,
-                identifier,
-                {
-                    "instruction": prompt.text,
-                    "response_a": prompt.replies[a].text,
-                    "response_b": prompt.replies[b].text,
-                },
-                prompt_id=prompt.id,
-                response_id=prompt.replies[a].id,
-                index=int(a > b),
-                role="duel",
-                seed=seed_of(seed, EVALUATION, prompt.id, "duel", f"{a}>{b}"),
-                fence_seed=seed_of(seed, EVALUATION, prompt.id, "duel", "fence"),
-                priority=SAMPLE_PRIORITY,
-            )
-            journal.add(found)
-        tick("compare", 1, len(found.token_ids))
-        return found
+        return await _asked(
+            f"{prompt.id}/{a}>{b}", prompt.id, prompt.text, prompt.replies[a].text, prompt.replies[b].text,
+            f"{a}>{b}", judge, engines, journal, tick, seed,
+        )  # fmt: skip
 
     async def both(prompt: RankedPrompt, a: int, b: int) -> metrics.Compared:
         first, second = await gather([shown(prompt, a, b), shown(prompt, b, a)])
@@ -96,6 +78,39 @@ async def verdicts(
         [both(prompt, a, b) for prompt in prompts for a, b in combinations(range(len(prompt.replies)), 2)]
     )
     return dict(metrics.pairwise_judge_metrics(outcomes, seed=seed))
+
+
+async def _asked(
+    identifier: str,
+    prompt_id: str,
+    instruction: str,
+    response_a: str,
+    response_b: str,
+    shown: str,
+    judge: Comparing,
+    engines: Engines,
+    journal: Journal,
+    tick: Tick,
+    seed: int,
+) -> Judgement:
+    """The verdict with `response_a` shown as A; `shown` names the order. What the journal holds is not asked."""
+    found = journal.judgements.get(identifier)
+    if found is None:
+        found = await judge.ask(
+            engines,
+            identifier,
+            {"instruction": instruction, "response_a": response_a, "response_b": response_b},
+            prompt_id=prompt_id,
+            response_id=identifier,
+            index=0,
+            role="duel",
+            seed=seed_of(seed, EVALUATION, prompt_id, "duel", shown),
+            fence_seed=seed_of(seed, EVALUATION, prompt_id, "duel", "fence"),
+            priority=SAMPLE_PRIORITY,
+        )
+        journal.add(found)
+    tick("compare", 1, len(found.token_ids))
+    return found
 
 
 def _winner(judgement: Judgement) -> Literal["A", "B", "tie"] | None:
@@ -144,24 +159,10 @@ async def duel(
     """Wins, ties and losses of the first model's answers in both orders, with intervals, and both models' lengths."""
 
     async def shown(prompt: Prompt, a: Response, b: Response, order: int) -> Judgement:
-        identifier = f"{prompt.id}#{order}"
-        found = journal.judgements.get(identifier)
-        if found is None:
-            found = await judge.ask(
-                engines,
-                identifier,
-                {"instruction": prompt.text, "response_a": a.text, "response_b": b.text},
-                prompt_id=prompt.id,
-                response_id=identifier,
-                index=order,
-                role="duel",
-                seed=seed_of(seed, EVALUATION, prompt.id, "duel", str(order)),
-                fence_seed=seed_of(seed, EVALUATION, prompt.id, "duel", "fence"),
-                priority=SAMPLE_PRIORITY,
-            )
-            journal.add(found)
-        tick("compare", 1, len(found.token_ids))
-        return found
+        return await _asked(
+            f"{prompt.id}#{order}", prompt.id, prompt.text, a.text, b.text, str(order), judge, engines, journal, tick,
+            seed,
+        )  # fmt: skip
 
     async def outcome(prompt: Prompt, a: Response, b: Response) -> Preferred | Unparsed:
         if a.text == b.text:

@@ -348,7 +348,6 @@ async def train(
     pairs = rule.method == "dpo"
     what = "pairs" if pairs else "examples"
     ports.report.line(f"iteration {iteration}: training {step.model} on {len(items)} {what}")
-    total = -(-len(items) // rule.pairs_per_step) * (rule.stop_after_epoch or rule.epochs)
     per_rank = -(-len(items) // rule.workers)
     rounds = -(-per_rank // rule.micro_batch) if pairs else 0
     source = starts_from(rule, before)
@@ -358,7 +357,7 @@ async def train(
             await ports.buffer.call("mark_trained", row["pair_ids"], row["step"])
 
     with ports.report.stage(
-        f"iteration {iteration}", {**({"reference": rounds} if pairs else {}), "steps": total}
+        f"iteration {iteration}", {**({"reference": rounds} if pairs else {}), "steps": rule.steps(len(items))}
     ) as tick:
         async for event in ports.learner.train(iteration, source, step.model, rule, items):
             if event["event"] == "reference":

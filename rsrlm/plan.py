@@ -101,7 +101,7 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
         {name: number for name, (number, _) in found.items()},
         sum(number * (config.engine.max_model_len - tokens) for number, tokens in found.values()),
         sum(number * tokens for number, tokens in found.values()),
-        -(-items // train.pairs_per_step) * (train.stop_after_epoch or train.epochs),
+        train.steps(items),
     )
 
 

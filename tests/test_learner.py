@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rsrlm.config import ConfigError, Train
-from rsrlm.runtime.learner import newest_checkpoint, set_dropout, share_of, steps_of, steps_to_take
+from rsrlm.runtime.learner import newest_checkpoint, set_dropout, share_of, steps_of
 
 SCRIPT = Path(__file__).parent / "learner_rank.py"
 OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
@@ -202,4 +202,4 @@ def test_the_newest_checkpoint_of_the_iteration_counts(tmp_path: Path) -> None:
 )
 def test_training_stops_after_an_epoch(items: int, epochs: int, stop: int | None, steps: int) -> None:
     train = Train(lr=1e-3, pairs_per_step=4, epochs=epochs, stop_after_epoch=stop)
-    assert steps_to_take(items, train) == steps
+    assert train.steps(items) == steps

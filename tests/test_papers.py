@@ -25,7 +25,7 @@ from rsrlm.produce import judge_pairs
 from rsrlm.prompts import deal
 from rsrlm.ranked import RankedPrompt, Reply
 from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Sampling, Scored
-from rsrlm.runtime.learner import set_dropout, steps_of, steps_to_take
+from rsrlm.runtime.learner import set_dropout, steps_of
 from rsrlm.store import Journal
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,7 @@ def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
 
 def steps(config: Config, encoder: ChatEncoder) -> Any:
     items: Sequence[Any] = [RESPONSES[0]] * 11
-    return [len(step) for step in steps_of(items, config.train, 0, 0)], steps_to_take(11, config.train)
+    return [len(step) for step in steps_of(items, config.train, 0, 0)], config.train.steps(11)
 
 
 def requests(config: Config, encoder: ChatEncoder) -> Any:

@@ -428,7 +428,7 @@ def run_job(job: TrainJob, model: Model, emit: Emit) -> None:
     policy = Policy(load_policy(job.model, model, train), train, model.dtype)
     try:
         steps = steps_of(job.items, train, job.seed, job.iteration)
-        last = steps_to_take(len(job.items), train)
+        last = train.steps(len(job.items))
         checkpoint = newest_checkpoint(run, job.iteration)
         if checkpoint:
             path, first = checkpoint
@@ -486,11 +486,6 @@ def run_job(job: TrainJob, model: Model, emit: Emit) -> None:
         policy.close()
         del policy
         gc.collect()
-
-
-def steps_to_take(items: int, train: Train) -> int:
-    """Optimizer steps of an iteration: all of its epochs, or those up to `stop_after_epoch`."""
-    return math.ceil(items / train.pairs_per_step) * (train.stop_after_epoch or train.epochs)
 
 
 def candidate_path(output: str | Path, step: int) -> Path:
