@@ -6,12 +6,12 @@ Stages, each of which a second start of the command finds finished: a run of con
 the judges of M0 and SFT (and of M1, M2 with --all-models) on trees that no part of the run has seen, once in free text
 (who writes a score at all?) and once from the digits; the same on --pairs GPT-4 preferences; and from the run's own
 records, without any model: pairs at every rho, and the meta-judge's position bias before and after the weights.
+A word like prompts.per_iteration=36 at the end goes to the run.
 Results: benchmarks/results/papers.json.
 """
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 from collections import defaultdict
@@ -20,13 +20,15 @@ from statistics import fmean
 from typing import Any
 
 import common
-import pyarrow.parquet as pq
 import scipy.stats
 
-from rsrlm.config import Pair
+from rsrlm import meta_judging
+from rsrlm.config import Meta, Pair
+from rsrlm.judging import mean_points
 from rsrlm.pairing import best_against_worst
-from rsrlm.records import PreferencePair, Response, Sampling, Scored
+from rsrlm.records import Group, Judgement, PreferencePair, Prompt, Response, group_id
 from rsrlm.runtime.tools import figure
+from rsrlm.store import RunFolder
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "meta_rewarding_smollm2_cpu.yaml"
@@ -63,68 +65,118 @@ def interval(values: list[float], seed: int = 0) -> dict[str, Any]:
     return {"mean": fmean(values), "low": float(low), "high": float(high), "n": len(values)}
 
 
-def table(run: Path, iteration: int, name: str) -> list[dict[str, Any]]:
-    path = run / "iterations" / f"{iteration:02d}" / f"{name}.parquet"
-    return pq.read_table(path).to_pylist() if path.exists() else []
+def groups(run: RunFolder, iteration: int) -> list[Group]:
+    """What the run made for each prompt, from its journal."""
+    journal = run.journal(iteration)
+    journal.close()
+    responses: dict[str, list[Response]] = defaultdict(list)
+    judgements: dict[tuple[str, bool], list[Judgement]] = defaultdict(list)
+    for response in journal.responses.values():
+        responses[response.prompt_id].append(response)
+    for judgement in journal.judgements.values():
+        judgements[judgement.prompt_id, judgement.role == "meta"].append(judgement)
+    return [
+        Group(
+            id=group_id(iteration, name),
+            iteration=iteration,
+            prompt=Prompt(id=name, text=""),
+            responses=tuple(sorted(responses[name], key=lambda one: one.index)),
+            judgements=tuple(judgements[name, False]),
+            pair=None,
+            no_pair_reason="",
+            comparisons=tuple(judgements[name, True]),
+        )
+        for name in sorted(responses)
+    ]
 
 
-def rho_study(run: Path, iterations: tuple[int, ...]) -> dict[str, Any]:
-    """The same scored groups paired at every rho: characters of chosen and rejected, and their score gap."""
-    groups: dict[tuple[int, str], list[Response]] = defaultdict(list)
-    points: dict[str, list[float]] = defaultdict(list)
-    for iteration in iterations:
-        for row in table(run, iteration, "responses"):
-            row["sampling"] = Sampling(**row["sampling"])
-            for name in ("token_ids", "prompt_token_ids"):
-                row[name] = tuple(row[name])
-            groups[iteration, row["prompt_id"]].append(Response(**row))
-        for row in table(run, iteration, "judgements"):
-            if row["points"] is not None:
-                points[f"{iteration}:{row['response_id']}"].append(row["points"])
-    found = {}
+def rho_study(made: list[Group], rule: Pair, seed: int) -> dict[str, Any]:
+    """The same scored groups paired at every rho: characters of chosen and rejected, and their score gap; and how much
+    longer the chosen is than the same group's at rho 0."""
+    chosen: dict[float, dict[str, tuple[int, int, float]]] = {}
     for rho in RHOS:
-        pairs: list[tuple[PreferencePair, dict[str, Response]]] = []
-        for (iteration, _), responses in sorted(groups.items()):
+        rho_rule = rule.model_copy(update={"rho": rho, "max_chosen_chars": None})
+        chosen[rho] = {}
+        for group in made:
             verdicts = {
-                one.id: Scored(points=fmean(scores)) for one in responses if (scores := points[f"{iteration}:{one.id}"])
+                one.id: mean_points([j.verdict for j in group.judgements if j.response_id == one.id])
+                for one in group.responses
             }
-            pair = best_against_worst(responses, verdicts, Pair(rho=rho), iteration)
+            pair = best_against_worst(group.responses, verdicts, rho_rule, group.iteration, seed)
             if isinstance(pair, PreferencePair):
-                pairs.append((pair, {one.id: one for one in responses}))
-        found[str(rho)] = {
-            "chosen_chars": interval([float(len(by_id[pair.chosen_id].text)) for pair, by_id in pairs]),
-            "rejected_chars": interval([float(len(by_id[pair.rejected_id].text)) for pair, by_id in pairs]),
-            "score_gap": interval([pair.chosen_score - pair.rejected_score for pair, _ in pairs]),
-        }
-    return found
-
-
-def position_bias(run: Path, iteration: int) -> dict[str, Any]:
-    """Share of decided comparisons that the judgement shown first won: as counted, with the iteration's weights, and
-    by prompt with an interval; and how often both orders name the same judgement."""
-    by_prompt: dict[str, list[int]] = defaultdict(list)
-    by_match: dict[tuple[str, frozenset[str]], list[str]] = defaultdict(list)
-    for row in table(run, iteration, "comparisons"):
-        first, second = row["id"].rpartition("#")[2].split("~")
-        if row["points"] in (0.0, 1.0):
-            by_prompt[row["prompt_id"]].append(int(row["points"]))
-            winner = first if row["points"] else second
-            by_match[row["response_id"], frozenset((first, second))].append(winner)
-    decided = [won for wins in by_prompt.values() for won in wins]
-    if not decided:
-        return {"decided": 0}
-    first, second = sum(decided), len(decided) - sum(decided)
-    weights = {"first": second / len(decided), "second": first / len(decided)}
-    weighted = weights["first"] * first + weights["second"] * second
-    both = [winners for winners in by_match.values() if len(winners) == 2]
+                chars = {one.id: len(one.text) for one in group.responses}
+                gap = pair.chosen_score - pair.rejected_score
+                chosen[rho][group.id] = (chars[pair.chosen_id], chars[pair.rejected_id], gap)
     return {
-        "decided": len(decided),
-        "first_position_wins": interval([fmean(wins) for wins in by_prompt.values()]),
-        "first_position_share": first / len(decided),
-        "weights": weights,
-        "first_position_share_weighted": weights["first"] * first / weighted if weighted else None,
-        "both_orders_agree": fmean(a == b for a, b in both) if both else None,
-        "matches_in_both_orders": len(both),
+        str(rho): {
+            "chosen_chars": interval([float(one[0]) for one in pairs.values()]),
+            "rejected_chars": interval([float(one[1]) for one in pairs.values()]),
+            "score_gap": interval([one[2] for one in pairs.values()]),
+            "chosen_chars_more_than_at_0": interval([float(pairs[id][0] - chosen[0.0][id][0]) for id in sorted(pairs)]),
+        }
+        for rho, pairs in chosen.items()
+    }
+
+
+def position_bias(made: list[Group], rule: Meta, seed: int) -> dict[str, Any]:
+    """How often the judgement shown first wins, and what the weights do about it.
+
+    The share after the weights is trivially one half over the comparisons that the weights were counted on; here each
+    prompt is weighed by the wins of the other prompts.
+    """
+    wins = {group.id: [meta_judging.result(one) for one in group.comparisons] for group in made}
+    wins = {id: [won for won in found if won] for id, found in wins.items()}
+    wins = {id: found for id, found in wins.items() if found}
+    if not wins:
+        return {"decided": 0}
+    first, decided = (sum(f(found) for found in wins.values()) for f in (lambda won: won.count(1), len))
+    after = []
+    for found in wins.values():
+        others_first, others = first - found.count(1), decided - len(found)
+        of_first, of_second = (others - others_first) * found.count(1), others_first * found.count(-1)
+        if of_first + of_second:
+            after.append(of_first / (of_first + of_second))
+    winners: dict[tuple[str, frozenset[str]], list[str]] = defaultdict(list)
+    for group in made:
+        for one in group.comparisons:
+            shown = one.id.rpartition("#")[2].split("~")
+            if meta_judging.result(one):
+                winners[group.id, frozenset(shown)].append(shown[meta_judging.result(one) < 0])
+    both = [found for found in winners.values() if len(found) == 2]
+    weights = meta_judging.position_weights(one for group in made for one in group.comparisons)
+    return {
+        "decided": decided,
+        "first_position_share": first / decided,
+        "first_position_wins": interval([found.count(1) / len(found) for found in wins.values()]),
+        "weights": {"first": weights.first, "second": weights.second},
+        "first_position_wins_weighted_by_the_others": interval(after),
+        "both_orders_agree": sum(a == b for a, b in both) / len(both) if both else None,
+        "matches_decided_in_both_orders": len(both),
+        "judge_pairs": pairs_by_weights(made, weights, rule, seed),
+    }
+
+
+def pairs_by_weights(made: list[Group], weights: meta_judging.Weights, rule: Meta, seed: int) -> dict[str, int]:
+    """Judge pairs with the iteration's weights and with even ones, and how many of those of both are the same."""
+    found = []
+    for weighed in (weights, meta_judging.EVEN):
+        pairs = {}
+        for group in made:
+            response = meta_judging.most_uncertain(group.responses, group.judgements, seed)
+            if response is not None:
+                shown = meta_judging.contestants(meta_judging.readable(group.judgements, response), rule)
+                pair = meta_judging.judge_pair((), shown, group.comparisons, weighed, rule, seed)
+                if isinstance(pair, PreferencePair):
+                    pairs[group.id] = pair
+        found.append(pairs)
+    weighted, even = found
+    shared = weighted.keys() & even.keys()
+    return {
+        "with_weights": len(weighted),
+        "with_even_weights": len(even),
+        "in_both": len(shared),
+        "with_the_same_chosen": sum(weighted[id].chosen_id == even[id].chosen_id for id in shared),
+        "with_the_same_chosen_and_rejected": sum(weighted[id].id == even[id].id for id in shared),
     }
 
 
@@ -175,6 +227,8 @@ def main() -> None:
         measures["gpt4_preferences_digits"] = judges(
             run, names, work / "preferences-digits", arguments.preferences, "all", arguments.pairs, DIGITS
         )
+    folder, config = RunFolder.open(run)
+    first, second = (groups(folder, iteration) for iteration in (1, 2))
     result = {
         "question": "what do EFT, rho and the position weights do with a 135M model?",
         "command": " ".join(["benchmarks/papers.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
@@ -182,8 +236,8 @@ def main() -> None:
         "config": CONFIG.read_text(),
         "judges": measures,
         "iterations": yields(run),
-        "rho": rho_study(run, (1, 2)),
-        "position_bias": {"M1": position_bias(run, 1)},
+        "rho": rho_study([*first, *second], config.at(1).pair, config.seed),
+        "position_bias": position_bias(first, config.at(1).meta, config.seed),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "papers.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -193,7 +247,15 @@ def main() -> None:
 def show(result: dict[str, Any]) -> None:
     for where, models in result["judges"].items():
         for model, found in models.items():
-            names = ("readable", "pairwise_accuracy", "agreement", "tie_share", "spearman", "score_length")
+            names = (
+                "readable",
+                "pair_yield",
+                "pairwise_accuracy",
+                "agreement",
+                "tie_share",
+                "spearman",
+                "score_length",
+            )
             figures = {name: figure(found[name]) for name in names}
             print(where, model, figures)
     for rho, found in result["rho"].items():
@@ -204,5 +266,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    random.seed(0)
     main()

@@ -87,6 +87,8 @@ def judge_metrics(
       five_best: replies with a mean of 5, in prompts with different human ranks; those that no reply outranks.
       exact_match: prompts with different human ranks and all scores readable; those with every such pair in the human
         order. Replies of one human rank may be in any order.
+      pair_yield: prompts with two replies or more; those with two different readable scores, of which the loop would
+        make a pair.
       spearman, kendall_tau (b): prompts; the mean over them of the correlation of scores and human preference, over
         replies with a readable score. `left_out` counts the prompts where none is defined.
       readable: judgements. Its interval is Wilson's, which takes judgements as independent.
@@ -114,6 +116,7 @@ def judge_metrics(
             "agreement_without_ties",
             "five_best",
             "exact_match",
+            "pair_yield",
         )
     }
     means: dict[str, list[tuple[float, float]]] = {
@@ -143,6 +146,8 @@ def judge_metrics(
         shares["five_best"].append((int(top.sum()), int(fives.sum())) if preference else (0, 0))
         complete = preference and len(kept) == len(one.ranks)
         shares["exact_match"].append((int(complete and right == pairs), int(complete)))
+
+        shares["pair_yield"].append((int(len(set(scores.tolist())) > 1), int(len(one.scores) > 1)))
 
         reason = _undefined(scores, ranks)
         if reason:

@@ -19,7 +19,7 @@ from rsrlm.metrics import Compared, Rated, distinct_n, judge_metrics, pairwise_j
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RANK_FIGURES = (
     "pairwise_accuracy", "tie_share", "agreement", "agreement_without_ties", "exact_match", "spearman", "kendall_tau",
-    "score_length", "score_length_within",
+    "score_length", "score_length_within", "pair_yield",
 )  # fmt: skip
 FIGURES = (*RANK_FIGURES, "five_best", "readable")
 Shape = tuple[Sequence[float], Sequence[float | None]]
@@ -70,6 +70,7 @@ def test_right_tied_wrong_and_unreadable_pairs() -> None:
     assert values["kendall_tau"] == (pytest.approx(0.5), 80, 80)
     assert found["five_best"]["value"] == 0.75
     assert found["five_best"]["n"] == 80
+    assert (found["pair_yield"]["value"], found["pair_yield"]["n"]) == (pytest.approx(80 / 150), 150)
     assert found["left_out"] == {"fewer than two scored": 50, "equal scores": 20, "equal ranks": 0}
     assert (found["replies"], found["replies_unreadable"]) == (300, 50)
 

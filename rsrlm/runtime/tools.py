@@ -340,6 +340,7 @@ JUDGE_COLUMNS = {
     "spearman": "Spearman",
     "kendall_tau": "Kendall",
     "readable": "readable",
+    "pair_yield": "pair yield",
     "score_length": "score~length",
 }
 PAIRWISE_COLUMNS = {
