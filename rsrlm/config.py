@@ -306,6 +306,7 @@ class Data(Section):
     max_eft: int | None = Field(None, gt=0, description="judgements kept at most")
     max_chars: int | None = Field(None, gt=0, description="leave out trees with a longer prompt, and longer replies")
     eft_judgements: int = Field(3, gt=0, description="judgements sampled for each ranked reply")
+    eft_per_reply: int = Field(1, gt=0, description="of those, kept for a reply at most: the nearest to their mean")
     accept: Literal["order", "pairs"] = Field(
         "order", description="judgements kept: of trees whose whole order agrees with people, or of pairs that agree"
     )
@@ -314,6 +315,11 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.eft_per_reply > self.eft_judgements:
+            raise ValueError(
+                f"data.eft_per_reply={self.eft_per_reply} is more than data.eft_judgements={self.eft_judgements}; "
+                "lower it, or sample more"
+            )
         if self.ift_share + self.eft_share > 1:
             raise ValueError(
                 f"data.ift_share={self.ift_share} and data.eft_share={self.eft_share} add up to more than 1; lower them"
@@ -384,6 +390,9 @@ class Evaluate(SamplingParams):
     judge_max_tokens: int = Field(300, gt=0, description="of a written pairwise verdict")
     duel: bool = Field(True, description="win rate over the previous model by the pairwise judge, in both orders")
     template: str = Field("pairwise", description="pairwise judge template: a name of rsrlm's or a Jinja2 file")
+    kl: bool = Field(
+        True, description="estimate the KL divergence from M0, on one answer to each held-out prompt at temperature 1"
+    )
 
 
 class Wandb(Section):

@@ -4,6 +4,7 @@ Two judges are kept apart and always named: the current model, whose taste moves
 model M0. Which of two models wins is asked of M0 in both orders; orders that disagree are a tie.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -12,9 +13,9 @@ from typing import Any
 from rsrlm import judging
 from rsrlm.ask import SAMPLE_PRIORITY, Engines, Judging, duel_judge, gather, respond, winner_of
 from rsrlm.chat import ChatEncoder
-from rsrlm.config import Config
+from rsrlm.config import Config, SamplingParams
 from rsrlm.produce import mean_verdicts
-from rsrlm.records import Judgement, Prompt, Response, Scored, Unparsed, seed_of
+from rsrlm.records import Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
 from rsrlm.store import Journal
 
 EVALUATION = 1_000_000  # an iteration number of its own: no seed of an evaluation meets one of the training
@@ -50,6 +51,36 @@ class Evaluation:
             return found
 
         return await gather([one(prompt) for prompt in self._prompts])
+
+    async def samples(self, engines: Engines, model: str) -> list[Response]:
+        """An answer of the model that the engines hold to each prompt, drawn from its whole distribution: temperature
+        1, without top_p and top_k. Deterministic, and not kept."""
+        params = SamplingParams(temperature=1.0, max_tokens=self._config.evaluate.max_tokens)
+        work = []
+        for prompt in self._prompts:
+            group = f"{model}/{prompt.id}"
+            seed = seed_of(self._config.seed, EVALUATION, group, "actor", "kl")
+            group = f"{group}/kl"
+            work.append(respond(engines, self._encoder, prompt, 0, params, group=group, seed=seed))
+        return await gather(work)
+
+    async def logprobs(self, engines: Engines, answers: Sequence[Response]) -> list[tuple[float, ...]]:
+        """Log-probabilities of each answer's tokens under the model that the engines hold, in nats, at temperature 1.
+
+        An answer that fills the context to its last token lacks that token: one is generated for every request.
+        """
+        room = self._config.engine.max_model_len - 1
+        requests = [
+            Request(
+                id=f"{answer.id}/logprobs",
+                prompt_token_ids=(answer.prompt_token_ids + answer.token_ids)[:room],
+                sampling=Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0),
+                priority=SAMPLE_PRIORITY,
+                score_from=len(answer.prompt_token_ids),
+            )
+            for answer in answers
+        ]
+        return [found.prompt_logprobs for found in await gather([engines.generate(one) for one in requests])]
 
     async def scores(
         self, engines: Engines, judge_model: str, answers: Sequence[Response], journal: Journal
@@ -142,6 +173,20 @@ class Evaluation:
         )
         journal.add(judgement)
         return judgement
+
+
+def kl_per_token(
+    of_model: Sequence[Sequence[float]], of_first: Sequence[Sequence[float]]
+) -> dict[str, float | int | None]:
+    """KL(model || first) in nats per token, from the log-probabilities of the model's own samples under both.
+
+    The mean of exp(r) - 1 - r with r = log first - log model (the k3 estimator): no term is negative, and the
+    expectation is the divergence if the tokens were drawn at temperature 1 without top_p and top_k.
+    """
+    ratios = [
+        first - own for model, m0 in zip(of_model, of_first, strict=True) for own, first in zip(model, m0, strict=True)
+    ]
+    return {"per_token": fmean(math.expm1(r) - r for r in ratios) if ratios else None, "tokens": len(ratios)}
 
 
 def share(outcomes: Sequence[str], outcome: str) -> float | None:

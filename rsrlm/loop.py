@@ -19,7 +19,7 @@ from rsrlm import seeds, watch
 from rsrlm.ask import Comparing, Engines, Judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, Train
-from rsrlm.evaluate import Evaluation, lengths, mean_score
+from rsrlm.evaluate import Evaluation, kl_per_token, lengths, mean_score
 from rsrlm.meta_judging import most_comparisons, result
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.progress import Report
@@ -159,7 +159,7 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
             "stage_seconds": clock.seconds,
             "published": published,
             "heldout": heldout,
-            "signs": signs_of(iteration, groups, items, rows, ports.store) if groups else {},
+            "signs": signs_of(iteration, groups, items, rows, heldout, ports.store) if groups else {},
             **({"endpoint": usage} if (usage := ports.pools.endpoint_usage()) else {}),
         }
         ports.store.write_metrics(iteration, row)
@@ -175,9 +175,11 @@ def signs_of(
     groups: Sequence[Group],
     items: Sequence[PreferencePair] | Sequence[Example],
     earlier: Sequence[dict[str, Any]],
+    heldout: Mapping[str, Any],
     store: RunFolder,
 ) -> dict[str, float | None]:
-    """Signs of trouble of a finished iteration, `earlier` being the metrics of those before it."""
+    """Signs of trouble of a finished iteration, `earlier` being the metrics of those before it and `heldout` what
+    `evaluate` found of its model."""
     _, responses, judgements, _ = records_of(groups)
     return watch.signs(
         groups,
@@ -186,6 +188,7 @@ def signs_of(
         store.steps(iteration).rows,
         comparisons=watch.comparisons_of(groups),
         earlier=[row["signs"] for row in earlier if row.get("signs")],
+        kl_to_first=heldout.get("kl_to_first", {}).get("per_token"),
     )
 
 
@@ -492,6 +495,8 @@ async def evaluate(
             await ports.pools.hold(model)
             answers = await evaluation.answers(engines, model, journal)
             tick("answers", len(answers), 0)
+            drawn = await evaluation.samples(engines, model) if before and config.evaluate.kl else []
+            own_logprobs = await evaluation.logprobs(engines, drawn)
             own = await evaluation.scores(ports.pools.judges, model, answers, journal)
             tick("scores", totals["scores"], 0)
         found = {
@@ -518,6 +523,10 @@ async def evaluate(
                     )
                     earlier.close()
                     tick("judgements", duels, 0)
+        if drawn:
+            await ports.pools.hold("M0")
+            first_logprobs = await evaluation.logprobs(engines, drawn)
+            found["kl_to_first"] = kl_per_token(own_logprobs, first_logprobs)
     finally:
         journal.close()
     ports.store.event("evaluated", **found)

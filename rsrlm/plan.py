@@ -86,9 +86,10 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
         "responses": (prompts * k, config.sample.max_tokens),
         "judgements": (prompts * k * judged + seeds.replies * config.data.eft_judgements, judge_tokens),
         "comparisons": (compared, meta_tokens),
-        "held-out answers": (heldout * (1 + first), config.evaluate.max_tokens),
+        "held-out answers": (heldout * (1 + first + config.evaluate.kl), config.evaluate.max_tokens),
         # M0 by itself, the new model by itself and by M0
         "held-out judgements": (heldout * judged * (2 + first), judge_tokens),
+        "held-out log-probabilities": (2 * heldout if config.evaluate.kl else 0, 1),  # under the new model and M0
         "held-out duels": (heldout * 2 if config.evaluate.duel else 0, duel_tokens),
     }
     train = config.train

@@ -501,12 +501,15 @@ def ift_examples(prompts: Iterable[RankedPrompt]) -> tuple[list[tuple[RankedProm
 
 
 def accept(
-    prompt: RankedPrompt, scores: Mapping[str, Sequence[float | None]], rule: Literal["order", "pairs"] = "order"
+    prompt: RankedPrompt,
+    scores: Mapping[str, Sequence[float | None]],
+    rule: Literal["order", "pairs"] = "order",
+    most: int = 1,
 ) -> list[tuple[str, int]] | str:
     """The sampled judgements of a prompt that agree with people's ranks, or why none does (a text that is counted).
 
     `scores` holds the scores of the judgements sampled for each reply by its id, None where one is unreadable; it may
-    hold other prompts' too. Returns (reply id, index of the sample), at most one per ranked reply, in the order of
+    hold other prompts' too. Returns (reply id, index of the sample), at most `most` per ranked reply, in the order of
     the replies. A reply's own score is the mean of its readable samples. Replies without rank take no part, equal
     ranks impose nothing, and where ranks differ, equal scores (within 1e-9) disagree.
 
@@ -518,6 +521,7 @@ def accept(
     accepted if the means agree in more of its pairs than they disagree in; taken is its readable sample nearest to
     the mean. Both replies of a pair gain or lose by it.
 
+    Above one sample per reply, the choice is made again from the samples that are not yet taken; the means stay.
     At the same distance the lowest index is taken, of the first reply first.
     """
     if rule not in ("order", "pairs"):
@@ -536,16 +540,30 @@ def accept(
         for pair, lead in leads:
             for reply in pair:
                 balance[reply] += 1 if lead > TIE else -1
-        accepted = [(reply, _nearest(samples[reply], means[reply])[1]) for reply in ranks if balance[reply] > 0]
-        return accepted or "no reply agrees more than it disagrees"
-    if len(means) < len(ranks):
-        return "a ranked reply without readable judgement"
-    if any(lead < -TIE for _, lead in leads):
-        return "scores in another order"
-    if any(lead <= TIE for _, lead in leads):
-        return "equal scores for different ranks"
-    taken = _in_order(ranks, samples, means)
-    return [(reply, taken[reply]) for reply in ranks] if taken else "no samples in this order"
+        agreeing = [reply for reply in ranks if balance[reply] > 0]
+        why = "no reply agrees more than it disagrees"
+
+        def choose(left: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, int]:
+            return {reply: _nearest(left[reply], means[reply])[1] for reply in agreeing if left[reply]}
+
+    else:
+        if len(means) < len(ranks):
+            return "a ranked reply without readable judgement"
+        if any(lead < -TIE for _, lead in leads):
+            return "scores in another order"
+        if any(lead <= TIE for _, lead in leads):
+            return "equal scores for different ranks"
+        why = "no samples in this order"
+
+        def choose(left: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, int]:
+            return _in_order(ranks, left, means) or {}
+
+    taken: dict[str, list[int]] = {reply: [] for reply in ranks}
+    for _ in range(most):
+        left = {reply: [(i, s) for i, s in found if i not in taken[reply]] for reply, found in samples.items()}
+        for reply, index in choose(left).items():
+            taken[reply].append(index)
+    return [(reply, index) for reply in ranks for index in taken[reply]] or why
 
 
 def _nearest(samples: Iterable[tuple[int, float]], mean: float) -> tuple[float, int]:

@@ -39,8 +39,9 @@ class Request:
     """One single-sample generation request.
 
     `regex` constrains the text with vLLM's structured outputs. `label_ids` asks for the log-probabilities of these
-    tokens at the first decoding step. Lower `priority` is served first. `text` is the user turn where a model behind an
-    API is asked, which tokenises for itself.
+    tokens at the first decoding step, `score_from` for those of the prompt's own tokens from this position on (1 or
+    more). Lower `priority` is served first. `text` is the user turn where a model behind an API is asked, which
+    tokenises for itself.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Request:
     priority: int
     regex: str | None = None
     label_ids: tuple[int, ...] = ()
+    score_from: int | None = None
     text: str = ""
 
 
@@ -57,7 +59,8 @@ class Completion:
     """What an engine answers to a `Request`.
 
     `token_ids` are as sampled: an end token is the last one only if the model wrote it. `weight_version` is the one
-    that the engine held when it sampled the oldest token. `label_logprobs` are natural logs, one per `label_ids`.
+    that the engine held when it sampled the oldest token. `label_logprobs` are natural logs, one per `label_ids`;
+    `prompt_logprobs` one per token of the prompt from `score_from` on.
     """
 
     request_id: str
@@ -69,6 +72,7 @@ class Completion:
     cached_tokens: int
     replica: int
     label_logprobs: tuple[float, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -243,7 +243,7 @@ def accepted(
         }
         counts["judgements"] += sum(len(points) for points in scores.values())
         counts["judgements unreadable or cut"] += sum(points.count(None) for points in scores.values())
-        agreed = ranked.accept(prompt, scores, data.accept)
+        agreed = ranked.accept(prompt, scores, data.accept, data.eft_per_reply)
         if isinstance(agreed, str):
             counts[f"prompts refused: {agreed}"] += 1
             continue

@@ -208,6 +208,13 @@ SIGNS: dict[str, Sign] = {
         seen="KL shot up when the answers collapsed (2505.21444)",
         remedy=_COLLAPSE_REMEDY,
     ),
+    "kl_to_first": Sign(
+        meaning="estimated KL divergence of the new model from M0 on held-out prompts, in nats per token",
+        direction="above",
+        warn=0.5,
+        seen="KL shot up when the answers collapsed (2505.21444)",
+        remedy=_COLLAPSE_REMEDY,
+    ),
     "first_position_wins": Sign(
         meaning="share of the decided meta-judgements that the judgement shown first wins",
         direction="above",
@@ -276,12 +283,14 @@ def signs(
     *,
     comparisons: Sequence[Comparison] = (),
     earlier: Sequence[Mapping[str, float | None]] = (),
+    kl_to_first: float | None = None,
 ) -> dict[str, float | None]:
     """The signs of one iteration: a number, or None where it cannot be estimated, for every name in `SIGNS`.
 
     `verdicts` holds the mean verdict of each response by its id; `pairs` are of these groups' responses and judgements
     (KeyError for others); `steps` are the learner's rows in order, without log-probabilities where it did not train on
-    pairs; `earlier` what this function gave for the iterations before, from the first on.
+    pairs; `earlier` what this function gave for the iterations before, from the first on; `kl_to_first` is measured on
+    other answers than these.
 
     The denominators stand beside the signs: `n_groups` (equal_scores), `n_responses` (distinct_1, distinct_2),
     `n_scored` (score_mean, score_drift, saturated, score_length), `n_judgements` (unreadable), `n_actor_pairs` and
@@ -326,6 +335,7 @@ def signs(
         "unreadable": _mean([isinstance(judgement.verdict, Unparsed) for judgement in judgements]),
         "chosen_logp_change": _change([row["chosen_logp"] for row in steps if "chosen_logp" in row]),
         "kl_per_token": _finite(steps[-1].get("kl_per_token", nan)) if steps else None,
+        "kl_to_first": kl_to_first,
         "first_position_wins": _mean([one.winner == "A" for one in decided]),
         "higher_score_wins": _mean([(one.winner == "A") == (one.first_points > one.second_points) for one in apart]),
         "n_groups": len(by_group),

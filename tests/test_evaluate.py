@@ -13,7 +13,7 @@ import pytest
 from rsrlm.ask import SAMPLE_PRIORITY, Judging, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError
-from rsrlm.evaluate import Evaluation, lengths, mean_score
+from rsrlm.evaluate import Evaluation, kl_per_token, lengths, mean_score
 from rsrlm.judging import fence_of
 from rsrlm.model import load_tokenizer
 from rsrlm.produce import Producer
@@ -61,6 +61,9 @@ class Engines:
             label_logprobs=(answer or A)
             if len(request.label_ids) == 2
             else (math.log(1 / 6),) * len(request.label_ids),
+            prompt_logprobs=()
+            if request.score_from is None
+            else tuple(-token / 10 for token in request.prompt_token_ids[request.score_from :]),
         )
 
 
@@ -510,3 +513,26 @@ def test_lengths() -> None:
     assert lengths(answers) == {"tokens": 7 / 4, "words": (4 + 1 + 0 + 3) / 4, "complete": 0.5}
     assert lengths(answers[:1]) == {"tokens": 4.0, "words": 4.0, "complete": 1.0}
     assert lengths([]) == {"tokens": None, "words": None, "complete": None}
+
+
+def test_kl_per_token_by_hand() -> None:
+    """r = log first - log model is -0.5, 0 and ln 2: exp(r) - 1 - r is 0.1065, 0 and 0.3069; their mean 0.1378."""
+    found = kl_per_token([(-1.0, -2.0), (-1.0,)], [(-1.5, -2.0), (-1.0 + math.log(2),)])
+    assert found == {"per_token": pytest.approx((math.exp(-0.5) - 0.5 + 1 - math.log(2)) / 3), "tokens": 3}
+    assert found["per_token"] == pytest.approx(0.1378, abs=1e-4)
+    assert kl_per_token([], []) == {"per_token": None, "tokens": 0}
+
+
+def test_samples_for_the_kl_come_from_the_whole_distribution(evaluation: Callable[..., Evaluation]) -> None:
+    """And each is scored where it stands: behind its prompt, its own tokens only, and never beyond the context."""
+    engines = Engines()
+    made = evaluation(evaluate={"temperature": 0.0, "top_p": 0.9, "top_k": 5, "max_tokens": 7})
+    drawn = run(made.samples(engines, "M1"))
+    assert [response.prompt_id for response in drawn] == [prompt.id for prompt in PROMPTS]
+    asked = [request.sampling for request in engines.requests]
+    assert {(one.temperature, one.top_p, one.top_k, one.max_tokens) for one in asked} == {(1.0, 1.0, 0, 7)}
+    assert len({one.seed for one in asked}) == len(PROMPTS)
+    assert [one.token_ids for one in run(made.samples(Engines(), "M1"))] == [one.token_ids for one in drawn]
+    assert run(made.logprobs(engines, drawn)) == [tuple(-token / 10 for token in one.token_ids) for one in drawn]
+    full = replace(drawn[0], prompt_token_ids=(1,) * (made._config.engine.max_model_len - 2), token_ids=(8, 9))
+    assert run(made.logprobs(engines, [full])) == [(-0.8,)]

@@ -218,7 +218,7 @@ def kept_judgements(config: Config, encoder: ChatEncoder) -> Any:
         replies = tuple(Reply(id=f"{name}{i}", text=f"{i}", rank=float(i)) for i in range(3))
         prompts.append(RankedPrompt(id=name, text="?", replies=replies))
         for i, value in enumerate(points):
-            found[f"{name}{i}"] = [judgement(f"00/{name}/{i}", 0, value)]
+            found[f"{name}{i}"] = [judgement(f"00/{name}/{i}", sample, value) for sample in range(2)]
     kept, counts = seeds.accepted(prompts, found, config.data, config.seed)
     return [one.judgement.id for one in kept], counts
 
@@ -281,6 +281,7 @@ ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
     ("SR 3.1.1: 1,630 EFT examples", kept_judgements, TREES, {"data": {"max_eft": 1}}),
     ("SR 3.1.1: the order of the scores agrees with people", kept_judgements, TREES, {"data": {"accept": "pairs"}}),
     ("SR 3.1.1: the most common score is thinned", kept_judgements, TREES, {"data": {"most_common": 0.2}}),
+    ("SR 3.1.1: judgements kept for a reply (open)", kept_judgements, TREES, {"data": {"eft_per_reply": 2}}),
     ("SR 3.1.1: judgements sampled for a reply (open)", replies_judged, TREES, {"data": {"eft_judgements": 7}}),
     ("SR 2.1: IFT and EFT are mixed", mixture, MIXED,
      {"sft": {"sources": [{"path": "positive", "weight": 2.0}]}}),

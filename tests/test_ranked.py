@@ -687,6 +687,25 @@ def test_accept_by_pairs(people: Sequence[float | None], scores: list[list[float
     assert (found if isinstance(found, str) else dict(found)) == expected
 
 
+@pytest.mark.parametrize(
+    ("rule", "people", "scores", "most", "expected"),
+    [
+        # mean 3.5: 4 and 3 are as near, then 5; b is accepted with all that it has
+        ("pairs", (0, 1), [[5, 4, 3, 2], [1]], 3, [("a", 1), ("a", 2), ("a", 0), ("b", 0)]),
+        # a > b > c: first 4 3 2; then 5 4 1 holds, and a third choice has nothing left of c
+        (
+            "order", (0, 1, 2), [[4, 5, 4], [3, 4, 2], [2, 1]], 3,
+            [("a", 0), ("a", 2), ("b", 0), ("b", 2), ("c", 0), ("c", 1)],
+        ),
+        ("pairs", (0, 1), [[3, 3], [4, 4]], 2, "no reply agrees more than it disagrees"),
+    ],
+)  # fmt: skip
+def test_accept_more_than_one_sample_of_a_reply(
+    rule: Any, people: Sequence[float], scores: list[list[float | None]], most: int, expected: object
+) -> None:
+    assert accept(prompt_of(*people), sampled(scores), rule, most) == expected
+
+
 def test_accept_wants_a_known_rule() -> None:
     with pytest.raises(ValueError, match="order or pairs"):
         accept(prompt_of(0, 1), {}, "best")  # type: ignore[arg-type]

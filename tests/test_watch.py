@@ -234,10 +234,12 @@ def test_alarms_of_an_iteration_that_went_wrong() -> None:
         pairs=[pair("actor", "01/p0/0", "01/p0/2", gap=0.1)],
         steps=[step(-20.0), step(-80.0, kl=1.5)],
         earlier=[{"score_mean": 4.1, "chosen_chars": 1100.0}],
+        kl_to_first=0.6,
     )
     assert {alarm.sign for alarm in alarms(made)} == {
         "equal_scores", "score_mean", "score_drift", "saturated", "pair_score_gap", "chosen_chars",
         "chosen_chars_ratio", "distinct_1", "distinct_2", "unreadable", "chosen_logp_change", "kl_per_token",
+        "kl_to_first",
     }  # fmt: skip
 
 

@@ -112,6 +112,7 @@ def sampling_params(request: Request) -> Any:
         output_kind=RequestOutputKind.FINAL_ONLY,
         structured_outputs=StructuredOutputsParams(regex=request.regex) if request.regex else None,
         logprob_token_ids=list(request.label_ids) or None,
+        prompt_logprobs=None if request.score_from is None else 0,  # of the tokens themselves and no others
     )
 
 
@@ -124,6 +125,12 @@ def completion_of(request: Request, output: Any, replica: int) -> Completion:
     if request.label_ids:
         first = answer.logprobs[0]
         label_logprobs = tuple(float(first[token].logprob) for token in request.label_ids)
+    prompt_logprobs: tuple[float, ...] = ()
+    if request.score_from is not None:
+        places = range(request.score_from, len(request.prompt_token_ids))
+        prompt_logprobs = tuple(
+            float(output.prompt_logprobs[place][request.prompt_token_ids[place]].logprob) for place in places
+        )
     spans = answer.weight_versions or []
     return Completion(
         request_id=request.id,
@@ -135,6 +142,7 @@ def completion_of(request: Request, output: Any, replica: int) -> Completion:
         cached_tokens=output.num_cached_tokens or 0,
         replica=replica,
         label_logprobs=label_logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

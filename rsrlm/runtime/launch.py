@@ -159,7 +159,8 @@ def planned(prepared: Prepared) -> planning.Plan:
                 there = min(len(parts.ift), step.config.data.max_ift or len(parts.ift))
             elif source.path == "eft" and parts:
                 replies = sum(reply.rank is not None for prompt in parts.eft for reply in prompt.replies)
-                there = min(replies, step.config.data.max_eft or replies)
+                there = replies * step.config.data.eft_per_reply
+                there = min(there, step.config.data.max_eft or there)
             elif source.path not in MADE:
                 there = len(step.files[source.path])
             examples += math.ceil(there * source.weight)
@@ -517,6 +518,7 @@ def _heldout_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
         "tokens": "tokens",
         "words": "words",
         "complete": "complete",
+        **({"kl": "KL to M0"} if "kl_to_first" in scores else {}),
         **({} if other else {"own": "score by itself"}),
         "first": f"score by {judge}",
         "duel": f"win / tie / loss over the model before (judge: {judge})",
@@ -533,6 +535,7 @@ def _heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str
             {
                 "model": entry["model"],
                 **entry["answers"],
+                "kl": entry.get("kl_to_first", {}).get("per_token"),
                 "own": entry["score_by_current"]["mean"],
                 "first": entry["score_by_first"]["mean"],
                 "duel": " / ".join(f"{share:.2f}" for share in shares) if shares else None,
