@@ -27,6 +27,7 @@ ENGINE_CORE_BASE = 1.40 * GIB  # further processes of AsyncLLM
 LEARNER_BASE = 0.85 * GIB
 DRIVER = 0.60 * GIB
 JUDGE_PROMPT = 400  # tokens of the additive template
+RECORD, RECORD_TOKEN = 1100, 40  # bytes of a record in the driver, and of each of its tokens with its text
 RAY = 1.50 * GIB  # raylet, GCS, agents, buffer, mailbox and the helpers of Ray Train
 
 
@@ -51,27 +52,32 @@ class Seeds:
     replies: int = 0
 
 
-def plan(config: Config, model: Path, seeds: Sequence[Seeds] | None = None) -> Plan:
-    """The plan of a run of `config` with the model in the folder `model`; `seeds` are those of each iteration."""
+def plan(config: Config, model: Path, seeds: Sequence[Seeds] | None = None, judge: Path | None = None) -> Plan:
+    """The plan of a run of `config` with the model in the folder `model`, and in `judge` another one that judges;
+    `seeds` are those of each iteration."""
     each = [
         _iteration(step, number, seeds[number] if seeds else Seeds())
         for number, (step, _) in enumerate(config.distinct)
     ]
     requests = {name: max(one[0][name] for one in each) for name in each[0][0]}
     steps = max(one[3] for one in each)
+    judged = sum(
+        times * found.replies * step.data.eft_judgements
+        for (step, times), found in zip(config.distinct, seeds or (), strict=False)
+    )
     return Plan(
         requests=requests,
         prompt_tokens=max(one[1] for one in each),
         generated_tokens=max(one[2] for one in each),
         optimizer_steps=steps,
-        memory=memory(config, model),
-        disk=disk(config, model, steps),
+        memory=memory(config, model, judge, max(one[4] for one in each)),
+        disk=disk(config, model, steps, judged),
         actors=actors(config),
     )
 
 
-def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int], int, int, int]:
-    """Requests, prompt tokens, generated tokens and optimizer steps of one iteration, at most."""
+def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int], int, int, int, float]:
+    """Requests, prompt tokens, generated tokens, optimizer steps and bytes of the records of one iteration, at most."""
     prompts = config.prompts.per_iteration if answers(config) else 0
     heldout, k = config.prompts.heldout, config.sample.responses
     per_response = config.judge.per_response
@@ -103,6 +109,10 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
         sum(number * (config.engine.max_model_len - tokens) for number, tokens in found.values()),
         sum(number * tokens for number, tokens in found.values()),
         train.steps(items),
+        sum(
+            number * (RECORD + RECORD_TOKEN * tokens)
+            for number, tokens in (found[name] for name in ("responses", "judgements", "comparisons"))
+        ),
     )
 
 
@@ -135,16 +145,22 @@ def _shape(model: Path) -> dict[str, int]:
     }
 
 
-def memory(config: Config, model: Path) -> dict[str, float]:
-    """Peak resident bytes of each process on a CPU machine (GPU memory is not in here)."""
-    shape = _shape(model)
+def _engine(config: Config, model: Path) -> float:
+    """Peak resident bytes of an engine that holds this model."""
+    shape, engine = _shape(model), config.engine
     weights = num_parameters(model) * BYTES[config.model.dtype]
     head = shape["vocabulary"] * shape["hidden"] * BYTES[config.model.dtype]
-    engine, train = config.engine, config.train
     # A tied LM head is packed apart from the embedding; the files of an update are mapped while it is loaded.
-    one_engine = ENGINE_BASE + 2 * weights + head * shape["tied"] + engine.kv_cache_gib * GIB
-    if engine.kind == "async":
-        one_engine += ENGINE_CORE_BASE
+    found = ENGINE_BASE + 2 * weights + head * shape["tied"] + engine.kv_cache_gib * GIB
+    return found + ENGINE_CORE_BASE * (engine.kind == "async")
+
+
+def memory(config: Config, model: Path, judge: Path | None = None, records: float = 0.0) -> dict[str, float]:
+    """Peak resident bytes of each process on a CPU machine (GPU memory is not in here). `judge` holds another model
+    that judges; `records` are the bytes of an iteration's records, which the driver keeps."""
+    shape = _shape(model)
+    weights = num_parameters(model) * BYTES[config.model.dtype]
+    engine, train = config.engine, config.train
     copies = 4 if train.zero_stage == 0 else 5  # weights, gradients, two moments; ZeRO's flat copy
     tokens = max(step.train.micro_batch * min(engine.max_model_len, _sequence(step)) for step, _ in config.distinct)
     per_token = shape["layers"] * (14 * shape["hidden"] + 4 * shape["intermediate"])
@@ -152,12 +168,12 @@ def memory(config: Config, model: Path) -> dict[str, float]:
         per_token = shape["layers"] * shape["hidden"] * 2
     activations = tokens * per_token * BYTES[config.model.dtype]
     logits = 3 * min(512, 2 * train.micro_batch * config.sample.max_tokens) * shape["vocabulary"] * 4
-    found = {"engine" if engine.replicas == 1 else f"each of {engine.replicas} engines": float(one_engine)}
+    found = {"engine" if engine.replicas == 1 else f"each of {engine.replicas} engines": _engine(config, model)}
     if config.judge.replicas:
-        found[f"each of {config.judge.replicas} judge engines"] = float(one_engine)
+        found[f"each of {config.judge.replicas} judge engines"] = _engine(config, judge or model)
     name = "learner" if train.workers == 1 else f"each of {train.workers} learner ranks"
     found[name] = float(LEARNER_BASE + copies * weights + activations + logits)
-    found["driver"] = float(DRIVER)
+    found["driver"] = DRIVER + records
     found["ray"] = float(RAY)
     return found
 
@@ -183,8 +199,9 @@ def total_memory(config: Config, memory_by_process: dict[str, float]) -> float:
     return total
 
 
-def disk(config: Config, model: Path, steps: int) -> dict[str, float]:
-    """Bytes of the run folder at its end, by kind; and at its peak, a second checkpoint beside the first."""
+def disk(config: Config, model: Path, steps: int, judged: int = 0) -> dict[str, float]:
+    """Bytes of the run folder at its end, by kind; and at its peak, a second checkpoint beside the first. `judged` are
+    the judgements of people's replies."""
     weights = num_parameters(model) * BYTES[config.model.dtype]
     others = sum(file.stat().st_size for file in model.iterdir() if file.is_file() and file not in weight_files(model))
     found = {"models": float(config.iterations * (weights + others))}
@@ -197,7 +214,7 @@ def disk(config: Config, model: Path, steps: int) -> dict[str, float]:
         found["candidates"] = float(max(candidates) * (weights + others))
     if steps > config.train.checkpoint_every_steps:
         found["checkpoint"] = float(3 * num_parameters(model) * 4)
-    found["records"] = 0.0
+    found["records"] = 900.0 * judged
     for step, number in config.distinct:
         prompts = step.prompts.per_iteration if answers(step) else 0
         compared = most_comparisons(step) if "judge" in step.pair.kinds else 0

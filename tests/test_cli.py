@@ -673,7 +673,7 @@ def test_plan_prints_the_bounds_and_starts_nothing(
     }
     assert rows["responses"] == "8"  # 4 prompts, 2 each
     assert rows["judgements"] == "8"
-    assert rows["held-out answers"] == "4"  # of M0 and M1
+    assert rows["held-out answers"] == "6"  # of M0, of M1, and of M1 at temperature 1
     assert rows["held-out duels"] == "4"  # in both orders
     assert rows["optimizer steps"] == "2"
     assert {"memory: all", "disk: models"} <= set(rows)

@@ -43,18 +43,20 @@ def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
         "responses": 8,  # 4 * 2
         "judgements": 24,  # 8 * 3
         "comparisons": 0,  # no pairs of judgements are asked for
-        "held-out answers": 4,  # 2 by the first model, 2 by the new one
+        "held-out answers": 6,  # 2 by the first model, 2 by the new one, and its 2 samples for the KL divergence
         "held-out judgements": 18,  # 2 * 3 by the first on itself, by the new one on itself, by the first on the new
+        "held-out log-probabilities": 4,  # of the 2 samples, under the new model and the first
         "held-out duels": 4,  # 2, in both orders
     }
-    # 8 * 24 + (24 + 18) * 160 + 4 * 96 + 4 * 1
-    assert planned.generated_tokens == 7300
-    # 8 * (512 - 24) + 42 * (512 - 160) + 4 * (512 - 96) + 4 * 511
-    assert planned.prompt_tokens == 22396
+    # 8 * 24 + (24 + 18) * 160 + 6 * 96 + (4 + 4) * 1
+    assert planned.generated_tokens == 7496
+    # 8 * (512 - 24) + 42 * (512 - 160) + 6 * (512 - 96) + (4 + 4) * 511
+    assert planned.prompt_tokens == 25272
 
 
 def test_bounds_of_a_digits_judge(make_config: Any, model: Path) -> None:
-    planned = plan(make_config(judge={"read": "digits"}, evaluate={"duel": False, "max_tokens": 32}), model)
+    evaluate = {"duel": False, "max_tokens": 32, "kl": False}
+    planned = plan(make_config(judge={"read": "digits"}, evaluate=evaluate), model)
     assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (8, 6)
     assert planned.requests["held-out duels"] == 0
     assert planned.generated_tokens == 8 * 24 + 14 * 1 + 4 * 32
@@ -64,7 +66,7 @@ def test_bounds_of_a_digits_judge(make_config: Any, model: Path) -> None:
 def test_bounds_of_a_function_judge(make_config: Any, model: Path) -> None:
     planned = plan(make_config(judge={"read": "function", "function": "a:b"}), model)
     assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (0, 0)  # none to an engine
-    assert planned.generated_tokens == 8 * 24 + 4 * 96 + 4
+    assert planned.generated_tokens == 8 * 24 + 6 * 96 + 4 + 4
 
 
 def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path) -> None:
@@ -115,6 +117,30 @@ def test_memory_of_an_engine(make_config: Any, model: Path) -> None:
     assert base - memory(make_config(), model)["engine"] == 4 * 800
 
 
+def test_memory_of_another_judge(make_config: Any, model: Path, tmp_path: Path) -> None:
+    """Twice the layers' weights: of the judge's engines alone."""
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "config.json").write_text((model / "config.json").read_text())
+    header = json.dumps({"embed": {"dtype": "BF16", "shape": [3000], "data_offsets": [0, 0]}}).encode()
+    (judge / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    found = memory(make_config(judge={"replicas": 2}), model, judge)
+    assert found["each of 2 judge engines"] - found["engine"] == 2 * 4 * (3000 - PARAMETERS)
+
+
+def test_memory_of_the_records(make_config: Any, model: Path) -> None:
+    """8 responses of 24 tokens and 24 judgements of 160 in the driver; of two kinds of iterations the larger counts."""
+    config = make_config(judge={"read": "text", "judgements": 3, "max_tokens": 160})
+    held = 8 * (1100 + 24 * 40) + 24 * (1100 + 160 * 40)
+    assert plan(config, model).memory["driver"] == planning.DRIVER + held
+    more = make_config(
+        iterations=2,
+        judge={"read": "text", "judgements": 3, "max_tokens": 160},
+        schedule=[{}, {"prompts": {"per_iteration": 8}}],
+    )
+    assert plan(more, model).memory["driver"] == planning.DRIVER + 2 * held
+
+
 def test_memory_of_a_learner(make_config: Any, model: Path) -> None:
     base = memory(make_config(), model)["learner"]
     # Weights, gradients and two moments. Activations: min(512, 2 * 24 + 64) = 112 tokens of 3 layers of
@@ -147,6 +173,7 @@ def test_disk_of_a_run(make_config: Any, model: Path) -> None:
     assert found["records"] == 3 * 8 * (1800 + 900)
     assert "checkpoint" not in found  # the last step needs none
     assert disk(config, model, steps=3)["checkpoint"] == 3 * 4 * PARAMETERS
+    assert disk(config, model, steps=2, judged=10)["records"] - found["records"] == 10 * 900
 
 
 # -- what cannot run ---------------------------------------------------------------------------------------------------
@@ -280,7 +307,7 @@ def test_bounds_of_a_schedule(make_config: Any, model: Path) -> None:
         iterations=3,
         judge={"read": "structured", "judgements": 4, "max_tokens": 60},
         meta={"read": "structured", "max_tokens": 70},
-        evaluate={"duel": False},
+        evaluate={"duel": False, "kl": False},
         schedule=[
             {"train": {"method": "sft", "epochs": 4}, "sft": {"sources": [{"path": "mine.jsonl"}]}},
             {"pair": {"kinds": ["actor", "judge"]}},
@@ -294,6 +321,7 @@ def test_bounds_of_a_schedule(make_config: Any, model: Path) -> None:
         "comparisons": 48,  # 4 * 12 in the second
         "held-out answers": 4,
         "held-out judgements": 24,
+        "held-out log-probabilities": 0,
         "held-out duels": 0,
     }
     # 21 examples in steps of 2, 4 epochs; the second has 8 pairs, the last 6

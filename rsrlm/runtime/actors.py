@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rsrlm.buffer import PreferenceBuffer
 from rsrlm.config import Config
@@ -397,44 +397,48 @@ class Learner:
         self._config = config
         self._storage = storage
         self._mailbox: Any = None
+        self._fitting: Any = None
         self._fit: asyncio.Future[None] | None = None
+        self._busy = False
 
     async def start(self) -> None:
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
-        loop = asyncio.get_running_loop()
-        self._fit = loop.create_future()
-        fit = self._fit
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # Not every worker of a cluster has the settings of Ray Train that this process was given.
+        settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": settings}}
+        self._fitting = ray.remote(Fitting).options(**options).remote()
+        ended = self._fitting.fit.remote(self._config, self._mailbox, self._storage)
 
-        def settle(error: Exception | None) -> None:
-            if not fit.done():
-                fit.set_result(None) if error is None else fit.set_exception(error)
-
-        def run() -> None:
+        async def fit() -> None:
             try:
-                _trainer(self._config, self._mailbox, self._storage).fit()
-                error = None
+                await ended
             except Exception as caught:
-                error = LearnerFailed(_last_line(caught))
-            with contextlib.suppress(RuntimeError):  # the loop may be closed already
-                loop.call_soon_threadsafe(settle, error)
+                raise LearnerFailed(_last_line(caught)) from caught
 
-        threading.Thread(target=run, name="ray-train", daemon=True).start()
+        self._fit = asyncio.ensure_future(fit())
 
     async def _run(self, job: TrainJob | BroadcastJob) -> AsyncIterator[dict[str, Any]]:
         assert self._fit is not None
+        self._busy = True
         number = await self._mailbox.post.remote(job)
         seen = 0
         while True:
             waiting = asyncio.ensure_future(self._mailbox.events.remote(number, seen))
-            await asyncio.wait({waiting, self._fit}, return_when=asyncio.FIRST_COMPLETED)
-            if self._fit.done() and not waiting.done():
-                waiting.cancel()
+            try:
+                await asyncio.wait({waiting, self._fit}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not waiting.done():
+                    waiting.cancel()
+            if not waiting.done():
                 self._fit.result()
                 raise LearnerFailed("the learner group ended before its job")
             for event in await waiting:
                 seen += 1
                 if event["event"] == "failed":
                     raise LearnerFailed(event["message"])
+                if event["event"] == "done":
+                    self._busy = False
                 yield event
                 if event["event"] == "done":
                     return
@@ -452,13 +456,23 @@ class Learner:
     async def close(self) -> None:
         if self._fit is None:
             return
+        if not self._busy:  # in the middle of a job no rank hears it
+            with contextlib.suppress(Exception):
+                await self._mailbox.post.remote("stop")
+                await asyncio.wait({self._fit}, timeout=15)
+        for actor in (self._fitting, self._mailbox):
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
         with contextlib.suppress(Exception):
-            await self._mailbox.post.remote("stop")
-            await asyncio.wait({self._fit}, timeout=15)
-        if self._fit.done():
-            self._fit.exception()
-        with contextlib.suppress(Exception):
-            ray.kill(self._mailbox)
+            await self._fit
+
+
+class Fitting:
+    """Ray Train's fit, in a process of its own: it owns the controller and the ranks, which die with it. In a thread of
+    the driver nothing could end it, and the end of Ray under it would take the driver along."""
+
+    def fit(self, config: Config, mailbox: Any, storage: Path) -> None:
+        _trainer(config, mailbox, storage).fit()
 
 
 def _last_line(error: BaseException) -> str:

@@ -165,7 +165,7 @@ def planned(prepared: Prepared) -> planning.Plan:
                 there = len(step.files[source.path])
             examples += math.ceil(there * source.weight)
         found.append(planning.Seeds(examples=examples, replies=replies))
-    return planning.plan(prepared.config, prepared.model, found)
+    return planning.plan(prepared.config, prepared.model, found, prepared.judge)
 
 
 def _check_devices(config: Config) -> None:
