@@ -236,7 +236,10 @@ class Train(Section):
     choose: Literal["last", "score", "duel"] = Field(
         "last",
         description="which candidate becomes the next model: the last one; the best mean score of its held-out answers "
-        "by itself; duel: the last one that won against the candidate before it (early stopping)",
+        "by itself; duel: the last one that won against the candidate before it",
+    )
+    early_stop: bool = Field(
+        False, description="judge each candidate when it is there, and end training at the first that is not better"
     )
     pairs_per_step: int = Field(gt=0, description="pairs (or examples) of one optimizer step, over all ranks")
     micro_batch: int = Field(1, gt=0, description="pairs (or examples) of one forward pass of one rank")
@@ -269,6 +272,11 @@ class Train(Section):
             raise ValueError(
                 f"train.choose={self.choose} with train.candidate_every_steps={self.candidate_every_steps}: candidates "
                 "are for choosing among them; set both, or neither"
+            )
+        if self.early_stop and self.choose == "last":
+            raise ValueError(
+                "train.early_stop=true goes by candidates: set train.candidate_every_steps, and train.choose to score "
+                "or duel"
             )
         return self
 

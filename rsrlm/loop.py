@@ -76,6 +76,10 @@ class Learner(Protocol):
         items: Sequence[PreferencePair] | Sequence[Example],
     ) -> AsyncIterator[dict[str, Any]]: ...
 
+    async def decide(self, step: int, go_on: bool) -> None:
+        """Whether the training that waits behind its candidate of this step goes on."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
@@ -142,7 +146,7 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
         with clock("produce"):
             items, groups, made = await collect(iteration, before, step, inputs, ports)
         with clock("train"):
-            trained = await train(iteration, before, step, items, ports)
+            trained = await train(evaluation, iteration, before, step, items, ports)
         if step.config.train.choose != "last":
             with clock("choose"):
                 trained |= await choose(evaluation, iteration, before, step, trained, ports)
@@ -337,7 +341,12 @@ async def judged_replies(
 
 
 async def train(
-    iteration: int, before: str, step: Step, items: Sequence[PreferencePair] | Sequence[Example], ports: Ports
+    evaluation: Evaluation,
+    iteration: int,
+    before: str,
+    step: Step,
+    items: Sequence[PreferencePair] | Sequence[Example],
+    ports: Ports,
 ) -> dict[str, Any]:
     """Train the next model on the items, or take the result of an earlier attempt that got so far."""
     store, rule = ports.store, step.config.train
@@ -388,6 +397,9 @@ async def train(
                 log.add(row)
                 store.event("step", iteration=iteration, step=row["step"], loss=row["loss"], pairs=row["pair_ids"])
                 tick("steps", 1, int(row["tokens"]))
+            elif event["event"] == "candidate" and rule.early_stop:
+                better = await goes_on(evaluation, before, step, event["step"], ports)
+                await ports.learner.decide(event["step"], better)
             elif event["event"] == "done":
                 files = event["files"]
                 done = {key: round(event[key], 3) for key in ("train_seconds", "write_seconds", "export_seconds")}
@@ -429,37 +441,12 @@ def steps_of(rows: Sequence[dict[str, Any]], loss: str) -> dict[str, Any]:
 async def choose(
     evaluation: Evaluation, iteration: int, before: str, step: Step, trained: dict[str, Any], ports: Ports
 ) -> dict[str, Any]:
-    """Make one of the iteration's candidates its model: the answers to held-out prompts decide, and the judge with the
-    weights that the iteration started from (2401.10020v3, section 3.1.3, with another judge)."""
+    """Make one of the iteration's candidates its model."""
     store = ports.store
     finished = store.iteration(iteration) / "chosen.json"
     if not finished.exists():
         names = store.candidates(step.model)
-        judge = step.config.judge.external or before
-        answers = {}
-        for name in names:
-            await ports.pools.hold(name)
-            journal = store.evaluation(as_candidate(name))
-            answers[name] = await evaluation.answers(ports.pools.samplers, as_candidate(name), journal)
-            journal.close()
-        await ports.pools.hold(before)
-        best, found = names[0], {}
-        for earlier, name in zip([None, *names], names, strict=False):
-            journal = store.evaluation(as_candidate(name))
-            if step.config.train.choose == "score":
-                judged = await evaluation.scores(ports.pools.judges, judge, answers[name], journal)
-                found[name] = mean_score(answers[name], judged)
-            elif earlier:
-                found[name] = await evaluation.duel(ports.pools.judges, judge, answers[name], answers[earlier], journal)
-            journal.close()
-            if step.config.train.choose == "score":
-                better = mean_or_least(found[name]) > mean_or_least(found[best])
-            else:
-                better = bool(earlier) and (found[name]["win"] or 0.0) > (found[name]["loss"] or 0.0)
-            if better:
-                best = name
-            elif earlier and step.config.train.choose == "duel":
-                break  # the first that does not win ends the search
+        best, found = await best_of(names, evaluation, before, step, ports)
         store.write_json(finished, {"candidates": names, "found": found, "chosen": best})
         ports.report.line(f"iteration {iteration}: {best} of {', '.join(names)} becomes {step.model}")
     chosen = json.loads(finished.read_text(encoding="utf-8"))
@@ -467,6 +454,54 @@ async def choose(
     if store.take_candidate(step.model, chosen["chosen"]):
         ports.pools.forget(step.model, trained.pop("files", None))
     return {"choice": chosen}
+
+
+async def best_of(
+    names: Sequence[str], evaluation: Evaluation, before: str, step: Step, ports: Ports
+) -> tuple[str, dict[str, Any]]:
+    """The best of candidates in the order of training, and what was found of each: the answers to held-out prompts
+    decide, and the judge with the weights that the iteration started from (2401.10020v3, section 3.1.3, with another
+    judge).
+
+    A duel is with the best one so far. It ends at the first candidate that is not better, and so does a comparison of
+    scores that goes with early stopping. What is in the journals is not asked again.
+    """
+    rule, pools = step.config.train, ports.pools
+    judge = step.config.judge.external or before
+    best, answers, found = names[0], {}, {}
+    for name in names:
+        journal = ports.store.evaluation(as_candidate(name))
+        try:
+            if len(journal.responses) < step.config.prompts.heldout:
+                await pools.hold(name)
+            answers[name] = await evaluation.answers(pools.samplers, as_candidate(name), journal)
+            await pools.hold(before)
+            if rule.choose == "score":
+                judged = await evaluation.scores(pools.judges, judge, answers[name], journal)
+                found[name] = mean_score(answers[name], judged)
+                better = mean_or_least(found[name]) > mean_or_least(found[best])
+            elif name != best:
+                found[name] = await evaluation.duel(pools.judges, judge, answers[name], answers[best], journal)
+                better = (found[name]["win"] or 0.0) > (found[name]["loss"] or 0.0)
+        finally:
+            journal.close()
+        if name == names[0]:
+            continue
+        if better:
+            best = name
+        elif rule.early_stop or rule.choose == "duel":
+            break
+    return best, found
+
+
+async def goes_on(evaluation: Evaluation, before: str, step: Step, steps: int, ports: Ports) -> bool:
+    """Early stopping: whether the candidate of so many steps is better than those before it."""
+    names = ports.store.candidates(step.model)[:-1]
+    names = [name for name in names if int(name.rpartition("@")[2]) <= steps]
+    best, _ = await best_of(names, evaluation, before, step, ports)
+    if best != names[-1]:
+        ports.report.line(f"{names[-1]} is not better than {best}: training ends")
+    return best == names[-1]
 
 
 def as_candidate(name: str) -> str:

@@ -87,28 +87,31 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
     compared = prompts * most_comparisons(config) if "judge" in config.pair.kinds else 0
     meta_tokens = 1 if config.meta.read == "letters" else config.meta.max_tokens
     duel_tokens = 1 if config.evaluate.judge == "letters" else config.evaluate.judge_max_tokens
-    # requests and the tokens that each may generate; nothing longer than the context is ever sent
-    found = {
-        "responses": (prompts * k, config.sample.max_tokens),
-        "judgements": (prompts * k * judged + seeds.replies * config.data.eft_judgements, judge_tokens),
-        "comparisons": (compared, meta_tokens),
-        "held-out answers": (heldout * (1 + first + config.evaluate.kl), config.evaluate.max_tokens),
-        # M0 by itself, the new model by itself and by M0
-        "held-out judgements": (heldout * judged * (2 + first), judge_tokens),
-        "held-out log-probabilities": (2 * heldout if config.evaluate.kl else 0, 1),  # under the new model and M0
-        "held-out duels": (heldout * 2 if config.evaluate.duel else 0, duel_tokens),
-    }
     train = config.train
     if train.method == "dpo":
         items = prompts * len(config.pair.kinds)
     else:
         positive = sum(source.weight for source in config.sft.sources if source.path == "positive")
         items = seeds.examples + math.ceil(prompts * k * positive)
+    steps = train.steps(items)
+    candidates = -(-steps // train.candidate_every_steps) if train.candidate_every_steps else 0
+    by_score, by_duel = (candidates if train.choose == way else 0 for way in ("score", "duel"))
+    # requests and the tokens that each may generate; nothing longer than the context is ever sent
+    found = {
+        "responses": (prompts * k, config.sample.max_tokens),
+        "judgements": (prompts * k * judged + seeds.replies * config.data.eft_judgements, judge_tokens),
+        "comparisons": (compared, meta_tokens),
+        "held-out answers": (heldout * (1 + first + config.evaluate.kl + candidates), config.evaluate.max_tokens),
+        # M0 by itself, the new model by itself and by M0
+        "held-out judgements": (heldout * judged * (2 + first + by_score), judge_tokens),
+        "held-out log-probabilities": (2 * heldout if config.evaluate.kl else 0, 1),  # under the new model and M0
+        "held-out duels": (heldout * 2 * (config.evaluate.duel + max(0, by_duel - 1)), duel_tokens),
+    }
     return (
         {name: number for name, (number, _) in found.items()},
         sum(number * (config.engine.max_model_len - tokens) for number, tokens in found.values()),
         sum(number * tokens for number, tokens in found.values()),
-        train.steps(items),
+        steps,
         sum(
             number * (RECORD + RECORD_TOKEN * tokens)
             for number, tokens in (found[name] for name in ("responses", "judgements", "comparisons"))

@@ -458,6 +458,7 @@ def test_without_a_schedule_all_iterations_are_alike() -> None:
         ),
         ("train.choose=score", "candidates are for choosing among them; set both, or neither"),
         ("train.candidate_every_steps=3", "candidates are for choosing among them; set both, or neither"),
+        ("train.early_stop=true", "goes by candidates: set train.candidate_every_steps"),
         ("sft.sources=[{path: eft}]", "which is made from ranked data: set data.trees=PATH"),
         ("data='{ift_share: 0.7, eft_share: 0.4}'", "add up to more than 1; lower them"),
         ("judge='{read: digits, model: x}'", "judge.model=x needs engines of its own"),

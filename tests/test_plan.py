@@ -69,6 +69,16 @@ def test_bounds_of_a_function_judge(make_config: Any, model: Path) -> None:
     assert planned.generated_tokens == 8 * 24 + 6 * 96 + 4 + 4
 
 
+@pytest.mark.parametrize(("choose", "judgements", "duels"), [("score", 6 + 2 * 4, 4), ("duel", 6, 4 + 3 * 4)])
+def test_bounds_of_candidates(make_config: Any, model: Path, choose: str, judgements: int, duels: int) -> None:
+    """4 pairs in steps of 1: candidates after steps 1, 2, 3 and the last model; 2 answers each."""
+    train = {"pairs_per_step": 1, "candidate_every_steps": 1, "choose": choose}
+    planned = plan(make_config(judge={"read": "digits"}, train=train), model)
+    assert planned.requests["held-out answers"] == 6 + 2 * 4
+    assert planned.requests["held-out judgements"] == judgements
+    assert planned.requests["held-out duels"] == duels
+
+
 def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path) -> None:
     """It evaluates M0 before it begins, and M1 at its end, which M1 and M0 judge: see loop.run."""
     planned = plan(make_config(judge={"read": "digits"}), model)

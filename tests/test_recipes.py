@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def rsrlm(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def folder(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of both recipes in one, and its ranked data: SFT on IFT and EFT; both kinds of pairs; then actor pairs
-    with length control and a choice among candidates."""
+    with length control, a choice among candidates and early stopping."""
     folder = tmp_path_factory.mktemp("recipes")
     rows = [
         {"prompt": f"What is {i}?", "chosen": f"{i} is a number, and a fine one at that.", "rejected": "No idea."}
@@ -62,7 +63,11 @@ def folder(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
                 "sft": {"sources": [{"path": "ift", "weight": 1.5}, {"path": "eft"}]},
             },
             {"name": "M1", "pair": {"kinds": ["actor", "judge"]}},
-            {"name": "M2", "pair": {"rho": 0.3}, "train": {"candidate_every_steps": 1, "choose": "score"}},
+            {
+                "name": "M2",
+                "pair": {"rho": 0.3},
+                "train": {"candidate_every_steps": 1, "choose": "score", "early_stop": True, "pairs_per_step": 2},
+            },
         ],
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -136,15 +141,23 @@ def test_the_last_iteration_chose_among_candidates(run: Path) -> None:
     assert {pair["kind"] for pair in rows(run, 2, "pairs")} == {"actor"}
     assert row["comparisons"] == 0
     choice = row["choice"]
-    assert choice["candidates"] == [*(f"M2@{step}" for step in range(1, row["optimizer_steps"])), "M2"]
-    means = {name: found["mean"] for name, found in choice["found"].items()}
-    assert means[choice["chosen"]] == max(means.values())
+    means = [found["mean"] for found in choice["found"].values()]
+    best = means.index(max(means))
+    assert choice["chosen"] == list(choice["found"])[best]
+    assert all(later > earlier for earlier, later in pairwise(means[: best + 1]))
+    # Training ended at the first candidate that was not better, or at its end; nothing was asked about what came after.
+    stopped = row["optimizer_steps"] < -(-row["pairs"] // 2)
+    assert stopped
+    assert choice["candidates"] == [*(f"M2@{step}" for step in range(1, row["optimizer_steps"] + stopped)), "M2"]
+    assert list(choice["found"]) == choice["candidates"][: best + 2]
+    assert stopped == (best + 2 < len(choice["candidates"]))
     assert sorted(path.name for path in (run / "models").iterdir()) == ["M1", "M2", "SFT"]
     # What is measured afterwards is the chosen model: its own answers, not those of the last candidate.
     answers = run / "evaluation"
-    assert {path.stem for path in answers.glob("M2@*")} == {*choice["candidates"][:-1], "M2@last"}
-    found = [json.loads(line) for line in (answers / "M2.jsonl").read_text().splitlines()]
-    assert {one["response"]["weight_version"] for one in found if "response" in one} == {"M2"}
+    found = {name if "@" in name else f"{name}@last" for name in choice["found"]}
+    assert {path.stem for path in answers.glob("M2@*")} == found
+    lines = [json.loads(line) for line in (answers / "M2.jsonl").read_text().splitlines()]
+    assert {one["response"]["weight_version"] for one in lines if "response" in one} == {"M2"}
     assert row["signs"]["n_responses"] == 24
     assert row["heldout"]["model"] == "M2"
 

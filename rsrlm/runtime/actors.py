@@ -399,7 +399,8 @@ class Learner:
         self._mailbox: Any = None
         self._fitting: Any = None
         self._fit: asyncio.Future[None] | None = None
-        self._busy = False
+        self._working = 0  # jobs that are not done
+        self._training = -1  # number of the newest training job
 
     async def start(self) -> None:
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
@@ -420,8 +421,10 @@ class Learner:
 
     async def _run(self, job: TrainJob | BroadcastJob) -> AsyncIterator[dict[str, Any]]:
         assert self._fit is not None
-        self._busy = True
+        self._working += 1
         number = await self._mailbox.post.remote(job)
+        if isinstance(job, TrainJob):
+            self._training = number
         seen = 0
         while True:
             waiting = asyncio.ensure_future(self._mailbox.events.remote(number, seen))
@@ -438,7 +441,7 @@ class Learner:
                 if event["event"] == "failed":
                     raise LearnerFailed(event["message"])
                 if event["event"] == "done":
-                    self._busy = False
+                    self._working -= 1
                 yield event
                 if event["event"] == "done":
                     return
@@ -446,6 +449,10 @@ class Learner:
     def train(self, job: TrainJob) -> AsyncIterator[dict[str, Any]]:
         """Events of `rsrlm.runtime.learner.run_job`, the last one `done`. Raises LearnerFailed."""
         return self._run(job)
+
+    async def decide(self, step: int, go_on: bool) -> None:
+        """Whether the training job goes on behind its candidate of this step; it waits for that."""
+        await self._mailbox.decide.remote(self._training, step, go_on)
 
     async def broadcast(self, weights: WeightSet, address: str, port: int, world_size: int) -> None:
         paths = tuple(file.path for file in weights.files)
@@ -456,7 +463,7 @@ class Learner:
     async def close(self) -> None:
         if self._fit is None:
             return
-        if not self._busy:  # in the middle of a job no rank hears it
+        if not self._working:  # in the middle of a job no rank hears it
             with contextlib.suppress(Exception):
                 await self._mailbox.post.remote("stop")
                 await asyncio.wait({self._fit}, timeout=15)

@@ -349,6 +349,9 @@ class LearnerPort:
         )
         return self._group.train(job)
 
+    async def decide(self, step: int, go_on: bool) -> None:
+        await self._group.decide(step, go_on)
+
 
 async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -> list[dict[str, Any]]:
     from rsrlm.runtime.actors import Learner, SharedBuffer

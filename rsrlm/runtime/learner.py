@@ -414,8 +414,11 @@ def load_checkpoint(policy: Policy, path: Path) -> tuple[dict[str, list[float]],
 # -- a job -------------------------------------------------------------------------------------------------------------
 
 
-def run_job(job: TrainJob, model: Model, emit: Emit) -> None:
-    """Train one iteration. Rank 0 emits `resumed`, `reference`, `step` and finally `done` events."""
+def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bool] = lambda _: True) -> None:
+    """Train one iteration. Rank 0 emits `resumed`, `reference`, `step`, `candidate` and finally `done` events.
+
+    With `train.early_stop`, `goes_on` of a candidate's number of steps says on every rank whether training goes on.
+    """
     import torch
     import torch.distributed as dist
 
@@ -461,7 +464,11 @@ def run_job(job: TrainJob, model: Model, emit: Emit) -> None:
                 state = policy.state()
                 if root:
                     export(policy.model, state, job, model, candidate_path(job.output, number + 1))
+                    emit({"event": "candidate", "step": number + 1})
                 dist.barrier()
+                if train.early_stop and not goes_on(number + 1):
+                    last = number + 1
+                    break
             if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < last:
                 save_checkpoint(policy, run, job.iteration, reference, rows)
         trained = time.perf_counter()
@@ -561,13 +568,24 @@ def serve(settings: dict[str, Any]) -> None:
             if rank == 0 or event["event"] == "failed":
                 ray.get(mailbox.emit.remote(number, event))
 
+        def goes_on(step: int, number: int = number) -> bool:
+            while True:
+                found, behind, waiting = ray.get(mailbox.decision.remote(number, step))
+                if found is not None:
+                    return found
+                if rank == 0 and isinstance(waiting, BroadcastJob):  # the candidate's weights, for who decides
+                    send(waiting)
+                    ray.get(mailbox.emit.remote(behind, {"event": "done"}))
+                elif waiting is not None:
+                    time.sleep(0.5)
+
         try:
             if isinstance(job, BroadcastJob):
                 if rank == 0:
                     send(job)
                 emit({"event": "done"})
             else:
-                run_job(job, model, emit)
+                run_job(job, model, emit, goes_on)
         except (TrainingFailed, ConfigError) as error:
             # The user's to mend: a rebuilt group would fail in the same way.
             emit({"event": "failed", "message": str(error)})

@@ -12,6 +12,7 @@ class Mailbox:
         self._jobs: list[Any] = []
         self._events: list[list[dict[str, Any]]] = []
         self._finished: set[int] = set()
+        self._decisions: dict[tuple[int, int], bool] = {}
         self._changed = asyncio.Condition()
 
     async def post(self, job: Any) -> int:
@@ -25,11 +26,9 @@ class Mailbox:
         """The first unfinished job after number `done`; (done, None) when there is none for a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s), self._changed:
-                while True:
-                    for number in range(done + 1, len(self._jobs)):
-                        if number not in self._finished:
-                            return number, self._jobs[number]
+                while (number := self._behind(done)) is None:
                     await self._changed.wait()
+                return number, self._jobs[number]
         return done, None
 
     async def emit(self, number: int, event: dict[str, Any]) -> None:
@@ -39,6 +38,24 @@ class Mailbox:
                 self._finished.add(number)
                 self._jobs[number] = None  # its pairs are not needed any more
             self._changed.notify_all()
+
+    async def decide(self, number: int, step: int, go_on: bool) -> None:
+        """Whether training goes on behind the candidate of this step of a job."""
+        async with self._changed:
+            self._decisions[number, step] = go_on
+            self._changed.notify_all()
+
+    async def decision(self, number: int, step: int, wait_s: float = 10.0) -> tuple[bool | None, int, Any]:
+        """What was decided, None when nothing is for a while; and the first job that waits behind this one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), self._changed:
+                while (number, step) not in self._decisions and self._behind(number) is None:
+                    await self._changed.wait()
+        behind = self._behind(number)
+        return self._decisions.get((number, step)), behind or 0, None if behind is None else self._jobs[behind]
+
+    def _behind(self, number: int) -> int | None:
+        return next((one for one in range(number + 1, len(self._jobs)) if one not in self._finished), None)
 
     async def events(self, number: int, since: int, wait_s: float = 5.0) -> list[dict[str, Any]]:
         """Events of a job from index `since` on; waits a while for the first."""
