@@ -48,12 +48,13 @@ def rsrlm(*arguments: str) -> None:
 def judges(
     run: Path, names: tuple[str, ...], out: Path, data: str, part: str, limit: int | None, reading: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Measures of the run's judges on ranked data; read from the result where it is there."""
-    if not (out / "judge.json").exists():
+    """Measures of the run's judges on ranked data; read from the result where they are there."""
+    path = out / "judge.json"
+    if not path.exists() or not json.loads(path.read_text())["models"].keys() >= set(names):
         options = ["--limit", str(limit)] if limit else []
         options += [word for name in names for word in ("--model", name)]
         rsrlm("eval", "judge", str(run), "--data", data, "--part", part, "--out", str(out), *options, *reading)
-    return json.loads((out / "judge.json").read_text())["models"]
+    return json.loads(path.read_text())["models"]
 
 
 def interval(values: list[float], seed: int = 0) -> dict[str, Any]:

@@ -518,8 +518,8 @@ def accept(
     all choices of one readable sample per reply that agree, the one with the least sum of distances to the means.
 
     pairs: reply by reply. Over the pairs of different ranks whose replies both have a readable sample, a reply is
-    accepted if the means agree in more of its pairs than they disagree in; taken is its readable sample nearest to
-    the mean. Both replies of a pair gain or lose by it.
+    accepted if the means agree in more of its pairs than they disagree in, and so does the sample taken with the other
+    replies' means: of those that do, the one nearest to the mean. Both replies of a pair gain or lose by it.
 
     Above one sample per reply, the choice is made again from the samples that are not yet taken; the means stay.
     At the same distance the lowest index is taken, of the first reply first.
@@ -534,24 +534,33 @@ def accept(
         return "all ranks are equal"
     samples = {reply: [(i, s) for i, s in enumerate(scores.get(reply, ())) if s is not None] for reply in ranks}
     means = {reply: statistics.fmean(score for _, score in found) for reply, found in samples.items() if found}
-    leads = [(pair, means[pair[0]] - means[pair[1]]) for pair in pairs if means.keys() >= set(pair)]
+    compared = [(pair, means[pair[0]] - means[pair[1]]) for pair in pairs if means.keys() >= set(pair)]
     if rule == "pairs":
         balance: Counter[str] = Counter()
-        for pair, lead in leads:
+        for pair, lead in compared:
             for reply in pair:
                 balance[reply] += 1 if lead > TIE else -1
-        agreeing = [reply for reply in ranks if balance[reply] > 0]
         why = "no reply agrees more than it disagrees"
 
+        def agrees(reply: str, score: float) -> bool:
+            own = means | {reply: score}
+            leads = [own[one] - own[other] for (one, other), _ in compared if reply in (one, other)]
+            return sum(1 if lead > TIE else -1 for lead in leads) > 0
+
+        samples = {
+            reply: [(i, s) for i, s in found if balance[reply] > 0 and agrees(reply, s)]
+            for reply, found in samples.items()
+        }
+
         def choose(left: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, int]:
-            return {reply: _nearest(left[reply], means[reply])[1] for reply in agreeing if left[reply]}
+            return {reply: _nearest(found, means[reply])[1] for reply, found in left.items() if found}
 
     else:
         if len(means) < len(ranks):
             return "a ranked reply without readable judgement"
-        if any(lead < -TIE for _, lead in leads):
+        if any(lead < -TIE for _, lead in compared):
             return "scores in another order"
-        if any(lead <= TIE for _, lead in leads):
+        if any(lead <= TIE for _, lead in compared):
             return "equal scores for different ranks"
         why = "no samples in this order"
 

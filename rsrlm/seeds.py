@@ -249,8 +249,13 @@ def accepted(
             continue
         counts["prompts accepted"] += 1
         by_id = {reply.id: (index, reply) for index, reply in enumerate(prompt.replies)}
+        texts: set[tuple[str, str]] = set()
         for reply_id, sample in agreed:
             index, reply = by_id[reply_id]
+            if (text := (reply_id, judgements[reply_id][sample].text)) in texts:
+                counts["repeated texts"] += 1
+                continue
+            texts.add(text)
             found.append(Accepted(prompt=prompt, reply=reply, index=index, judgement=judgements[reply_id][sample]))
     counts["judgements accepted"] = len(found)
     kept = ranked.thin([(one.judgement.id, points_of(one.judgement)) for one in found], data.most_common, seed)

@@ -690,6 +690,8 @@ def test_accept_by_pairs(people: Sequence[float | None], scores: list[list[float
 @pytest.mark.parametrize(
     ("rule", "people", "scores", "most", "expected"),
     [
+        # 1 of a and 5 of b contradict people
+        ("pairs", (0, 1), [[5, 5, 1], [3, 3, 5]], 4, [("a", 0), ("a", 1), ("b", 0), ("b", 1)]),
         # mean 3.5: 4 and 3 are as near, then 5; b is accepted with all that it has
         ("pairs", (0, 1), [[5, 4, 3, 2], [1]], 3, [("a", 1), ("a", 2), ("a", 0), ("b", 0)]),
         # a > b > c: first 4 3 2; then 5 4 1 holds, and a third choice has nothing left of c
@@ -751,19 +753,36 @@ def test_order_against_every_choice(replies: list[tuple[float | None, list[float
     assert distance[tuple(index for _, index in found)] == pytest.approx(min(distance.values()))
 
 
-@settings(deadline=None, max_examples=200)
-@given(replies=samples_of_replies)
-def test_what_order_accepts_pairs_accepts_too(replies: list[tuple[float | None, list[float | None]]]) -> None:
-    """By order all pairs agree, so that every reply agrees more than it disagrees."""
+@settings(deadline=None, max_examples=400)
+@given(replies=samples_of_replies, most=st.integers(1, 3))
+@example(replies=[(0.0, [5.0, 5.0, 1.0]), (1.0, [3.0, 3.0, 5.0])], most=3)
+def test_what_pairs_accepts_agrees_more_than_it_disagrees(
+    replies: list[tuple[float | None, list[float | None]]], most: int
+) -> None:
+    """The means and every sample taken, each against the means of the other replies; and nothing that does is left."""
     prompt, scores = prompt_of(*(rank for rank, _ in replies)), sampled([samples for _, samples in replies])
-    by_order, by_pairs = accept(prompt, scores, "order"), accept(prompt, scores, "pairs")
-    if not isinstance(by_order, str):
-        assert not isinstance(by_pairs, str)
-        assert [reply for reply, _ in by_pairs] == [reply for reply, _ in by_order]
-    if not isinstance(by_pairs, str):
-        turned = RankedPrompt(id="p", text="Q?", replies=prompt.replies[::-1])
-        assert accept(turned, scores, "pairs") == by_pairs[::-1]
-        assert all(scores[reply][index] is not None for reply, index in by_pairs)
+    found = accept(prompt, scores, "pairs", most)
+    readable = {reply.id: [s for s in scores[reply.id] if s is not None] for reply in prompt.replies}
+    means = {name: statistics.mean(samples) for name, samples in readable.items() if samples}
+
+    def agrees(reply: Any, score: float) -> bool:
+        balance = 0
+        for other in prompt.replies:
+            if other.rank is not None and other.rank != reply.rank and other.id in means:
+                ahead = (score - means[other.id]) * (1 if reply.rank < other.rank else -1)
+                balance += 1 if ahead > 1e-9 else -1
+        return balance > 0
+
+    expected = []
+    for reply in prompt.replies:
+        if reply.rank is not None and reply.id in means and agrees(reply, means[reply.id]):
+            own = [i for i, s in enumerate(scores[reply.id]) if s is not None and agrees(reply, s)]
+            near = sorted(own, key=lambda i: (round(abs(scores[reply.id][i] - means[reply.id]), 9), i))
+            expected += [(reply.id, index) for index in near[:most]]
+    assert (found if isinstance(found, list) else []) == expected
+    turned = RankedPrompt(id="p", text="Q?", replies=prompt.replies[::-1])
+    again = accept(turned, scores, "pairs", most)
+    assert sorted(again if isinstance(again, list) else []) == sorted(expected)
 
 
 # --- thinning ---------------------------------------------------------------------------------------------------------

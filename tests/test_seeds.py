@@ -133,6 +133,20 @@ def test_eft_keeps_what_agrees_with_people(judge: Judging) -> None:
     assert examples[0].prompt_token_ids == judge.prompt_of(asked, response, group="00/ranked:good", iteration=0)
 
 
+def test_one_text_is_one_example_of_a_reply() -> None:
+    """The judge wrote "Score: 5" twice about the first reply, and "Score: 1" and "Score: 2" about the second."""
+    prompt = ranked("tea", 0, 1)
+    judgements = {
+        prompt.replies[0].id: judged(prompt, 0, 5.0, 5.0),
+        prompt.replies[1].id: judged(prompt, 1, 1.0, 2.0),
+    }
+    found, counts = seeds.accepted(
+        [prompt], judgements, Data(eft_judgements=2, eft_per_reply=2, accept="pairs"), seed=0
+    )
+    assert [one.judgement.id for one in found] == ["00/tea/0#0", "00/tea/1#0", "00/tea/1#1"]
+    assert (counts["repeated texts"], counts["judgements accepted"]) == (1, 3)
+
+
 def test_eft_is_thinned_and_capped() -> None:
     prompts = [ranked(f"p{i}", 0, 1) for i in range(8)]
     judgements = {}
