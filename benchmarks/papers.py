@@ -58,7 +58,7 @@ def judges(
 
 
 def interval(values: list[float], seed: int = 0) -> dict[str, Any]:
-    """Mean over groups with a percentile bootstrap interval of 95 %, where there are 2 or more."""
+    """Mean with a percentile bootstrap interval of 95 %, where there are 2 values or more."""
     if len(values) < 2:
         return {"mean": fmean(values) if values else None, "low": None, "high": None, "n": len(values)}
     found = scipy.stats.bootstrap((values,), fmean, method="percentile", random_state=seed, vectorized=False)
@@ -91,12 +91,33 @@ def groups(run: RunFolder, iteration: int) -> list[Group]:
     ]
 
 
+def share(counts: list[tuple[float, float]], seed: int = 0) -> dict[str, Any]:
+    """The sum of the first over the sum of both, with an interval over the groups that they come from."""
+
+    def ratio(first: Any, second: Any) -> float:
+        return float(sum(first) / (sum(first) + sum(second)))
+
+    if len(counts) < 2:
+        return {
+            "share": ratio(*zip(*counts, strict=True)) if counts else None,
+            "low": None,
+            "high": None,
+            "n": len(counts),
+        }
+    first, second = zip(*counts, strict=True)
+    found = scipy.stats.bootstrap(
+        (first, second), ratio, paired=True, method="percentile", random_state=seed, vectorized=False
+    )
+    low, high = found.confidence_interval
+    return {"share": ratio(first, second), "low": float(low), "high": float(high), "n": len(counts)}
+
+
 def rho_study(made: list[Group], rule: Pair, seed: int) -> dict[str, Any]:
     """The same scored groups paired at every rho: characters of chosen and rejected, and their score gap; and how much
-    longer the chosen is than the same group's at rho 0."""
+    longer the chosen is than the same group's at rho 0. Of equal scores the shortest is chosen at every rho."""
     chosen: dict[float, dict[str, tuple[int, int, float]]] = {}
     for rho in RHOS:
-        rho_rule = rule.model_copy(update={"rho": rho, "max_chosen_chars": None})
+        rho_rule = rule.model_copy(update={"rho": rho, "ties": "length", "max_chosen_chars": None})
         chosen[rho] = {}
         for group in made:
             verdicts = {
@@ -113,7 +134,9 @@ def rho_study(made: list[Group], rule: Pair, seed: int) -> dict[str, Any]:
             "chosen_chars": interval([float(one[0]) for one in pairs.values()]),
             "rejected_chars": interval([float(one[1]) for one in pairs.values()]),
             "score_gap": interval([one[2] for one in pairs.values()]),
-            "chosen_chars_more_than_at_0": interval([float(pairs[id][0] - chosen[0.0][id][0]) for id in sorted(pairs)]),
+            "chosen_chars_more_than_at_0": interval(
+                [float(pairs[id][0] - chosen[0.0][id][0]) for id in sorted(pairs.keys() & chosen[0.0].keys())]
+            ),
         }
         for rho, pairs in chosen.items()
     }
@@ -122,21 +145,20 @@ def rho_study(made: list[Group], rule: Pair, seed: int) -> dict[str, Any]:
 def position_bias(made: list[Group], rule: Meta, seed: int) -> dict[str, Any]:
     """How often the judgement shown first wins, and what the weights do about it.
 
-    The share after the weights is trivially one half over the comparisons that the weights were counted on; here each
-    prompt is weighed by the wins of the other prompts.
+    The share after the weights is one half over the comparisons that the weights were counted on, by construction;
+    here each prompt's wins are weighed by the wins of the other prompts.
     """
     wins = {group.id: [meta_judging.result(one) for one in group.comparisons] for group in made}
     wins = {id: [won for won in found if won] for id, found in wins.items()}
     wins = {id: found for id, found in wins.items() if found}
     if not wins:
         return {"decided": 0}
-    first, decided = (sum(f(found) for found in wins.values()) for f in (lambda won: won.count(1), len))
-    after = []
-    for found in wins.values():
-        others_first, others = first - found.count(1), decided - len(found)
-        of_first, of_second = (others - others_first) * found.count(1), others_first * found.count(-1)
-        if of_first + of_second:
-            after.append(of_first / (of_first + of_second))
+    counts = [(found.count(1), found.count(-1)) for found in wins.values()]
+    first, second = (sum(column) for column in zip(*counts, strict=True))
+    weighed = []
+    for a, b in counts:
+        others = first + second - a - b
+        weighed.append(((second - b) / others * a, (first - a) / others * b) if others else (a / 2, b / 2))
     winners: dict[tuple[str, frozenset[str]], list[str]] = defaultdict(list)
     for group in made:
         for one in group.comparisons:
@@ -146,11 +168,10 @@ def position_bias(made: list[Group], rule: Meta, seed: int) -> dict[str, Any]:
     both = [found for found in winners.values() if len(found) == 2]
     weights = meta_judging.position_weights(one for group in made for one in group.comparisons)
     return {
-        "decided": decided,
-        "first_position_share": first / decided,
-        "first_position_wins": interval([found.count(1) / len(found) for found in wins.values()]),
+        "decided": first + second,
+        "first_position_wins": share(counts),
         "weights": {"first": weights.first, "second": weights.second},
-        "first_position_wins_weighted_by_the_others": interval(after),
+        "first_position_wins_weighted_by_the_others": share(weighed),
         "both_orders_agree": sum(a == b for a, b in both) / len(both) if both else None,
         "matches_decided_in_both_orders": len(both),
         "judge_pairs": pairs_by_weights(made, weights, rule, seed),

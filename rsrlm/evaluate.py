@@ -181,12 +181,18 @@ def kl_per_token(
     """KL(model || first) in nats per token, from the log-probabilities of the model's own samples under both.
 
     The mean of exp(r) - 1 - r with r = log first - log model (the k3 estimator): no term is negative, and the
-    expectation is the divergence if the tokens were drawn at temperature 1 without top_p and top_k.
+    expectation is the divergence if the tokens were drawn at temperature 1 without top_p and top_k. None without
+    tokens, and where a model gives no finite number.
     """
     ratios = [
         first - own for model, m0 in zip(of_model, of_first, strict=True) for own, first in zip(model, m0, strict=True)
     ]
-    return {"per_token": fmean(math.expm1(r) - r for r in ratios) if ratios else None, "tokens": len(ratios)}
+    finite = bool(ratios) and all(map(math.isfinite, ratios))
+    return {
+        # Beyond exp(50) the number says no more than that the models have nothing in common.
+        "per_token": fmean(math.expm1(min(r, 50.0)) - r for r in ratios) if finite else None,
+        "tokens": len(ratios),
+    }
 
 
 def share(outcomes: Sequence[str], outcome: str) -> float | None:

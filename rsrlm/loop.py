@@ -467,15 +467,29 @@ async def best_of(
     scores that goes with early stopping. What is in the journals is not asked again.
     """
     rule, pools = step.config.train, ports.pools
-    judge = step.config.judge.external or before
+    external = step.config.judge.external
+    judge = external or before
     best, answers, found = names[0], {}, {}
-    for name in names:
+
+    async def answer(name: str) -> None:
         journal = ports.store.evaluation(as_candidate(name))
         try:
             if len(journal.responses) < step.config.prompts.heldout:
                 await pools.hold(name)
             answers[name] = await evaluation.answers(pools.samplers, as_candidate(name), journal)
+        finally:
+            journal.close()
+
+    if rule.choose == "score" and not rule.early_stop:  # all are looked at: every engine loads each model once
+        for name in names:
+            await answer(name)
+    for name in names:
+        if name not in answers:
+            await answer(name)
+        if not external:
             await pools.hold(before)
+        journal = ports.store.evaluation(as_candidate(name))
+        try:
             if rule.choose == "score":
                 judged = await evaluation.scores(pools.judges, judge, answers[name], journal)
                 found[name] = mean_score(answers[name], judged)

@@ -209,7 +209,8 @@ SIGNS: dict[str, Sign] = {
         remedy=_COLLAPSE_REMEDY,
     ),
     "kl_to_first": Sign(
-        meaning="estimated KL divergence of the new model from M0 on held-out prompts, in nats per token",
+        meaning="estimated KL divergence of the new model from M0, which is the model before any supervised "
+        "fine-tuning, on held-out prompts, in nats per token",
         direction="above",
         warn=0.5,
         seen="KL shot up when the answers collapsed (2505.21444)",
@@ -290,7 +291,7 @@ def signs(
     `verdicts` holds the mean verdict of each response by its id; `pairs` are of these groups' responses and judgements
     (KeyError for others); `steps` are the learner's rows in order, without log-probabilities where it did not train on
     pairs; `earlier` what this function gave for the iterations before, from the first on; `kl_to_first` is measured on
-    other answers than these.
+    held-out answers, whose metrics hold its number of tokens.
 
     The denominators stand beside the signs: `n_groups` (equal_scores), `n_responses` (distinct_1, distinct_2),
     `n_scored` (score_mean, score_drift, saturated, score_length), `n_judgements` (unreadable), `n_actor_pairs` and
