@@ -27,6 +27,7 @@ from rsrlm.records import Example, Group, PreferencePair, Prompt, Scored, Unpars
 from rsrlm.seeds import Parts
 from rsrlm.store import RunFolder
 
+DONE_SECONDS = ("train_seconds", "decide_seconds", "write_seconds", "export_seconds")
 CACHE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits")
 
 
@@ -402,7 +403,7 @@ async def train(
                 await ports.learner.decide(event["step"], better)
             elif event["event"] == "done":
                 files = event["files"]
-                done = {key: round(event[key], 3) for key in ("train_seconds", "write_seconds", "export_seconds")}
+                done = {key: round(event[key], 3) for key in DONE_SECONDS}
     trained = {
         **steps_of(log.rows, "dpo_loss" if pairs else "sft_loss"),
         "steps_replayed": replayed,

@@ -27,6 +27,7 @@ ENGINE_CORE_BASE = 1.40 * GIB  # further processes of AsyncLLM
 LEARNER_BASE = 0.85 * GIB
 DRIVER = 0.60 * GIB
 JUDGE_PROMPT = 400  # tokens of the additive template
+RECORDS = "records in the driver, at most"
 RECORD, RECORD_TOKEN = 1100, 40  # bytes of a record in the driver, and of each of its tokens with its text
 RAY = 1.50 * GIB  # raylet, GCS, agents, buffer, mailbox and the helpers of Ray Train
 
@@ -155,6 +156,9 @@ def _engine(config: Config, model: Path) -> float:
     head = shape["vocabulary"] * shape["hidden"] * BYTES[config.model.dtype]
     # A tied LM head is packed apart from the embedding; the files of an update are mapped while it is loaded.
     found = ENGINE_BASE + 2 * weights + head * shape["tied"] + engine.kv_cache_gib * GIB
+    if config.evaluate.kl and config.prompts.heldout:
+        # Logits and log-probabilities of a held-out prompt with its answer; longer prompts are not expected.
+        found += 8 * shape["vocabulary"] * min(engine.max_model_len, config.evaluate.max_tokens + 512)
     return found + ENGINE_CORE_BASE * (engine.kind == "async")
 
 
@@ -176,7 +180,8 @@ def memory(config: Config, model: Path, judge: Path | None = None, records: floa
         found[f"each of {config.judge.replicas} judge engines"] = _engine(config, judge or model)
     name = "learner" if train.workers == 1 else f"each of {train.workers} learner ranks"
     found[name] = float(LEARNER_BASE + copies * weights + activations + logits)
-    found["driver"] = DRIVER + records
+    found["driver"] = float(DRIVER)
+    found[RECORDS] = records
     found["ray"] = float(RAY)
     return found
 
@@ -195,6 +200,8 @@ def total_memory(config: Config, memory_by_process: dict[str, float]) -> float:
     counts = {"engines": config.engine.replicas, "judge": config.judge.replicas, "ranks": config.train.workers}
     total = 0.0
     for name, size in memory_by_process.items():
+        if name == RECORDS:  # a bound that supposes every answer as long as it may be: it must refuse no run
+            continue
         count = next((number for word, number in counts.items() if name.startswith("each") and word in name), 1)
         if name.startswith("each") and "judge" in name:
             count = config.judge.replicas

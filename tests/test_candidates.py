@@ -1,7 +1,9 @@
 """Which candidate becomes the next model, and when training ends early. The engines are scripted."""
 
 import asyncio
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from rsrlm.ask import Judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.evaluate import Evaluation
-from rsrlm.loop import best_of, goes_on
+from rsrlm.loop import best_of, evaluate, goes_on
 from rsrlm.model import load_tokenizer
 from rsrlm.records import Completion, Prompt, Request
 from rsrlm.runtime.mailbox import Mailbox
@@ -46,6 +48,9 @@ class Engines:
         return Completion(
             request_id=request.id, token_ids=tuple(self.held.encode()), text=text, finish_reason="stop",
             weight_version=self.held, prompt_tokens=len(request.prompt_token_ids), cached_tokens=0, replica=0,
+            prompt_logprobs=()
+            if request.score_from is None
+            else (-2.0 if self.held == "M0" else -1.0,) * (len(request.prompt_token_ids) - request.score_from),
         )  # fmt: skip
 
 
@@ -53,10 +58,10 @@ class Engines:
 def scene(make_config: Any, smollm2: Path) -> Callable[..., Any]:
     """A run with four candidates of these points; keyword arguments change the config's train section."""
 
-    def make(*points: int, **train: Any) -> Any:
+    def make(*points: int, duel: bool = True, **train: Any) -> Any:
         engines = Engines(dict(zip(NAMES, points, strict=True)))
         rule = {"candidate_every_steps": 2, "choose": "score", **train}
-        config = make_config(judge={"read": "text", "judgements": 1}, train=rule)
+        config = make_config(judge={"read": "text", "judgements": 1}, train=rule, evaluate={"duel": duel})
         store = RunFolder(config.folder)
         for name in NAMES:
             store.model(name).mkdir(parents=True)
@@ -64,11 +69,14 @@ def scene(make_config: Any, smollm2: Path) -> Callable[..., Any]:
         return SimpleNamespace(
             engines=engines,
             evaluation=Evaluation(config, encoder, Judging(config, encoder), PROMPTS),
+            config=config,
             step=SimpleNamespace(config=config, model="M1"),
             ports=SimpleNamespace(
                 pools=SimpleNamespace(samplers=engines, judges=engines, hold=engines.hold),
                 store=store,
-                report=SimpleNamespace(line=lambda text: None),
+                report=SimpleNamespace(
+                    line=lambda text: None, stage=lambda name, totals: nullcontext(lambda what, done, tokens: None)
+                ),
             ),
         )
 
@@ -117,24 +125,39 @@ def test_training_goes_on_while_candidates_get_better(scene: Callable[..., Any])
     assert not any(identifier.startswith(("M1/", "M1@last")) for identifier in made.engines.asked)
 
 
+def test_the_kl_is_between_the_new_model_and_the_first(scene: Callable[..., Any], monkeypatch: Any) -> None:
+    """r = -2 - -1 for every token, as long as the new model samples and the two are asked in their turns."""
+    made = scene(2, 3, 1, 5, duel=False)
+    monkeypatch.setattr(made.evaluation, "scores", nobody_judges)
+    found = asyncio.run(evaluate(made.evaluation, "M1", "M0", made.config, made.ports))
+    assert found["kl_to_first"] == {"per_token": pytest.approx(math.exp(-1)), "tokens": 2 * len("M1")}
+    assert (made.engines.holds, made.engines.held) == (["M1", "M0"], "M0")
+    first = asyncio.run(evaluate(made.evaluation, "M0", None, made.config, made.ports))
+    assert "kl_to_first" not in first
+
+
+async def nobody_judges(*_: Any) -> list[Any]:
+    return []
+
+
 def test_ranks_wait_for_a_decision() -> None:
     async def story() -> None:
         box = Mailbox()
         number = await box.post("train")
-        assert await box.decision(number, 4, wait_s=0.01) == (None, 0, None)
-        waiting = asyncio.ensure_future(box.decision(number, 4, wait_s=5))
-        await asyncio.sleep(0)
+        assert await box.decision(number, 4, wait_s=0.01) is None
+        assert await box.next(number, wait_s=0) == (number, None)
         behind = await box.post("broadcast")  # the candidate's weights are to be sent while the ranks wait
-        assert await waiting == (None, behind, "broadcast")
+        assert await box.next(number, wait_s=0) == (behind, "broadcast")
         await box.emit(behind, {"event": "done"})
+        assert await box.next(number, wait_s=0) == (number, None)
         waiting = asyncio.ensure_future(box.decision(number, 4, wait_s=5))
         await asyncio.sleep(0)
         await box.decide(number, 2, True)  # another candidate's
         await asyncio.sleep(0)
         assert not waiting.done()
         await box.decide(number, 4, False)
-        assert await waiting == (False, 0, None)
-        assert await box.decision(number, 4) == (False, 0, None)  # a rank that was rebuilt asks again
+        assert await waiting is False
+        assert await box.decision(number, 4) is False  # a rank that was rebuilt asks again
         assert await box.next(-1) == (number, "train")
 
     asyncio.run(story())

@@ -116,8 +116,9 @@ def test_actors(make_config: Any, model: Path) -> None:
 
 def test_memory_of_an_engine(make_config: Any, model: Path) -> None:
     base = memory(make_config(), model)["engine"]
-    # Weights, the tied head once more (100 * 8), both in float32, and the cache.
-    assert base == planning.ENGINE_BASE + 2 * 4 * PARAMETERS + 4 * 800 + 0.25 * GIB
+    # Weights, the tied head once more (100 * 8), both in float32, and the cache; logits of a context, twice.
+    assert base == planning.ENGINE_BASE + 2 * 4 * PARAMETERS + 4 * 800 + 0.25 * GIB + 2 * 4 * 100 * 512
+    assert base - memory(make_config(evaluate={"kl": False}), model)["engine"] == 2 * 4 * 100 * 512
     assert memory(make_config(engine={"kv_cache_gib": 2.25}), model)["engine"] - base == 2 * GIB
     assert memory(make_config(engine={"kind": "async"}), model)["engine"] - base == planning.ENGINE_CORE_BASE
     half = memory(make_config(train={"gpus": 1}, model={"dtype": "bfloat16"}), model)["engine"]
@@ -142,13 +143,16 @@ def test_memory_of_the_records(make_config: Any, model: Path) -> None:
     """8 responses of 24 tokens and 24 judgements of 160 in the driver; of two kinds of iterations the larger counts."""
     config = make_config(judge={"read": "text", "judgements": 3, "max_tokens": 160})
     held = 8 * (1100 + 24 * 40) + 24 * (1100 + 160 * 40)
-    assert plan(config, model).memory["driver"] == planning.DRIVER + held
+    assert plan(config, model).memory[planning.RECORDS] == held
     more = make_config(
         iterations=2,
         judge={"read": "text", "judgements": 3, "max_tokens": 160},
         schedule=[{}, {"prompts": {"per_iteration": 8}}],
     )
-    assert plan(more, model).memory["driver"] == planning.DRIVER + 2 * held
+    planned = plan(more, model)
+    assert planned.memory[planning.RECORDS] == 2 * held
+    planned.memory[planning.RECORDS] = 1e18
+    check(planned, more)  # a bound that is far above what is used refuses no run
 
 
 def test_memory_of_a_learner(make_config: Any, model: Path) -> None:

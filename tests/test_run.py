@@ -229,7 +229,9 @@ def test_an_interrupted_run_says_how_to_go_on(
         time.sleep(0.05)
     if begun == "steps.jsonl":
         # A learner in the middle of a long step does not hear that it is to stop.
-        for rank in [one for one in our_processes() if "RayTrainWorker" in " ".join(one.cmdline())]:
+        ranks = [one for one in our_processes() if "RayTrainWorker" in " ".join(one.cmdline())]
+        assert ranks
+        for rank in ranks:
             rank.suspend()
     process.send_signal(number)
     printed, errors = process.communicate(timeout=90)

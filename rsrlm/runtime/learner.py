@@ -445,7 +445,22 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
                 )
         # The rows, because a driver that was interrupted may not have seen the last steps before the checkpoint.
         emit({"event": "resumed", "step": first, "of": last, "packed": policy.packed, "rows": rows})
+        waited = 0.0
         for number in range(first, last):
+            # Behind the checkpoint of the step before: who decides may take long.
+            if train.candidate_every_steps and number and number % train.candidate_every_steps == 0:
+                state = policy.state()
+                if root:
+                    export(policy.model, state, job, model, candidate_path(job.output, number))
+                    emit({"event": "candidate", "step": number})
+                del state
+                dist.barrier()
+                asked = time.perf_counter()
+                if train.early_stop and not goes_on(number):
+                    last = number
+                waited += time.perf_counter() - asked
+                if last == number:
+                    break
             batch = steps[number]
             lr = losses.lr_at(
                 number,
@@ -460,15 +475,6 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
             metrics = policy.step(batch, reference, lr)
             rows.append({"step": number, "pair_ids": [item.id for item in batch], **metrics})
             emit({"event": "step", "row": rows[-1]})
-            if train.candidate_every_steps and (number + 1) % train.candidate_every_steps == 0 and number + 1 < last:
-                state = policy.state()
-                if root:
-                    export(policy.model, state, job, model, candidate_path(job.output, number + 1))
-                    emit({"event": "candidate", "step": number + 1})
-                dist.barrier()
-                if train.early_stop and not goes_on(number + 1):
-                    last = number + 1
-                    break
             if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < last:
                 save_checkpoint(policy, run, job.iteration, reference, rows)
         trained = time.perf_counter()
@@ -483,7 +489,8 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
                     "steps": last,
                     "replayed_from": first,
                     "files": files,
-                    "train_seconds": trained - started,
+                    "train_seconds": trained - started - waited,
+                    "decide_seconds": waited,
                     "write_seconds": written - trained,
                     "export_seconds": time.perf_counter() - written,
                 }
@@ -570,14 +577,17 @@ def serve(settings: dict[str, Any]) -> None:
 
         def goes_on(step: int, number: int = number) -> bool:
             while True:
-                found, behind, waiting = ray.get(mailbox.decision.remote(number, step))
-                if found is not None:
-                    return found
-                if rank == 0 and isinstance(waiting, BroadcastJob):  # the candidate's weights, for who decides
-                    send(waiting)
-                    ray.get(mailbox.emit.remote(behind, {"event": "done"}))
-                elif waiting is not None:
-                    time.sleep(0.5)
+                decided = ray.get(mailbox.decision.remote(number, step))
+                if decided is not None:
+                    return decided
+                send_waiting(number)
+
+        def send_waiting(number: int) -> None:
+            """Weights that the engines wait for while this job is not done: a candidate's, for who decides."""
+            behind, waiting = ray.get(mailbox.next.remote(number, 0.0))
+            if rank == 0 and isinstance(waiting, BroadcastJob):
+                send(waiting)
+                ray.get(mailbox.emit.remote(behind, {"event": "done"}))
 
         try:
             if isinstance(job, BroadcastJob):
@@ -585,6 +595,7 @@ def serve(settings: dict[str, Any]) -> None:
                     send(job)
                 emit({"event": "done"})
             else:
+                send_waiting(number)  # this rank may be one that was rebuilt while engines wait
                 run_job(job, model, emit, goes_on)
         except (TrainingFailed, ConfigError) as error:
             # The user's to mend: a rebuilt group would fail in the same way.

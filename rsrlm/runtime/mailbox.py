@@ -45,14 +45,13 @@ class Mailbox:
             self._decisions[number, step] = go_on
             self._changed.notify_all()
 
-    async def decision(self, number: int, step: int, wait_s: float = 10.0) -> tuple[bool | None, int, Any]:
-        """What was decided, None when nothing is for a while; and the first job that waits behind this one."""
+    async def decision(self, number: int, step: int, wait_s: float = 1.0) -> bool | None:
+        """What was decided; None when nothing is for a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s), self._changed:
-                while (number, step) not in self._decisions and self._behind(number) is None:
+                while (number, step) not in self._decisions:
                     await self._changed.wait()
-        behind = self._behind(number)
-        return self._decisions.get((number, step)), behind or 0, None if behind is None else self._jobs[behind]
+        return self._decisions.get((number, step))
 
     def _behind(self, number: int) -> int | None:
         return next((one for one in range(number + 1, len(self._jobs)) if one not in self._finished), None)
