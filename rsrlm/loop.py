@@ -233,7 +233,11 @@ async def collect(
             await ports.buffer.call("put", key, iteration, None if reason else pair, reason)
             store.event("judge_pair", g=key, pair=None if isinstance(pair, str) else pair.id, reason=reason or None)
         reasons += Counter(f"judge: {pair}" for pair in found.values() if isinstance(pair, str))
-        meta = {"position_weights": {"first": weights.first, "second": weights.second}, **comparing_of(groups)}
+        meta = {
+            "weights": config.meta.weights,
+            "position_weights": {"first": weights.first, "second": weights.second},  # of the iteration's totals
+            **comparing_of(groups),
+        }
     pairs: list[PreferencePair] = await ports.buffer.call("pairs", iteration, config.seed)
     store.write_records(iteration, *records_of(groups), pairs)
     if not pairs:
