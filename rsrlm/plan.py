@@ -29,7 +29,7 @@ DRIVER = 0.60 * GIB
 JUDGE_PROMPT = 400  # tokens of the additive template
 RECORDS = "records in the driver, at most"
 RECORD, RECORD_TOKEN = 1100, 40  # bytes of a record in the driver, and of each of its tokens with its text
-RAY = 1.50 * GIB  # raylet, GCS, agents, buffer, mailbox and the helpers of Ray Train
+RAY = 1.75 * GIB  # raylet, GCS, agents, buffer, mailbox and the helpers of Ray Train
 
 
 @dataclass(frozen=True, kw_only=True)
