@@ -90,6 +90,10 @@ def test_supervised_fine_tuning_comes_first(run: Path) -> None:
     examples = rows(run, 0, "examples")
     kinds = [example["kind"] for example in examples]
     assert set(kinds) == {"ift", "eft"}
+    split = json.loads((run / "split.json").read_text())
+    parts = [set(split[name]) for name in ("ift", "eft", "evaluation")]
+    assert (len(set.union(*parts)), sum(map(len, parts))) == (30, 30)  # every prompt is in one part
+    assert split["counts"]["prompts kept"] == 30
     assert row["examples"]["eft"]["used"] == kinds.count("eft") >= 2
     # weight 1.5: one and a half times as many
     assert kinds.count("ift") == row["examples"]["ift"]["used"] + round(row["examples"]["ift"]["used"] / 2)

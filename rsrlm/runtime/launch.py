@@ -427,7 +427,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
 
 
 def check_inputs(prepared: Prepared, store: RunFolder) -> None:
-    """Raises ConfigError when prompts, templates or model are no longer those that the run started with."""
+    """Raises ConfigError when prompts, templates or model are no longer those that the run started with; records how
+    the ranked data was divided."""
     inputs = prepared.inputs
     hands = (inputs.heldout, *(step.prompts for step in inputs.steps))
     dealt = [[(prompt.id, prompt.text) for prompt in hand] for hand in hands]
@@ -457,6 +458,10 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
                 f"{store.folder}: the {name} of this run changed since it was started; restore the former, or start a "
                 "new run with another name"
             )
+    if inputs.parts:
+        names = ("ift", "eft", "evaluation")
+        ids = {name: [prompt.id for prompt in getattr(inputs.parts, name)] for name in names}
+        store.write_json(store.folder / "split.json", {**ids, "counts": inputs.parts.counts})
 
 
 def _digest(text: str) -> str:
