@@ -401,18 +401,21 @@ def test_structured_output_and_labels(pool: Any, run_async: Any) -> None:
     assert len(set(one.label_logprobs)) == 6
 
 
-def test_log_probabilities_of_a_prompt_are_those_of_transformers(pool: Any, run_async: Any, tiny_model: Path) -> None:
+def test_log_probabilities_of_a_prompt_are_those_of_transformers(
+    pool: Any, run_async: Any, exported: list[Path]
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     ids = tuple(range(200, 240))
 
     async def both() -> list[Completion]:
+        await pool.publish(weight_set(exported[1], "M2"), no_broadcast)
         return [await pool.generate(request(f"score-{n}", ids, tokens=1, score_from=n)) for n in (1, 30)]
 
     found = run_async(both())
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+        logits = AutoModelForCausalLM.from_pretrained(exported[1], dtype=torch.float32)(torch.tensor([ids])).logits[0]
     expected = torch.log_softmax(logits[:-1], -1)[range(39), ids[1:]].tolist()
     assert found[0].prompt_logprobs == pytest.approx(expected, abs=1e-4)
     assert found[1].prompt_logprobs == pytest.approx(expected[29:], abs=1e-4)

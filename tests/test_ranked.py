@@ -691,7 +691,7 @@ def test_accept_by_pairs(people: Sequence[float | None], scores: list[list[float
     ("rule", "people", "scores", "most", "expected"),
     [
         # 1 of a and 5 of b contradict people
-        ("pairs", (0, 1), [[5, 5, 1], [3, 3, 5]], 4, [("a", 0), ("a", 1), ("b", 0), ("b", 1)]),
+        ("pairs", (0, 1), [[5, 5, 5, 1], [2, 5]], 4, [("a", 0), ("a", 1), ("a", 2), ("b", 0)]),
         # mean 3.5: 4 and 3 are as near, then 5; b is accepted with all that it has
         ("pairs", (0, 1), [[5, 4, 3, 2], [1]], 3, [("a", 1), ("a", 2), ("a", 0), ("b", 0)]),
         # a > b > c: first 4 3 2; then 5 4 1 holds, and a third choice has nothing left of c
