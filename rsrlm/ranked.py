@@ -536,10 +536,6 @@ def accept(
     means = {reply: statistics.fmean(score for _, score in found) for reply, found in samples.items() if found}
     compared = [(pair, means[pair[0]] - means[pair[1]]) for pair in pairs if means.keys() >= set(pair)]
     if rule == "pairs":
-        balance: Counter[str] = Counter()
-        for pair, lead in compared:
-            for reply in pair:
-                balance[reply] += 1 if lead > TIE else -1
         why = "no reply agrees more than it disagrees"
 
         def agrees(reply: str, score: float) -> bool:
@@ -548,7 +544,7 @@ def accept(
             return sum(1 if lead > TIE else -1 for lead in leads) > 0
 
         samples = {
-            reply: [(i, s) for i, s in found if balance[reply] > 0 and agrees(reply, s)]
+            reply: [(i, s) for i, s in found if agrees(reply, means[reply]) and agrees(reply, s)]
             for reply, found in samples.items()
         }
 
