@@ -90,6 +90,7 @@ class Judging:
         self._encoder = encoder
         self._function: Callable[[str, str], float] | None = None
         self._template = ""
+        self.form = judging.SCORE
         self._labels: tuple[int, ...] = ()
         self._regex: str | None = None
         judge = config.judge
@@ -101,10 +102,12 @@ class Judging:
         template = judge.template
         if judge.read == "digits":
             template = "additive_digits" if template == "additive" else template
-            self._labels = judging.label_ids(encoder.tokenizer, judging.ANSWER_PREFIX, judging.SCORES)
-        elif judge.read == "structured":
-            self._regex = judging.points_regex(judge.max_tokens)
         self._template = judging.load_template(template, judging.ADDITIVE_VARIABLES, "judge.template")
+        self.form = judging.form_of(self._template, judging.SCORE, f"judge.template={template!r}")
+        if judge.read == "digits":
+            self._labels = judging.label_ids(encoder.tokenizer, self.form.prefix, self.form.labels)
+        elif judge.read == "structured":
+            self._regex = judging.points_regex(judge.max_tokens, self.form)
         self.name = f"{template} ({judge.read})"
 
     @property
@@ -124,12 +127,12 @@ class Judging:
     def prompt_of(self, prompt: Prompt, response: Response, *, group: str, iteration: int) -> tuple[int, ...]:
         """The tokens that the judge sees: the same for all judgements of a response, which share the prefix cache."""
         fields = self._fields(prompt, response, group, iteration)
-        prefix = judging.ANSWER_PREFIX if self._labels else ""
-        return self._encoder.encode(self._template, fields, prefix)
+        return self._encoder.encode(self._template, fields, self.form.prefix if self._labels else "")
 
     def _fields(self, prompt: Prompt, response: Response, group: str, iteration: int) -> dict[str, str]:
+        shown = {"instruction": prompt.text, "response": response.text}
         fence = judging.fence_of(seed_of(self._seed, iteration, f"{group}/{response.index}", "judge", "fence"))
-        return {"instruction": prompt.text, "response": response.text, "fence": fence}
+        return {**{name: judging.claimed(text, self.form) for name, text in shown.items()}, "fence": fence}
 
     async def judge(
         self, engines: Engines, prompt: Prompt, response: Response, index: int, *, group: str, iteration: int
@@ -164,9 +167,9 @@ class Judging:
         )
         completion = await engines.generate(request)
         verdict = (
-            judging.read_distribution(completion.label_logprobs, self._judge.min_mass)
+            judging.read_distribution(completion.label_logprobs, self._judge.min_mass, self.form)
             if self._labels
-            else judging.parse_points(completion.text, completion.finish_reason)
+            else judging.parse_points(completion.text, completion.finish_reason, self.form)
         )
         return self._record(identifier, response, index, verdict, completion, sampling)
 
@@ -217,7 +220,7 @@ class Comparing:
         read: Literal["letters", "text", "structured"],
         variables: frozenset[str],
         key: str,
-        prefix: str,
+        form: judging.Form,
     ) -> None:
         other = {"pairwise": "pairwise_text"} if read != "letters" else {"meta": "meta_letters"}
         self.name = f"{other.get(rule.template, rule.template)} ({read})"
@@ -225,12 +228,13 @@ class Comparing:
         self._room = config.engine.max_model_len
         self._rule = rule
         self._min_mass = rule.min_mass if isinstance(rule, Meta) else config.judge.min_mass
-        self._template = judging.load_template(other.get(rule.template, rule.template), variables, f"{key}.template")
-        self._letters = judging.label_ids(encoder.tokenizer, prefix, judging.WINNERS) if read == "letters" else ()
-        self._prefix = prefix if read == "letters" else ""
+        template = other.get(rule.template, rule.template)
+        self._template = judging.load_template(template, variables, f"{key}.template")
+        self._form = form = judging.form_of(self._template, form, f"{key}.template={template!r}")
+        self._letters = judging.label_ids(encoder.tokenizer, form.prefix, form.sides) if read == "letters" else ()
         self._by_text = config.judge.endpoint is not None and not isinstance(rule, Meta)
         self._max_tokens = rule.max_tokens if isinstance(rule, Meta) else rule.judge_max_tokens
-        self._regex = judging.winner_regex(self._max_tokens) if read == "structured" else None
+        self._regex = judging.winner_regex(self._max_tokens, form) if read == "structured" else None
 
     @property
     def source(self) -> str:
@@ -253,8 +257,9 @@ class Comparing:
     ) -> Judgement:
         """The verdict with one of them shown as A. Its points are the share that A wins: 1, 0.5 for a tie, 0."""
         # One fence for both orders: nothing but the order differs between them.
-        fields = {**fields, "fence": judging.fence_of(fence_seed)}
-        token_ids = self._encoder.encode(self._template, fields, self._prefix)
+        shown = {name: judging.claimed(text, self._form, pairwise=True) for name, text in fields.items()}
+        fields = {**shown, "fence": judging.fence_of(fence_seed)}
+        token_ids = self._encoder.encode(self._template, fields, self._form.prefix if self._letters else "")
         sampling = (
             Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
             if self._letters
@@ -277,7 +282,7 @@ class Comparing:
             winner = (
                 judging.winner_from_distribution(completion.label_logprobs, self._min_mass)
                 if self._letters
-                else judging.parse_winner(completion.text, completion.finish_reason)
+                else judging.parse_winner(completion.text, completion.finish_reason, self._form)
             )
             verdict = winner if isinstance(winner, Unparsed) else Scored(points=POINTS[winner])
         return _judgement(
@@ -307,7 +312,7 @@ def winner_of(comparison: Judgement) -> judging.Winner | Unparsed:
 def meta_judge(config: Config, encoder: ChatEncoder) -> Comparing:
     """The meta-judge of a config (2407.19594v2, section 2.3)."""
     meta = config.meta
-    return Comparing(encoder, config, meta, meta.read, judging.META_VARIABLES, "meta", judging.META_PREFIX)
+    return Comparing(encoder, config, meta, meta.read, judging.META_VARIABLES, "meta", judging.META_WINNER)
 
 
 def duel_judge(config: Config, encoder: ChatEncoder) -> Comparing:
@@ -316,7 +321,7 @@ def duel_judge(config: Config, encoder: ChatEncoder) -> Comparing:
     if config.judge.endpoint and evaluate.judge == "letters":
         raise ConfigError("evaluate.judge=letters: judge.endpoint compares in text; set evaluate.judge=text")
     return Comparing(
-        encoder, config, evaluate, evaluate.judge, judging.PAIRWISE_VARIABLES, "evaluate", judging.PAIRWISE_PREFIX
+        encoder, config, evaluate, evaluate.judge, judging.PAIRWISE_VARIABLES, "evaluate", judging.WINNER
     )
 
 

@@ -1,10 +1,12 @@
 """What a judge is asked, and how its answer becomes a number (Self-Rewarding Language Models, 2401.10020v3).
 
 A judgement that cannot be read is `Unparsed` and never a number: counted as 0 or as the worst, it would train against
-the answer instead of against the judge. Parsers see the judge's own answer only, so nothing that a response says can
-be read as its score.
+the answer instead of against the judge. A verdict is the last line of an answer that the judge itself ended, and that
+line alone: scores that its prose mentions, quotes or adds up are none. What has the shape of a verdict in a text that
+is judged is altered in the judge's view (`claimed`), so that a judge that only repeats it gives no verdict.
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -14,19 +16,16 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 
 from rsrlm.chat import template_variables
 from rsrlm.config import ConfigError
 from rsrlm.records import FinishReason, Scored, Unparsed, Verdict
-
-SCORES = ("0", "1", "2", "3", "4", "5")
-ANSWER_PREFIX = "Score: "
-WINNERS = ("A", "B")
-META_PREFIX = "More accurate judgement: ("
-# The bracket, because after "Better answer: " byte-level tokenizers merge the space into the letter's token.
-PAIRWISE_PREFIX = "Better answer: ("
 
 ADDITIVE_VARIABLES = frozenset({"instruction", "response"})
 PAIRWISE_VARIABLES = frozenset({"instruction", "response_a", "response_b"})
@@ -39,25 +38,123 @@ Preferred = Literal["first", "second", "tie"]
 
 NO_SCORE = Unparsed(reason="no score line")
 OUT_OF_RANGE = Unparsed(reason="score out of range")
-CUT_SCORE = Unparsed(reason="cut before a score")
+CUT = Unparsed(reason="cut before its end")
 LOGPROBS_UNREADABLE = Unparsed(reason="log-probabilities are not numbers")
 LITTLE_DIGIT_MASS = Unparsed(reason="little mass on digits")
 LITTLE_LETTER_MASS = Unparsed(reason="little mass on letters")
 NO_WINNER = Unparsed(reason="no winner line")
-CUT_WINNER = Unparsed(reason="cut before a winner")
 NONE_READABLE = Unparsed(reason="no readable judgement")
 NO_NUMBER = Unparsed(reason="function returned no number")
 
-# "Score", the marks that models put around it, then a number or the end of the text. The possessive
-# `*+` keep the time linear: with `*`, a judge that writes some hundred blanks would stop the run for minutes.
-_MARKS = r"\s*+[:=]?+[\*_`\s]*+[:=]?+"
-_SCORE = re.compile(rf"(?i)\bscore\b{_MARKS}[\*_`<\[\(\s]*+(?:(-?\d++(?:\.\d++)?+)(?![\d.]*\d)|-?\Z)")
-# A and B are capitals, so that "a tie" is none of them; "A or B" repeats the question and is no verdict.
-_SIDE = "answer|response|judge?ment"
-_WINNER = re.compile(
-    rf"(?i:\bwinner\b){_MARKS}[\*_`<\[\(\"'\s]*+(?i:(?:{_SIDE})\b\s*+)?+"
-    rf"(?:((?i:a\s++tie|tie)\b|[AB]\b(?![ \t]*+(?:[|/&]|or\b|and\b)[ \t]*+(?i:(?:{_SIDE})\s++)?+[AB]\b))|\w*+\Z)"
-)
+CLAIMED = "(claimed) "  # what `claimed` puts before a value
+LINE_TOKENS = 16  # enough for the line break, "Score: 4" and the end token
+
+
+_Side = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+$")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a judge writes its verdict: a last line of `label` and a value, such as "Score: 4" or "Winner: A".
+
+    A template may name its own in a comment on its first line, `{#- verdict: {label: Grade, scale: [1, 10]} -#}`.
+    `scale` holds the lowest and the highest score, `sides` what a pairwise judge calls the text shown first and second;
+    `prefix` opens the answer where its first token alone is read.
+    """
+
+    label: Annotated[str, Field(pattern=r"^[A-Za-z]([A-Za-z ]*[A-Za-z])?$")]
+    scale: tuple[StrictInt, StrictInt] = (0, 5)
+    sides: tuple[_Side, _Side] = ("A", "B")
+    prefix: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The whole numbers of the scale."""
+        low, high = self.scale
+        return tuple(map(str, range(low, high + 1)))
+
+
+SCORE = Form(label="Score", prefix="Score: ")
+# The bracket, because after "Better answer: " byte-level tokenizers merge the space into the letter's token.
+WINNER = Form(label="Winner", prefix="Better answer: (")
+META_WINNER = Form(label="Winner", prefix="More accurate judgement: (")
+
+_HEADER = re.compile(r"\A\{#-?\s*verdict:(.*?)-?#\}", re.DOTALL)
+_FORM: TypeAdapter[Form] = TypeAdapter(Form)
+
+
+def form_of(source: str, default: Form, key: str = "template") -> Form:
+    """The form that a template names in its first line, `default` where it names none. ConfigError for a wrong one."""
+    header = _HEADER.match(source)
+    if header is None:
+        return default
+    own: dict[str, Any] = {name: getattr(default, name) for name in ("label", "scale", "sides", "prefix")}
+    try:
+        named = yaml.safe_load(header[1])
+        if not isinstance(named, dict) or named.keys() - own.keys():
+            raise ValueError(f"a mapping of {_listed(own)}")
+        if "label" in named and "prefix" not in named and default == SCORE:
+            own["prefix"] = f"{named['label']}: "
+        form = _FORM.validate_python({**own, **named})
+        if form.scale[0] < 0 or form.scale[0] >= form.scale[1] or form.sides[0] == form.sides[1]:
+            raise ValueError("scale is [lowest, highest], from 0 on; sides are two different ones")
+    except (ValidationError, ValueError, yaml.YAMLError, TypeError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ConfigError(
+            f"{key}: its first line names no form of a verdict ({said}); write one such as "
+            "{#- verdict: {label: Score, scale: [0, 10]} -#}"
+        ) from None
+    return form
+
+
+# The possessive `*+` keep the time linear: with `*`, a judge that writes some hundred blanks would stop the run for
+# minutes. ASCII, so that a long s is no s and an Arabic digit no digit.
+_START = r"[\s*_`#\"'-]*+(?i:(?:my|your|the|total|final|overall)\s++)*+"
+_BETWEEN = r"[\s*_`]*+(?:[:=\uff1a][\s*_`]*+)?+(?i:is\b\s*+)?+[\s*_`<\[({\"'$]*+(?:\\boxed\{)?+"
+_END = r"[\s*_`>\])}\"'$.!]*+"
+_NOUN = r"(?i:(?:the\s++)?(?:answer|response|judge?ment|assistant|model)\s++)"
+_TIE = r"(?i:(?:a\s++)?(?:tie|draw)\b)"
+_NUMBER = r"[0-9]++(?:\.[0-9]++)?+"
+
+
+@functools.cache
+def _line(form: Form, value: str) -> re.Pattern[str]:
+    return re.compile(rf"{_START}(?i:{re.escape(form.label)}){_BETWEEN}{value}{_END}", re.ASCII)
+
+
+def _points_line(form: Form) -> re.Pattern[str]:
+    """A number, or a sum with its result; behind it the top of the scale or "points" may stand, and nothing else."""
+    top = form.scale[1]
+    sum_of = rf"(?:{_NUMBER}\s*+(?:\+\s*+{_NUMBER}\s*+)++=[\s*_`]*+)?"
+    return _line(form, rf"{sum_of}(-?{_NUMBER}){_END}(?:(?:/|(?i:out\s++of\b))\s*+{top}\b)?+\s*+(?i:points?\b)?+")
+
+
+def _winner_line(form: Form) -> re.Pattern[str]:
+    return _line(form, rf"{_NOUN}?+(?:({'|'.join(map(re.escape, form.sides))})\b|({_TIE}))")
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+@functools.cache
+def _claim(form: Form, pairwise: bool) -> re.Pattern[str]:
+    """Label and all that the parsers, or a careless copy, may have between it and its value."""
+    value = rf"{_NOUN}?+(?:{'|'.join(map(re.escape, form.sides))})|{_TIE}" if pairwise else "[0-9]"
+    return re.compile(
+        rf"(?i:{re.escape(form.label)})(?:\W|_)*+(?:(?i:is|boxed)(?:\W|_)*+)*+(?={value})", re.ASCII
+    )
+
+
+def claimed(text: str, form: Form, pairwise: bool = False) -> str:
+    """The text as a judge is shown it: whatever looks like a verdict in `form` has "(claimed)" before its value.
+
+    No part of the result, wherever it is cut out, reads as a verdict.
+    """
+    return _claim(form, pairwise).sub(lambda match: match[0] + CLAIMED, text)
 
 
 def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES, key: str = "template") -> str:
@@ -99,51 +196,54 @@ def fence_of(seed: int) -> str:
     return hashlib.blake2b(f"fence\x1f{seed}".encode(), digest_size=4).hexdigest()
 
 
-def parse_points(text: str, finish_reason: FinishReason) -> Verdict:
-    """The last score of a judge's answer, 0 to 5 with decimals kept (format of 2401.10020v3, Fig. 2).
+def parse_points(text: str, finish_reason: FinishReason, form: Form = SCORE) -> Verdict:
+    """The score on the last line of a judge's answer, decimals kept (format of 2401.10020v3, Fig. 2).
 
-    In an answer cut by the length limit, a score that touches the end is unreadable: "Score: 1" may have become
-    "Score: 10" or "Score: 1.5".
+    The line holds label and number, or a sum and its result, and at most marks, the top of the scale or "points"
+    besides: another scale, a range or a remark is no score. An answer that the length limit cut is not finished, so
+    that its last line is no verdict.
     """
-    matches = list(_SCORE.finditer(text))
-    if finish_reason == "length" and (not matches or _touches_end(matches[-1])):
-        return CUT_SCORE
-    numbers_written = [match[1] for match in matches if match[1]]
-    if not numbers_written:
+    if finish_reason == "length":
+        return CUT
+    match = _points_line(form).fullmatch(_last_line(text))
+    if match is None:
         return NO_SCORE
-    points = float(numbers_written[-1])
-    return Scored(points=points) if 0 <= points <= 5 else OUT_OF_RANGE
+    low, high = form.scale
+    points = float(match[1])
+    return Scored(points=points) if low <= points <= high else OUT_OF_RANGE
 
 
-def _touches_end(match: re.Match[str]) -> bool:
-    return not match.string[match.end() :].strip(".")
+def points_regex(max_tokens: int, form: Form = SCORE) -> str:
+    """A regex of whole answers for vLLM's structured outputs: one paragraph, then the verdict line with a whole number.
 
-
-def points_regex(max_tokens: int) -> str:
-    """A regex of whole answers for vLLM's structured outputs: a paragraph, then the verdict line.
-
-    The line is reached within `max_tokens` whatever the tokenizer: the paragraph has at most `max_tokens` - 16
-    characters, all ASCII because a token is at least one ASCII character but may be a quarter of another one, and 16
-    tokens are enough for the line ("\\nScore: 4") and the end token.
+    The line is reached within `max_tokens` whatever the tokenizer: the paragraph has at most `max_tokens` -
+    LINE_TOKENS characters, all ASCII because a token is at least one ASCII character but may be a quarter of another
+    one, and so many tokens are enough for the line ("\\nScore: 4") and the end token.
     """
-    return rf"[ -~]{{1,{max(1, max_tokens - 16)}}}\nScore: [0-5]"
+    return _regex(max_tokens, form.label, form.labels)
 
 
-def winner_regex(max_tokens: int) -> str:
+def winner_regex(max_tokens: int, form: Form = WINNER) -> str:
     """The same for a pairwise judge's winner line ("\\nWinner: A")."""
-    return rf"[ -~]{{1,{max(1, max_tokens - 16)}}}\nWinner: [AB]"
+    return _regex(max_tokens, form.label, form.sides)
 
 
-def read_distribution(label_logprobs: Sequence[float], min_mass: float) -> Verdict:
-    """Mean and variance of the digits 0 to 5 under their probabilities, renormalised (as Self-J, 2409.00935).
+def _regex(max_tokens: int, label: str, values: Sequence[str]) -> str:
+    line = len(f"\n{label}: ") + max(map(len, values)) + 1
+    either = f"[{''.join(values)}]" if all(len(value) == 1 for value in values) else f"({'|'.join(values)})"
+    return rf"[ -~]{{1,{max(1, max_tokens - max(LINE_TOKENS, line))}}}\n{label}: {either}"
 
-    `label_logprobs` are natural logs in the order of `SCORES`. Unparsed if the six digits have less than `min_mass`.
+
+def read_distribution(label_logprobs: Sequence[float], min_mass: float, form: Form = SCORE) -> Verdict:
+    """Mean and variance of the scale's whole numbers under their probabilities, renormalised (as Self-J, 2409.00935).
+
+    `label_logprobs` are natural logs in the order of `form.labels`. Unparsed if all of them have less than `min_mass`.
     """
-    shares = _shares(label_logprobs, len(SCORES), min_mass, LITTLE_DIGIT_MASS)
+    shares = _shares(label_logprobs, len(form.labels), min_mass, LITTLE_DIGIT_MASS)
     if isinstance(shares, Unparsed):
         return shares
-    mean = math.fsum(share * digit for digit, share in enumerate(shares))
-    variance = math.fsum(share * (digit - mean) ** 2 for digit, share in enumerate(shares))
+    mean = math.fsum(share * digit for digit, share in enumerate(shares, start=form.scale[0]))
+    variance = math.fsum(share * (digit - mean) ** 2 for digit, share in enumerate(shares, start=form.scale[0]))
     return Scored(points=mean, variance=variance)
 
 
@@ -192,22 +292,21 @@ def mean_points(verdicts: Iterable[Verdict]) -> Verdict:
     return Scored(points=mean, variance=math.fsum((value - mean) ** 2 for value in points) / len(points))
 
 
-def parse_winner(text: str, finish_reason: FinishReason) -> Winner | Unparsed:
-    """The last winner line of a pairwise judge's answer; one that touches the end of a cut answer is unreadable."""
-    matches = list(_WINNER.finditer(text))
-    if finish_reason == "length" and (not matches or _touches_end(matches[-1])):
-        return CUT_WINNER
-    written = [match[1] for match in matches if match[1]]
-    if not written:
+def parse_winner(text: str, finish_reason: FinishReason, form: Form = WINNER) -> Winner | Unparsed:
+    """The winner on the last line of a pairwise judge's answer, which names one side or a tie and nothing else."""
+    if finish_reason == "length":
+        return CUT
+    match = _winner_line(form).fullmatch(_last_line(text))
+    if match is None:
         return NO_WINNER
-    if written[-1] == "A":
-        return "A"
-    return "B" if written[-1] == "B" else "tie"
+    if match[1] is None:
+        return "tie"
+    return "A" if match[1] == form.sides[0] else "B"
 
 
 def winner_from_distribution(label_logprobs: Sequence[float], min_mass: float) -> Winner | Unparsed:
-    """The likelier letter of `WINNERS`; equally likely ones tie. Unparsed if both have less than `min_mass`."""
-    shares = _shares(label_logprobs, len(WINNERS), min_mass, LITTLE_LETTER_MASS)
+    """The likelier of the two sides; equally likely ones tie. Unparsed if both have less than `min_mass`."""
+    shares = _shares(label_logprobs, 2, min_mass, LITTLE_LETTER_MASS)
     if isinstance(shares, Unparsed):
         return shares
     first, second = label_logprobs

@@ -164,14 +164,14 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
             "stage_seconds": clock.seconds,
             "published": published,
             "heldout": heldout,
-            "signs": signs_of(iteration, groups, items, rows, heldout, ports.store) if groups else {},
+            "signs": signs_of(iteration, groups, items, rows, heldout, step, ports.store) if groups else {},
             **({"endpoint": usage} if (usage := ports.pools.endpoint_usage()) else {}),
         }
         ports.store.write_metrics(iteration, row)
         ports.store.event("iteration_finished", iteration=iteration)
         ports.log(row)
         rows.append(row)
-        heed(iteration, row["signs"], watch.limits_of(step.config), ports)
+        heed(iteration, row["signs"], watch.limits_of(step.config, step.judging.form.scale), ports)
     return rows
 
 
@@ -181,6 +181,7 @@ def signs_of(
     items: Sequence[PreferencePair] | Sequence[Example],
     earlier: Sequence[dict[str, Any]],
     heldout: Mapping[str, Any],
+    step: Step,
     store: RunFolder,
 ) -> dict[str, float | None]:
     """Signs of trouble of a finished iteration, `earlier` being the metrics of those before it and `heldout` what
@@ -194,6 +195,7 @@ def signs_of(
         comparisons=watch.comparisons_of(groups),
         earlier=[row["signs"] for row in earlier if row.get("signs")],
         kl_to_first=heldout.get("kl_to_first", {}).get("per_token"),
+        form=step.judging.form,
     )
 
 

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Literal
 
 from rsrlm.config import Config, ConfigError
+from rsrlm.judging import SCORE, Form, claimed
 from rsrlm.metrics import MIN_N, distinct_n, spearman
 from rsrlm.pairing import TIE
 from rsrlm.records import Group, PreferencePair, Scored, Unparsed, Verdict
@@ -194,6 +195,15 @@ SIGNS: dict[str, Sign] = {
         remedy="2407.19594 sec. 2.2 leaves unreadable judgements out of the mean; 2401.10020 sec. 3.1.1 trains the "
         "format with judge examples",
     ),
+    "claims": Sign(
+        meaning="share of the responses with text in the shape of the judge's verdict, such as \"Score: 5\"",
+        direction="above",
+        warn=0.05,
+        seen="3 of 4 readable judgements of a 135M judge repeated the score that the response gave itself, while any "
+        "score in the judge's prose counted (benchmarks/echo.py)",
+        remedy="the judge is shown such text as a claim and only its own last line counts; look at the responses, and "
+        "drop their prompts if they ask for scores",
+    ),
     "chosen_logp_change": Sign(
         meaning="log-probability of the chosen texts, last tenth of the steps less the first, in nats per text",
         direction="below",
@@ -241,13 +251,14 @@ DEFAULT_LIMITS: dict[str, Limit] = {
 }
 
 
-def limits_of(config: Config) -> dict[str, Limit]:
+def limits_of(config: Config, scale: tuple[int, int] = (0, 5)) -> dict[str, Limit]:
     """The defaults with the config's changes. Raises ConfigError for a sign that is not known.
 
-    Limits on points suppose a judge that scores from 0 to 5: a function may use any scale, and has none by default.
+    Limits on points suppose a judge that scores from 0 to 5: another `scale`, and a function, which may use any, have
+    none by default.
     """
     limits = dict(DEFAULT_LIMITS)
-    if config.judge.read == "function":
+    if config.judge.read == "function" or scale != (0, 5):
         limits = {name: replace(limit, warn=None) if name in ON_POINTS else limit for name, limit in limits.items()}
     unknown = {name: Limit(direction="above") for name in config.watch if name not in SIGNS}
     check_limits(unknown)
@@ -285,15 +296,16 @@ def signs(
     comparisons: Sequence[Comparison] = (),
     earlier: Sequence[Mapping[str, float | None]] = (),
     kl_to_first: float | None = None,
+    form: Form = SCORE,
 ) -> dict[str, float | None]:
     """The signs of one iteration: a number, or None where it cannot be estimated, for every name in `SIGNS`.
 
     `verdicts` holds the mean verdict of each response by its id; `pairs` are of these groups' responses and judgements
     (KeyError for others); `steps` are the learner's rows in order, without log-probabilities where it did not train on
     pairs; `earlier` what this function gave for the iterations before, from the first on; `kl_to_first` is measured on
-    held-out answers, whose metrics hold its number of tokens.
+    held-out answers, whose metrics hold its number of tokens; `form` is that of the judge's verdicts.
 
-    The denominators stand beside the signs: `n_groups` (equal_scores), `n_responses` (distinct_1, distinct_2),
+    The denominators stand beside the signs: `n_groups` (equal_scores), `n_responses` (distinct_1, distinct_2, claims),
     `n_scored` (score_mean, score_drift, saturated, score_length), `n_judgements` (unreadable), `n_actor_pairs` and
     `n_judge_pairs` (gap and characters), `n_steps` (chosen_logp_change, kl_per_token), `n_decided`
     (first_position_wins) and `n_decided_apart` (higher_score_wins). A correlation needs 30 scored responses.
@@ -334,6 +346,7 @@ def signs(
         "distinct_1": _mean(distinct[1]),
         "distinct_2": _mean(distinct[2]),
         "unreadable": _mean([isinstance(judgement.verdict, Unparsed) for judgement in judgements]),
+        "claims": _mean([claimed(response.text, form) != response.text for response in responses]),
         "chosen_logp_change": _change([row["chosen_logp"] for row in steps if "chosen_logp" in row]),
         "kl_per_token": _finite(steps[-1].get("kl_per_token", nan)) if steps else None,
         "kl_to_first": kl_to_first,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rsrlm.chat import ChatEncoder, check_tokenizer, template_variables
 from rsrlm.config import ConfigError
-from rsrlm.judging import ADDITIVE_VARIABLES, ANSWER_PREFIX, PAIRWISE_PREFIX, PAIRWISE_VARIABLES, load_template
+from rsrlm.judging import ADDITIVE_VARIABLES, PAIRWISE_VARIABLES, SCORE, WINNER, load_template
 
 BEFORE = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -229,8 +229,8 @@ def test_templates_lose_one_final_newline_and_escape_nothing(tokenizer: Any, enc
     ("name", "variables", "prefix"),
     [
         ("additive", ADDITIVE_VARIABLES, ""),
-        ("additive_digits", ADDITIVE_VARIABLES, ANSWER_PREFIX),
-        ("pairwise", PAIRWISE_VARIABLES, PAIRWISE_PREFIX),
+        ("additive_digits", ADDITIVE_VARIABLES, SCORE.prefix),
+        ("pairwise", PAIRWISE_VARIABLES, WINNER.prefix),
         ("pairwise_text", PAIRWISE_VARIABLES, ""),
     ],
 )

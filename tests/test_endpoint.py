@@ -15,7 +15,7 @@ from aiohttp import web
 
 from rsrlm.config import ConfigError
 from rsrlm.endpoint import BudgetSpent, Endpoint, EndpointConfig, EndpointFailed
-from rsrlm.judging import CUT_SCORE, parse_points
+from rsrlm.judging import CUT, parse_points
 from rsrlm.records import Completion, Sampling, Scored, Unparsed
 
 SECRET = "sk-test-0123456789abcdef"
@@ -185,16 +185,16 @@ def test_newer_openai_models_name_the_limit_otherwise() -> None:
 @pytest.mark.parametrize(
     ("say", "text", "finish", "verdict"),
     [
-        (chat("Good. Score: 4"), "Good. Score: 4", "stop", Scored(points=4.0)),
-        (chat("Good. Score: 4", "length"), "Good. Score: 4", "length", CUT_SCORE),
-        (chat("Score: 4 because", "length"), "Score: 4 because", "length", Scored(points=4.0)),
+        (chat("Good.\nScore: 4"), "Good.\nScore: 4", "stop", Scored(points=4.0)),
+        (chat("Good.\nScore: 4", "length"), "Good.\nScore: 4", "length", CUT),
+        (chat("Score: 4 because", "length"), "Score: 4 because", "length", CUT),
         (chat(None), "", "stop", Unparsed(reason="no score line")),  # a refusal, or thought without an answer
-        (chat("Score: 4. It", "content_filter"), "", "length", CUT_SCORE),
-        (chat("Score: 4", "tool_calls"), "", "length", CUT_SCORE),
-        (chat("Score: 4", None), "", "length", CUT_SCORE),
-        (chat("Score: 4", "eos"), "", "length", CUT_SCORE),
-        (error(400, "The response was filtered", "content_filter"), "", "length", CUT_SCORE),
-        (error(400, "This model's maximum context length is 2048 tokens"), "", "length", CUT_SCORE),
+        (chat("Score: 4. It", "content_filter"), "", "length", CUT),
+        (chat("Score: 4", "tool_calls"), "", "length", CUT),
+        (chat("Score: 4", None), "", "length", CUT),
+        (chat("Score: 4", "eos"), "", "length", CUT),
+        (error(400, "The response was filtered", "content_filter"), "", "length", CUT),
+        (error(400, "This model's maximum context length is 2048 tokens"), "", "length", CUT),
     ],
 )
 def test_only_what_the_model_ended_is_a_complete_answer(say: Say, text: str, finish: str, verdict: object) -> None:

@@ -172,7 +172,7 @@ def test_a_group_carries_all_that_was_made(journal: Path) -> None:
     assert judged.sampling == sampling_of(chosen.judge, seed)
     assert judged.sampling.max_tokens == 160
     # A cut answer that ends in its score is not read: it could have gone on.
-    assert judged.verdict == (Unparsed(reason="cut before a score") if seed % 5 == 0 else Scored(points=seed % 6))
+    assert judged.verdict == (Unparsed(reason="cut before its end") if seed % 5 == 0 else Scored(points=seed % 6))
     assert (group.pair is None) == (group.no_pair_reason != "")
 
 
