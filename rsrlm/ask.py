@@ -5,11 +5,11 @@ Every request has a seed of its own, so neither the order of requests nor the lo
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rsrlm import judging
 from rsrlm.chat import ChatEncoder
-from rsrlm.config import Config, ConfigError, Evaluate, Judge, Meta, SamplingParams
+from rsrlm.config import Config, ConfigError, Judge, Meta, SamplingParams, Validator
 from rsrlm.records import (
     Completion,
     Judgement,
@@ -26,6 +26,7 @@ from rsrlm.records import (
 
 SAMPLE_PRIORITY = 10
 JUDGE_PRIORITY = 0
+LONGEST_FENCE = "0" * 8  # tokenizers split digits at least as far as letters
 
 
 class Engines(Protocol):
@@ -39,12 +40,12 @@ class Engines(Protocol):
     async def generate(self, request: Request) -> Completion: ...
 
 
-def sampling_of(params: SamplingParams | Judge | Meta, seed: int, max_tokens: int | None = None) -> Sampling:
+def sampling_of(params: SamplingParams | Judge | Meta | Validator, seed: int) -> Sampling:
     return Sampling(
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
-        max_tokens=max_tokens or params.max_tokens,
+        max_tokens=params.max_tokens,
         seed=seed,
     )
 
@@ -87,7 +88,7 @@ class Judging:
         self._judge = config.judge
         self._room = config.engine.max_model_len
         self._seed = config.seed
-        self._encoder = encoder
+        self.encoder = encoder
         self._function: Callable[[str, str], float] | None = None
         self._template = ""
         self.form = judging.SCORE
@@ -124,10 +125,18 @@ class Judging:
         """Tokens that one judgement may generate."""
         return {"function": 0, "digits": 1}.get(self._judge.read, self._judge.max_tokens)
 
+    def needs(self, response_tokens: int) -> int:
+        """Tokens of a request beside those of the question, about a response of so many; 0 where no engine is asked."""
+        if self._function is not None or self._judge.endpoint:
+            return 0
+        fields = {"instruction": "", "response": "", "fence": LONGEST_FENCE}
+        prefix = self.form.prefix if self._labels else ""
+        return len(self.encoder.encode(self._template, fields, prefix)) + response_tokens + self.max_tokens
+
     def prompt_of(self, prompt: Prompt, response: Response, *, group: str, iteration: int) -> tuple[int, ...]:
         """The tokens that the judge sees: the same for all judgements of a response, which share the prefix cache."""
         fields = self._fields(prompt, response, group, iteration)
-        return self._encoder.encode(self._template, fields, self.form.prefix if self._labels else "")
+        return self.encoder.encode(self._template, fields, self.form.prefix if self._labels else "")
 
     def _fields(self, prompt: Prompt, response: Response, group: str, iteration: int) -> dict[str, str]:
         shown = {"instruction": prompt.text, "response": response.text}
@@ -146,7 +155,7 @@ class Judging:
         token_ids = self.prompt_of(prompt, response, group=group, iteration=iteration)
         text = ""
         if self._judge.endpoint:
-            text = self._encoder.text(self._template, self._fields(prompt, response, group, iteration))
+            text = self.encoder.text(self._template, self._fields(prompt, response, group, iteration))
         sampling = Sampling(
             temperature=0.0 if self._labels else self._judge.temperature,
             top_p=1.0 if self._labels else self._judge.top_p,
@@ -216,30 +225,37 @@ class Comparing:
         self,
         encoder: ChatEncoder,
         config: Config,
-        rule: Meta | Evaluate,
-        read: Literal["letters", "text", "structured"],
+        rule: Meta | Validator,
         variables: frozenset[str],
         key: str,
         form: judging.Form,
     ) -> None:
+        read = rule.read
         other = {"pairwise": "pairwise_text"} if read != "letters" else {"meta": "meta_letters"}
         self.name = f"{other.get(rule.template, rule.template)} ({read})"
         self._encoder = encoder
         self._room = config.engine.max_model_len
         self._rule = rule
-        self._min_mass = rule.min_mass if isinstance(rule, Meta) else config.judge.min_mass
         template = other.get(rule.template, rule.template)
         self._template = judging.load_template(template, variables, f"{key}.template")
+        self._fields = {**dict.fromkeys(variables, ""), "fence": LONGEST_FENCE}
         self._form = form = judging.form_of(self._template, form, f"{key}.template={template!r}")
         self._letters = judging.label_ids(encoder.tokenizer, form.prefix, form.sides) if read == "letters" else ()
-        self._by_text = config.judge.endpoint is not None and not isinstance(rule, Meta)
-        self._max_tokens = rule.max_tokens if isinstance(rule, Meta) else rule.judge_max_tokens
-        self._regex = judging.winner_regex(self._max_tokens, form) if read == "structured" else None
+        self._by_text = config.validator.endpoint is not None and isinstance(rule, Validator)
+        self._regex = judging.winner_regex(rule.max_tokens, form) if read == "structured" else None
 
     @property
     def source(self) -> str:
         """The template's source."""
         return self._template
+
+    def needs(self, shown_tokens: int) -> int:
+        """Tokens of a request beside those of the question, about texts of so many; 0 where no engine is asked."""
+        if self._by_text:
+            return 0
+        prefix = self._form.prefix if self._letters else ""
+        template = len(self._encoder.encode(self._template, self._fields, prefix))
+        return template + shown_tokens + (1 if self._letters else self._rule.max_tokens)
 
     async def ask(
         self,
@@ -263,7 +279,7 @@ class Comparing:
         sampling = (
             Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
             if self._letters
-            else sampling_of(self._rule, seed, self._max_tokens)
+            else sampling_of(self._rule, seed)
         )
         completion = None
         verdict: Verdict = Unparsed(reason="judge prompt too long")
@@ -280,7 +296,7 @@ class Comparing:
                 )
             )
             winner = (
-                judging.winner_from_distribution(completion.label_logprobs, self._min_mass)
+                judging.winner_from_distribution(completion.label_logprobs, self._rule.min_mass)
                 if self._letters
                 else judging.parse_winner(completion.text, completion.finish_reason, self._form)
             )
@@ -311,18 +327,27 @@ def winner_of(comparison: Judgement) -> judging.Winner | Unparsed:
 
 def meta_judge(config: Config, encoder: ChatEncoder) -> Comparing:
     """The meta-judge of a config (2407.19594v2, section 2.3)."""
-    meta = config.meta
-    return Comparing(encoder, config, meta, meta.read, judging.META_VARIABLES, "meta", judging.META_WINNER)
+    return Comparing(encoder, config, config.meta, judging.META_VARIABLES, "meta", judging.META_WINNER)
 
 
 def duel_judge(config: Config, encoder: ChatEncoder) -> Comparing:
-    """The judge of two answers to one prompt."""
-    evaluate = config.evaluate
-    if config.judge.endpoint and evaluate.judge == "letters":
-        raise ConfigError("evaluate.judge=letters: judge.endpoint compares in text; set evaluate.judge=text")
+    """The judge of two answers to one prompt. ConfigError where letters are to be read of a model behind an API."""
+    if config.validator.endpoint and config.evaluate.judge.read == "letters":
+        raise ConfigError("evaluate.judge.read=letters: an endpoint compares in text; set evaluate.judge.read=text")
     return Comparing(
-        encoder, config, evaluate, evaluate.judge, judging.PAIRWISE_VARIABLES, "evaluate", judging.WINNER
+        encoder, config, config.evaluate.judge, judging.PAIRWISE_VARIABLES, "evaluate.judge", judging.WINNER
     )
+
+
+def validating(config: Config, encoder: ChatEncoder) -> Judging:
+    """How the validator scores an answer: as the judge of the rewards does, but in text where it is behind an API."""
+    own = config.evaluate.judge
+    if not own.external:
+        return Judging(config, encoder)
+    update: dict[str, Any] = {"model": own.model, "endpoint": own.endpoint}
+    if own.endpoint and config.judge.read != "function":
+        update["read"] = "text"
+    return Judging(config.model_copy(update={"judge": config.judge.model_copy(update=update)}), encoder)
 
 
 async def gather(work: Sequence[Any]) -> list[Any]:

@@ -150,15 +150,15 @@ def eval_judge(
         str | None,
         typer.Option(
             "--part",
-            help="all, ift, eft or evaluation: parts by data.ift_share and data.eft_share; default: evaluation for the "
-            "config's own data.trees, else all",
+            help="all, ift, eft or evaluation: parts by data.ift_share and data.eft_share; default: all but the "
+            "questions that are trained on",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts at most, drawn by seed")] = None,
     model: Annotated[
         list[str] | None, typer.Option("--model", help="of a run: only this model, such as M0; may be repeated")
     ] = None,
-    pairwise: Annotated[bool, typer.Option("--pairwise", help="the pairwise judge (evaluate.template)")] = False,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="the pairwise judge (evaluate.judge)")] = False,
     overrides: Overrides = None,
 ) -> None:
     from rsrlm.progress import Report
@@ -168,6 +168,7 @@ def eval_judge(
     if part not in (None, "all", "ift", "eft", "evaluation"):
         raise ConfigError(f"--part {part}: write all, ift, eft or evaluation")
     run = Path(config) if Path(config).is_dir() else None
+    store: RunFolder | None = None
     if run:
         store, resolved = RunFolder.open(run)
         names = [resolved.model_name(index) for index in range(resolved.iterations + 1)]
@@ -189,7 +190,8 @@ def eval_judge(
     folder = tools.check_out(out or place / "eval" / Path(source).name.split(".")[0], folder=True)
 
     def work() -> None:
-        prompts = tools.rated(resolved, source, part, limit, report)
+        seen = tools.trained_on(resolved, store)
+        prompts = tools.rated(resolved, source, part, limit, seen, report)
         tools.eval_judge(resolved, models, prompts, folder, pairwise, report)
         report.line(f"written to {folder}")
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN_MODEL = "smollm2-135m-instruct"
+LEAST_VALIDATION = 30  # prompts below which metrics.py estimates nothing
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -48,7 +49,10 @@ class Model(Section):
 class Prompts(Section):
     path: str = Field(description="JSONL with id and prompt per line; 'builtin' is the project's own file")
     per_iteration: int = Field(gt=0, description="prompts that each iteration answers")
-    heldout: int = Field(8, ge=0, description="prompts set aside for evaluation")
+    heldout: int = Field(8, ge=0, description="prompts set aside for evaluation: they report")
+    validation: int = Field(
+        0, ge=0, description="prompts set aside for train.choose, beside those of heldout: they decide"
+    )
     reuse: bool = Field(False, description="take prompts again in later iterations when the file is used up")
     overlong: Literal["drop", "error"] = Field(
         "drop", description="a prompt that leaves no room for max_tokens: left out and counted, or the run stops"
@@ -235,8 +239,9 @@ class Train(Section):
     )
     choose: Literal["last", "score", "duel"] = Field(
         "last",
-        description="which candidate becomes the next model: the last one; the best mean score of its held-out answers "
-        "by itself; duel: the last one that won against the candidate before it",
+        description="which candidate becomes the next model: the last one; score, duel: the last one whose answers to "
+        "the validation prompts were better than those of the best before it, the model before being the first; score "
+        "goes by mean scores, duel by comparisons in both orders, and better is what a 95 % interval confirms",
     )
     early_stop: bool = Field(
         False, description="judge each candidate when it is there, and end training at the first that is not better"
@@ -389,15 +394,42 @@ class Weights(Section):
     deadline_s: Number = Field(120.0, gt=0, description="an update that takes longer fails")
 
 
-class Evaluate(SamplingParams):
-    temperature: Number = Field(0.0, ge=0)
-    max_tokens: int = Field(96, gt=0)
-    judge: Literal["letters", "text"] = Field(
+class Validator(Section):
+    """Who judges held-out answers and candidates. Where `model` and `endpoint` name nobody, the judge of the rewards
+    does; where that is the model itself, M0 reports and the model before decides on candidates."""
+
+    model: str | None = Field(None, description="other weights, frozen, in engines of their own (replicas)")
+    endpoint: Endpoint | None = Field(None, description="a model behind an OpenAI-compatible API, as in the paper")
+    replicas: int = Field(1, gt=0, description="engines of evaluate.judge.model")
+    read: Literal["letters", "text"] = Field(
         "letters", description="how the pairwise verdict is read: the letters' probabilities, or a written winner line"
     )
-    judge_max_tokens: int = Field(300, gt=0, description="of a written pairwise verdict")
-    duel: bool = Field(True, description="win rate over the previous model by the pairwise judge, in both orders")
     template: str = Field("pairwise", description="pairwise judge template: a name of rsrlm's or a Jinja2 file")
+    temperature: Number = Field(0.0, ge=0, description="of a written pairwise verdict")
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_tokens: int = Field(300, gt=0, description="of a written pairwise verdict")
+    min_mass: Number = Field(
+        0.05, ge=0, le=1, description="letters: less probability than this on the two is unreadable"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model and self.endpoint:
+            raise ValueError(f"evaluate.judge.model={self.model} and evaluate.judge.endpoint: remove one of them")
+        return self
+
+    @property
+    def external(self) -> str | None:
+        """Who judges in the place of the rewards' judge."""
+        return self.model or (self.endpoint.model if self.endpoint else None)
+
+
+class Evaluate(SamplingParams):
+    temperature: Number = Field(0.0, ge=0, description="of the answers")
+    max_tokens: int = Field(96, gt=0)
+    judge: Validator = Validator()
+    duel: bool = Field(True, description="win rate over the previous model by the pairwise judge, in both orders")
     kl: bool = Field(
         True, description="estimate the KL divergence from M0, on one answer to each held-out prompt at temperature 1"
     )
@@ -478,14 +510,17 @@ class Config(Section):
                 f"pair.kinds={self.pair.kinds} trains on the model's own judgements, but {self.judge.external} judges; "
                 "leave out judge"
             )
-        if self.train.choose != "last" and not self.prompts.heldout:
-            raise ValueError(f"train.choose={self.train.choose} goes by held-out answers; set prompts.heldout")
-        if self.train.choose == "duel" and not self.evaluate.duel:
+        if self.train.choose != "last" and self.prompts.validation < LEAST_VALIDATION:
             raise ValueError(
-                "train.choose=duel with evaluate.duel=false: nobody compares the candidates; set it to true"
+                f"train.choose={self.train.choose} with prompts.validation={self.prompts.validation}: candidates are "
+                f"chosen by prompts of their own, and fewer than {LEAST_VALIDATION} cannot tell them apart; raise it"
             )
-        if self.judge.endpoint and self.evaluate.duel and self.evaluate.judge != "text":
-            raise ValueError("judge.endpoint compares in text: set evaluate.judge=text, or evaluate.duel=false")
+        if self.validator.endpoint and self.compares and self.evaluate.judge.read != "text":
+            key = "evaluate.judge" if self.evaluate.judge.endpoint else "judge"
+            raise ValueError(
+                f"{key}.endpoint compares in text: set evaluate.judge.read=text, or evaluate.duel=false and no "
+                "train.choose=duel"
+            )
         if "judge" in self.pair.kinds and self.meta.max_tokens >= self.engine.max_model_len:
             raise ValueError(
                 f"meta.max_tokens={self.meta.max_tokens} leaves no room for a prompt in engine.max_model_len="
@@ -496,9 +531,9 @@ class Config(Section):
                 f"judge.temperature=0 with pair.kinds={self.pair.kinds}: all judgements of a response would be "
                 "the same; raise it"
             )
-        if self.evaluate.judge == "text" and self.evaluate.judge_max_tokens >= self.engine.max_model_len:
+        if self.evaluate.judge.read == "text" and self.evaluate.judge.max_tokens >= self.engine.max_model_len:
             raise ValueError(
-                f"evaluate.judge_max_tokens={self.evaluate.judge_max_tokens} leaves no room for a prompt in "
+                f"evaluate.judge.max_tokens={self.evaluate.judge.max_tokens} leaves no room for a prompt in "
                 f"engine.max_model_len={self.engine.max_model_len}; lower the first or raise the second"
             )
         if "eft" in {source.path for source in self.sft.sources} and self.judge.external:
@@ -525,6 +560,16 @@ class Config(Section):
                 "judge.read=text or structured"
             )
         return self
+
+    @property
+    def validator(self) -> Judge | Validator:
+        """Who validates: `evaluate.judge` if it names somebody, else the judge of the rewards."""
+        return self.evaluate.judge if self.evaluate.judge.external else self.judge
+
+    @property
+    def compares(self) -> bool:
+        """Whether answers are compared two by two."""
+        return self.evaluate.duel or self.train.choose == "duel"
 
     def _merged(self, iteration: int) -> dict[str, Any]:
         """Plain data of this iteration's config: the schedule's changes over everything else."""
@@ -600,7 +645,7 @@ SCHEDULED = ("prompts", "sample", "judge", "meta", "pair", "sft", "train")
 FIXED = (
     *(f"train.{key}" for key in ("workers", "threads", "cpus", "gpus", "max_restarts")),
     *(f"judge.{key}" for key in ("replicas", "model", "endpoint")),
-    *(f"prompts.{key}" for key in ("path", "heldout", "reuse", "overlong")),
+    *(f"prompts.{key}" for key in ("path", "heldout", "validation", "reuse", "overlong")),
 )
 
 

@@ -1,7 +1,8 @@
 """Held-out prompts: what a model answers, how the judges score it, and whether it beats the model before it.
 
-Two judges are kept apart and always named: the current model, whose taste moves with training, and the frozen first
-model M0. Which of two models wins is asked of M0 in both orders; orders that disagree are a tie.
+Two judges are kept apart and always named: the current model, whose taste moves with training, and one that stays: the
+config's validator, or the frozen first model M0. Which of two models wins is asked of the latter in both orders; orders
+that disagree are a tie. Answers of two models are compared prompt by prompt, where both could be read.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from rsrlm import judging
+from rsrlm import judging, metrics
 from rsrlm.ask import SAMPLE_PRIORITY, Engines, Judging, duel_judge, gather, respond, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, SamplingParams
@@ -30,13 +31,25 @@ class Evaluation:
         encoder: ChatEncoder,
         judge: Judging,
         prompts: Sequence[Prompt],
-        judge_encoder: ChatEncoder | None = None,
+        validating: Judging | None = None,
     ) -> None:
+        """`judge` gives the rewards, `validating` scores where somebody else validates."""
         self._config = config
         self._encoder = encoder
-        self._judge = judge
-        self._prompts = prompts
-        self._pairwise = duel_judge(config, judge_encoder or encoder) if config.evaluate.duel else None
+        self.judge = judge
+        self.validating = validating or judge
+        self.prompts = prompts
+        compared = config.evaluate.duel or any(step.train.choose == "duel" for step, _ in config.distinct)
+        self._pairwise = duel_judge(config, self.validating.encoder) if compared else None
+
+    def needs(self) -> dict[str, int]:
+        """Tokens of each kind of request beside those of the question."""
+        answer = self._config.evaluate.max_tokens
+        return {
+            "evaluate.max_tokens": len(self._encoder.user("")) + answer,
+            "the judge of a held-out answer": max(self.judge.needs(answer), self.validating.needs(answer)),
+            "the judge of two held-out answers": self._pairwise.needs(2 * answer) if self._pairwise else 0,
+        }
 
     async def answers(self, engines: Engines, model: str, journal: Journal) -> list[Response]:
         """The answers of the model that the engines hold, in the order of the prompts."""
@@ -50,14 +63,14 @@ class Evaluation:
                 journal.add(found)
             return found
 
-        return await gather([one(prompt) for prompt in self._prompts])
+        return await gather([one(prompt) for prompt in self.prompts])
 
     async def samples(self, engines: Engines, model: str) -> list[Response]:
         """An answer of the model that the engines hold to each prompt, drawn from its whole distribution: temperature
         1, without top_p and top_k. Deterministic, and not kept."""
         params = SamplingParams(temperature=1.0, max_tokens=self._config.evaluate.max_tokens)
         work = []
-        for prompt in self._prompts:
+        for prompt in self.prompts:
             group = f"{model}/{prompt.id}"
             seed = seed_of(self._config.seed, EVALUATION, group, "actor", "kl")
             group = f"{group}/kl"
@@ -83,15 +96,15 @@ class Evaluation:
         return [found.prompt_logprobs for found in await gather([engines.generate(one) for one in requests])]
 
     async def scores(
-        self, engines: Engines, judge_model: str, answers: Sequence[Response], journal: Journal
+        self, judge: Judging, engines: Engines, judge_model: str, answers: Sequence[Response], journal: Journal
     ) -> list[Judgement]:
-        """Judgements of the answers by the judge with the weights of `judge_model`, which the engines hold."""
+        """Judgements of the answers by `judge` with the weights of `judge_model`, which the engines hold."""
 
         async def one(prompt: Prompt, answer: Response, index: int) -> Judgement:
             identifier = f"{answer.id}#{index}@{judge_model}"
             found = journal.judgements.get(identifier)
             if found is None:
-                made = await self._judge.judge(
+                made = await judge.judge(
                     engines,
                     prompt,
                     answer,
@@ -106,8 +119,8 @@ class Evaluation:
         return await gather(
             [
                 one(prompt, answer, index)
-                for prompt, answer in zip(self._prompts, answers, strict=True)
-                for index in range(self._judge.per_response)
+                for prompt, answer in zip(self.prompts, answers, strict=True)
+                for index in range(judge.per_response)
             ]
         )
 
@@ -115,13 +128,8 @@ class Evaluation:
         self, engines: Engines, judge_model: str, new: Sequence[Response], old: Sequence[Response], journal: Journal
     ) -> dict[str, Any]:
         """Share of the prompts that the new answers win, tie and lose, by the pairwise judge in both orders."""
-        outcomes = await gather(
-            [
-                self._outcome(engines, judge_model, prompt, a, b, journal)
-                for prompt, a, b in zip(self._prompts, new, old, strict=True)
-            ]
-        )
-        readable = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        outcomes = await self.outcomes(engines, judge_model, new, old, journal)
+        readable = [outcome for outcome in outcomes if not isinstance(outcome, Unparsed)]
         return {
             "judge": f"{self._pairwise.name if self._pairwise else 'none'} by {judge_model}, both orders",
             "n": len(readable),
@@ -131,9 +139,20 @@ class Evaluation:
             "loss": share(readable, "second"),
         }
 
+    async def outcomes(
+        self, engines: Engines, judge_model: str, new: Sequence[Response], old: Sequence[Response], journal: Journal
+    ) -> list[judging.Preferred | Unparsed]:
+        """Which answer to each prompt is better, "first" being the new one; orders that disagree are a tie."""
+        return await gather(
+            [
+                self._outcome(engines, judge_model, prompt, a, b, journal)
+                for prompt, a, b in zip(self.prompts, new, old, strict=True)
+            ]
+        )
+
     async def _outcome(
         self, engines: Engines, judge_model: str, prompt: Prompt, new: Response, old: Response, journal: Journal
-    ) -> str | Unparsed:
+    ) -> judging.Preferred | Unparsed:
         if new.token_ids == old.token_ids:
             return "tie"
         first, second = await gather(
@@ -193,6 +212,32 @@ def kl_per_token(
         "per_token": fmean(math.expm1(min(r, 50.0)) - r for r in ratios) if finite else None,
         "tokens": len(ratios),
     }
+
+
+def gain_of_scores(
+    new: Sequence[Response], new_judged: Sequence[Judgement], old: Sequence[Response], old_judged: Sequence[Judgement]
+) -> list[float]:
+    """New mean score less old one, in points, of each prompt with a readable score on both sides."""
+    scores = [
+        {answer.prompt_id: verdicts[answer.id] for answer in answers}
+        for answers, verdicts in ((new, mean_verdicts(new, new_judged)), (old, mean_verdicts(old, old_judged)))
+    ]
+    return [
+        one.points - other.points
+        for prompt, one in scores[0].items()
+        if isinstance(one, Scored) and isinstance(other := scores[1][prompt], Scored)
+    ]
+
+
+def gain_of_duels(outcomes: Sequence[judging.Preferred | Unparsed]) -> list[float]:
+    """1 for a prompt that the new answer wins, 0 for a tie, -1 for a loss; unreadable ones are left out."""
+    worth = {"first": 1.0, "tie": 0.0, "second": -1.0}
+    return [worth[outcome] for outcome in outcomes if not isinstance(outcome, Unparsed)]
+
+
+def is_better(gain: metrics.Figure) -> bool:
+    """Whether a mean gain is above 0 beyond its interval; one that cannot be estimated is not."""
+    return bool(gain["estimable"]) and gain["low"] > 0
 
 
 def share(outcomes: Sequence[str], outcome: str) -> float | None:

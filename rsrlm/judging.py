@@ -144,9 +144,7 @@ def _last_line(text: str) -> str:
 def _claim(form: Form, pairwise: bool) -> re.Pattern[str]:
     """Label and all that the parsers, or a careless copy, may have between it and its value."""
     value = rf"{_NOUN}?+(?:{'|'.join(map(re.escape, form.sides))})|{_TIE}" if pairwise else "[0-9]"
-    return re.compile(
-        rf"(?i:{re.escape(form.label)})(?:\W|_)*+(?:(?i:is|boxed)(?:\W|_)*+)*+(?={value})", re.ASCII
-    )
+    return re.compile(rf"(?i:{re.escape(form.label)})(?:\W|_)*+(?:(?i:is|boxed)(?:\W|_)*+)*+(?={value})", re.ASCII)
 
 
 def claimed(text: str, form: Form, pairwise: bool = False) -> str:

@@ -6,26 +6,34 @@ undisturbed one go through the same code. An iteration is finished when its metr
 
 import asyncio
 import json
-import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from rsrlm import seeds, watch
+from rsrlm import metrics, seeds, watch
 from rsrlm.ask import Comparing, Engines, Judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, Train
-from rsrlm.evaluate import Evaluation, kl_per_token, lengths, mean_score
+from rsrlm.evaluate import (
+    Evaluation,
+    gain_of_duels,
+    gain_of_scores,
+    is_better,
+    kl_per_token,
+    lengths,
+    mean_score,
+)
 from rsrlm.meta_judging import most_comparisons, result
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.progress import Report
-from rsrlm.records import Example, Group, PreferencePair, Prompt, Scored, Unparsed
-from rsrlm.seeds import Parts
-from rsrlm.store import RunFolder
+from rsrlm.records import Example, Group, Judgement, PreferencePair, Prompt, Response, Scored, Unparsed
+from rsrlm.seeds import Parts, TrainedOn
+from rsrlm.store import Journal, RunFolder
 
 DONE_SECONDS = ("train_seconds", "decide_seconds", "write_seconds", "export_seconds")
 CACHE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits")
@@ -48,14 +56,23 @@ class Pools(Protocol):
     @property
     def judges(self) -> Engines: ...
 
+    @property
+    def validators(self) -> Engines:
+        """Who judges held-out answers and candidates: the judges unless the config names another validator."""
+        ...
+
+    def folder(self, version: str) -> Path:
+        """Of a model by its name."""
+        ...
+
     async def hold(self, version: str, files: Any = None) -> dict[str, Any]:
         """Every engine holds this model (M0, M1, ...) when it returns. `files` are fresh ones, else the export's."""
         ...
 
     async def stats(self) -> dict[str, float]: ...
 
-    def endpoint_usage(self) -> dict[str, float]:
-        """What a judge behind an API has cost so far; empty without one."""
+    def endpoint_usage(self) -> dict[str, dict[str, float]]:
+        """What judges behind an API have cost so far, by what they are for; empty without one."""
         ...
 
     def forget(self, version: str, files: Any = None) -> None:
@@ -112,10 +129,12 @@ class Inputs:
 
     encoder: ChatEncoder
     judging: Judging  # of held-out answers: the same in all iterations
-    judge_encoder: ChatEncoder  # of the judge's prompts: the model's own unless another one judges
+    validating: Judging  # by who validates
     heldout: Sequence[Prompt]
+    validation: Sequence[Prompt]  # what candidates are chosen by
     steps: Sequence[Step]
-    parts: Parts | None = None  # of the ranked data
+    parts: Parts | None  # of the ranked data
+    trained_on: TrainedOn
 
 
 @dataclass
@@ -135,7 +154,10 @@ class Clock:
 
 async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, Any]]:
     """All iterations that are not finished yet; returns the metrics of all. Raises NoPairs, NoExamples and Stopped."""
-    evaluation = Evaluation(config, inputs.encoder, inputs.judging, inputs.heldout, inputs.judge_encoder)
+    evaluation, choosing = (
+        Evaluation(config, inputs.encoder, inputs.judging, prompts, inputs.validating)
+        for prompts in (inputs.heldout, inputs.validation)
+    )
     rows = ports.store.metrics()
     for iteration in range(len(rows), config.iterations):
         step, before = inputs.steps[iteration], config.model_name(iteration)
@@ -147,10 +169,10 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
         with clock("produce"):
             items, groups, made = await collect(iteration, before, step, inputs, ports)
         with clock("train"):
-            trained = await train(evaluation, iteration, before, step, items, ports)
+            trained = await train(choosing, iteration, before, step, items, ports)
         if step.config.train.choose != "last":
             with clock("choose"):
-                trained |= await choose(evaluation, iteration, before, step, trained, ports)
+                trained |= await choose(choosing, iteration, before, step, trained, ports)
         with clock("publish"):
             published = await ports.pools.hold(step.model, trained.pop("files", None))
         with clock("evaluate"):
@@ -165,7 +187,7 @@ async def run(config: Config, inputs: Inputs, ports: Ports) -> list[dict[str, An
             "published": published,
             "heldout": heldout,
             "signs": signs_of(iteration, groups, items, rows, heldout, step, ports.store) if groups else {},
-            **({"endpoint": usage} if (usage := ports.pools.endpoint_usage()) else {}),
+            **({"endpoints": usage} if (usage := ports.pools.endpoint_usage()) else {}),
         }
         ports.store.write_metrics(iteration, row)
         ports.store.event("iteration_finished", iteration=iteration)
@@ -348,7 +370,7 @@ async def judged_replies(
 
 
 async def train(
-    evaluation: Evaluation,
+    choosing: Evaluation,
     iteration: int,
     before: str,
     step: Step,
@@ -405,7 +427,7 @@ async def train(
                 store.event("step", iteration=iteration, step=row["step"], loss=row["loss"], pairs=row["pair_ids"])
                 tick("steps", 1, int(row["tokens"]))
             elif event["event"] == "candidate" and rule.early_stop:
-                better = await goes_on(evaluation, before, step, event["step"], ports)
+                better = await goes_on(choosing, iteration, before, step, event["step"], ports)
                 await ports.learner.decide(event["step"], better)
             elif event["event"] == "done":
                 files = event["files"]
@@ -446,142 +468,143 @@ def steps_of(rows: Sequence[dict[str, Any]], loss: str) -> dict[str, Any]:
 
 
 async def choose(
-    evaluation: Evaluation, iteration: int, before: str, step: Step, trained: dict[str, Any], ports: Ports
+    choosing: Evaluation, iteration: int, before: str, step: Step, trained: dict[str, Any], ports: Ports
 ) -> dict[str, Any]:
-    """Make one of the iteration's candidates its model."""
+    """Make one of the iteration's candidates its model, or keep the model before."""
     store = ports.store
     finished = store.iteration(iteration) / "chosen.json"
     if not finished.exists():
         names = store.candidates(step.model)
-        best, found = await best_of(names, evaluation, before, step, ports)
+        best, found = await best_of(names, choosing, iteration, before, step, ports)
         store.write_json(finished, {"candidates": names, "found": found, "chosen": best})
-        ports.report.line(f"iteration {iteration}: {best} of {', '.join(names)} becomes {step.model}")
+        ports.report.line(f"iteration {iteration}: {best} of {', '.join([before, *names])} becomes {step.model}")
     chosen = json.loads(finished.read_text(encoding="utf-8"))
     await ports.pools.hold(before)
-    if store.take_candidate(step.model, chosen["chosen"]):
+    if store.take_candidate(step.model, chosen["chosen"], ports.pools.folder(before)):
         ports.pools.forget(step.model, trained.pop("files", None))
     return {"choice": chosen}
 
 
 async def best_of(
-    names: Sequence[str], evaluation: Evaluation, before: str, step: Step, ports: Ports
+    names: Sequence[str], choosing: Evaluation, iteration: int, before: str, step: Step, ports: Ports
 ) -> tuple[str, dict[str, Any]]:
-    """The best of candidates in the order of training, and what was found of each: the answers to held-out prompts
-    decide, and the judge with the weights that the iteration started from (2401.10020v3, section 3.1.3, with another
-    judge).
+    """The best of the model before and the candidates in the order of training; and what each gained on the best
+    before it: their answers to the validation prompts decide, and the validator, or else the judge with the weights
+    that the iteration started from (2401.10020v3, section 3.1.3).
 
-    A duel is with the best one so far. It ends at the first candidate that is not better, and so does a comparison of
-    scores that goes with early stopping. What is in the journals is not asked again.
+    One that is not better beyond the interval of its gain is passed over; with early stopping it is the last one that
+    is looked at. What is in the journals is not asked again.
     """
     rule, pools = step.config.train, ports.pools
-    external = step.config.judge.external
+    external = step.config.validator.external
     judge = external or before
-    best, answers, found = names[0], {}, {}
+    answers: dict[str, list[Response]] = {}
+    judged: dict[str, list[Judgement]] = {}
+
+    @contextmanager
+    def journal(name: str) -> Iterator[Journal]:
+        opened = ports.store.validation(iteration, name)
+        try:
+            yield opened
+        finally:
+            opened.close()
 
     async def answer(name: str) -> None:
-        journal = ports.store.evaluation(as_candidate(name))
-        try:
-            if len(journal.responses) < step.config.prompts.heldout:
+        with journal(name) as kept:
+            if len(kept.responses) < len(choosing.prompts):
                 await pools.hold(name)
-            answers[name] = await evaluation.answers(pools.samplers, as_candidate(name), journal)
-        finally:
-            journal.close()
+            answers[name] = await choosing.answers(pools.samplers, name, kept)
 
-    if rule.choose == "score" and not rule.early_stop:  # all are looked at: every engine loads each model once
-        for name in names:
-            await answer(name)
+    async def gain(name: str, best: str) -> list[float]:
+        if not external:
+            await pools.hold(before)
+        if rule.choose == "duel":
+            with journal(name) as kept:
+                return gain_of_duels(
+                    await choosing.outcomes(pools.validators, judge, answers[name], answers[best], kept)
+                )
+        for one in (name, best):
+            if one not in judged:
+                with journal(one) as kept:
+                    judged[one] = await choosing.scores(
+                        choosing.validating, pools.validators, judge, answers[one], kept
+                    )
+        return gain_of_scores(answers[name], judged[name], answers[best], judged[best])
+
+    best, found = before, {}
+    # Without early stopping all are looked at, and every engine loads each model once.
+    for name in [before] if rule.early_stop else [before, *names]:
+        await answer(name)
     for name in names:
         if name not in answers:
             await answer(name)
-        if not external:
-            await pools.hold(before)
-        journal = ports.store.evaluation(as_candidate(name))
-        try:
-            if rule.choose == "score":
-                judged = await evaluation.scores(pools.judges, judge, answers[name], journal)
-                found[name] = mean_score(answers[name], judged)
-                better = mean_or_least(found[name]) > mean_or_least(found[best])
-            elif name != best:
-                found[name] = await evaluation.duel(pools.judges, judge, answers[name], answers[best], journal)
-                better = (found[name]["win"] or 0.0) > (found[name]["loss"] or 0.0)
-        finally:
-            journal.close()
-        if name == names[0]:
-            continue
-        if better:
+        figure = metrics.mean_figure(await gain(name, best), seed=step.config.seed)
+        found[name] = {"over": best, "by": rule.choose, "judge": judge, **figure}
+        if is_better(figure):
             best = name
-        elif rule.early_stop or rule.choose == "duel":
+        elif rule.early_stop:
             break
     return best, found
 
 
-async def goes_on(evaluation: Evaluation, before: str, step: Step, steps: int, ports: Ports) -> bool:
-    """Early stopping: whether the candidate of so many steps is better than those before it."""
+async def goes_on(choosing: Evaluation, iteration: int, before: str, step: Step, steps: int, ports: Ports) -> bool:
+    """Early stopping: whether the candidate of so many steps is better than those before it and the model before."""
     names = ports.store.candidates(step.model)[:-1]
     names = [name for name in names if int(name.rpartition("@")[2]) <= steps]
-    best, _ = await best_of(names, evaluation, before, step, ports)
+    best, _ = await best_of(names, choosing, iteration, before, step, ports)
     if best != names[-1]:
         ports.report.line(f"{names[-1]} is not better than {best}: training ends")
     return best == names[-1]
 
 
-def as_candidate(name: str) -> str:
-    """Where a candidate's answers are kept: the last one bears the model's own name, which may become another one's."""
-    return name if "@" in name else f"{name}@last"
-
-
-def mean_or_least(score: Mapping[str, Any]) -> float:
-    return -math.inf if score["mean"] is None else float(score["mean"])
-
-
 async def evaluate(
     evaluation: Evaluation, model: str, before: str | None, config: Config, ports: Ports
 ) -> dict[str, Any]:
-    """A model on the held-out prompts: its own judgement, the frozen M0's, and a duel with the model before it."""
+    """A model on the held-out prompts: its own judgement, that of the validator or else of the frozen M0, and a duel
+    with the model before it."""
     if not config.prompts.heldout:
         return {}
-    external = config.judge.external
-    first = external or "M0"
-    engines = ports.pools.samplers
+    pools, heldout = ports.pools, config.prompts.heldout
+    current = config.judge.external or model
+    first = config.validator.external or "M0"
     journal = ports.store.evaluation(model)
     try:
-        duels = 2 * config.prompts.heldout if before and config.evaluate.duel else 0
-        totals = {"answers": config.prompts.heldout, "scores": config.prompts.heldout * config.judge.per_response}
-        with ports.report.stage(f"held-out {model}", totals) as tick:
-            await ports.pools.hold(model)
-            answers = await evaluation.answers(engines, model, journal)
+        duels = 2 * heldout if before and config.evaluate.duel else 0
+        with ports.report.stage(
+            f"held-out {model}", {"answers": heldout, "scores": heldout * evaluation.judge.per_response}
+        ) as tick:
+            await pools.hold(model)
+            answers = await evaluation.answers(pools.samplers, model, journal)
             tick("answers", len(answers), 0)
-            drawn = await evaluation.samples(engines, model) if before and config.evaluate.kl else []
-            own_logprobs = await evaluation.logprobs(engines, drawn)
-            own = await evaluation.scores(ports.pools.judges, model, answers, journal)
-            tick("scores", totals["scores"], 0)
+            drawn = await evaluation.samples(pools.samplers, model) if before and config.evaluate.kl else []
+            own_logprobs = await evaluation.logprobs(pools.samplers, drawn)
+            own = await evaluation.scores(evaluation.judge, pools.judges, current, answers, journal)
+            tick("scores", len(own), 0)
         found = {
             "model": model,
             "answers": lengths(answers),
-            "score_by_current": {"judge": external or model, **mean_score(answers, own)},
+            "score_by_current": {"judge": current, **mean_score(answers, own)},
             "score_by_first": {"judge": first, **mean_score(answers, own)},
         }
-        if before:
-            with ports.report.stage(f"held-out {model} by {first}", {"judgements": len(own) + duels}) as tick:
-                if external:
-                    frozen = own  # it never changes
-                else:
-                    await ports.pools.hold(first)
-                    frozen = await evaluation.scores(ports.pools.judges, first, answers, journal)
+        if before or first != current:
+            scores = heldout * evaluation.validating.per_response
+            with ports.report.stage(f"held-out {model} by {first}", {"judgements": scores + duels}) as tick:
+                if not config.validator.external:
+                    await pools.hold(first)
+                frozen = await evaluation.scores(evaluation.validating, pools.validators, first, answers, journal)
                 tick("judgements", len(frozen), 0)
                 found["score_by_first"] = {"judge": first, **mean_score(answers, frozen)}
-                if config.evaluate.duel:
+                if before and config.evaluate.duel:
                     earlier = ports.store.evaluation(before)
-                    old = sorted(earlier.responses.values(), key=lambda response: response.prompt_id)
-                    by_prompt = {response.prompt_id: response for response in old}
+                    by_prompt = {response.prompt_id: response for response in earlier.responses.values()}
                     found[f"duel_with_{before}"] = await evaluation.duel(
-                        ports.pools.judges, first, answers, [by_prompt[a.prompt_id] for a in answers], journal
+                        pools.validators, first, answers, [by_prompt[a.prompt_id] for a in answers], journal
                     )
                     earlier.close()
                     tick("judgements", duels, 0)
         if drawn:
-            await ports.pools.hold("M0")
-            first_logprobs = await evaluation.logprobs(engines, drawn)
+            await pools.hold("M0")
+            first_logprobs = await evaluation.logprobs(pools.samplers, drawn)
             found["kl_to_first"] = kl_per_token(own_logprobs, first_logprobs)
     finally:
         journal.close()

@@ -222,6 +222,11 @@ def win_rate(
     return _ratios(columns, bootstrap, seed)
 
 
+def mean_figure(values: Sequence[float], *, bootstrap: int = 1000, seed: int = 0) -> Figure:
+    """The mean of one value per prompt, such as the gain of one model over another; `n` counts the values."""
+    return _ratios({"mean": [(value, 1) for value in sorted(values)]}, bootstrap, seed, counted=False)["mean"]
+
+
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
     """Different n-grams over all n-grams of the texts (1510.03055 sec. 5.3), by words between white space.
 

@@ -53,9 +53,15 @@ class Seeds:
     replies: int = 0
 
 
-def plan(config: Config, model: Path, seeds: Sequence[Seeds] | None = None, judge: Path | None = None) -> Plan:
-    """The plan of a run of `config` with the model in the folder `model`, and in `judge` another one that judges;
-    `seeds` are those of each iteration."""
+def plan(
+    config: Config,
+    model: Path,
+    seeds: Sequence[Seeds] | None = None,
+    judge: Path | None = None,
+    validator: Path | None = None,
+) -> Plan:
+    """The plan of a run of `config` with the model in the folder `model`, and in `judge` and `validator` other ones
+    that judge and validate; `seeds` are those of each iteration."""
     each = [
         _iteration(step, number, seeds[number] if seeds else Seeds())
         for number, (step, _) in enumerate(config.distinct)
@@ -71,7 +77,7 @@ def plan(config: Config, model: Path, seeds: Sequence[Seeds] | None = None, judg
         prompt_tokens=max(one[1] for one in each),
         generated_tokens=max(one[2] for one in each),
         optimizer_steps=steps,
-        memory=memory(config, model, judge, max(one[4] for one in each)),
+        memory=memory(config, model, judge, max(one[4] for one in each), validator),
         disk=disk(config, model, steps, judged),
         actors=actors(config),
     )
@@ -87,7 +93,9 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
     first = number == 0  # before it begins, M0 answers too and judges itself
     compared = prompts * most_comparisons(config) if "judge" in config.pair.kinds else 0
     meta_tokens = 1 if config.meta.read == "letters" else config.meta.max_tokens
-    duel_tokens = 1 if config.evaluate.judge == "letters" else config.evaluate.judge_max_tokens
+    validator = config.evaluate.judge
+    duel_tokens = 1 if validator.read == "letters" else validator.max_tokens
+    validation = config.prompts.validation
     train = config.train
     if train.method == "dpo":
         items = prompts * len(config.pair.kinds)
@@ -102,12 +110,21 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
         "responses": (prompts * k, config.sample.max_tokens),
         "judgements": (prompts * k * judged + seeds.replies * config.data.eft_judgements, judge_tokens),
         "comparisons": (compared, meta_tokens),
-        "held-out answers": (heldout * (1 + first + config.evaluate.kl + candidates), config.evaluate.max_tokens),
-        # M0 by itself, the new model by itself and by M0
-        "held-out judgements": (heldout * judged * (2 + first + by_score), judge_tokens),
+        "held-out answers": (heldout * (1 + first + config.evaluate.kl), config.evaluate.max_tokens),
+        # M0 by itself, the new model by itself and by M0; where somebody else validates, M0 too by that one
+        "held-out judgements": (
+            heldout * judged * (2 + first * (2 if validator.external else 1)),
+            judge_tokens,
+        ),
         "held-out log-probabilities": (2 * heldout if config.evaluate.kl else 0, 1),  # under the new model and M0
-        "held-out duels": (heldout * 2 * (config.evaluate.duel + max(0, by_duel - 1)), duel_tokens),
+        "held-out duels": (heldout * 2 * config.evaluate.duel, duel_tokens),
     }
+    if validation:  # of the model before and of each candidate
+        found |= {
+            "validation answers": (validation * (candidates + 1) if candidates else 0, config.evaluate.max_tokens),
+            "validation judgements": (validation * judged * (by_score + 1) if by_score else 0, judge_tokens),
+            "validation duels": (validation * 2 * by_duel, duel_tokens),
+        }
     return (
         {name: number for name, (number, _) in found.items()},
         sum(number * (config.engine.max_model_len - tokens) for number, tokens in found.values()),
@@ -131,6 +148,8 @@ def actors(config: Config) -> list[tuple[str, int, str]]:
     found = [("engine (samples" + ("" if config.judge.replicas else " and judges") + ")", engine.replicas, each)]
     if config.judge.replicas:
         found.append(("engine (judges)", config.judge.replicas, each))
+    if config.evaluate.judge.model:
+        found.append(("engine (validates)", config.evaluate.judge.replicas, each))
     found.append(("learner rank", train.workers, f"{train.cpus:g} Ray CPU, {train.threads} threads, {train.gpus} GPU"))
     found.append(("preference buffer", 1, "0 Ray CPU"))
     return found
@@ -162,9 +181,11 @@ def _engine(config: Config, model: Path) -> float:
     return found + ENGINE_CORE_BASE * (engine.kind == "async")
 
 
-def memory(config: Config, model: Path, judge: Path | None = None, records: float = 0.0) -> dict[str, float]:
-    """Peak resident bytes of each process on a CPU machine (GPU memory is not in here). `judge` holds another model
-    that judges; `records` are the bytes of an iteration's records, which the driver keeps."""
+def memory(
+    config: Config, model: Path, judge: Path | None = None, records: float = 0.0, validator: Path | None = None
+) -> dict[str, float]:
+    """Peak resident bytes of each process on a CPU machine (GPU memory is not in here). `judge` and `validator` hold
+    other models that judge and validate; `records` are the bytes of an iteration's records, which the driver keeps."""
     shape = _shape(model)
     weights = num_parameters(model) * BYTES[config.model.dtype]
     engine, train = config.engine, config.train
@@ -178,6 +199,8 @@ def memory(config: Config, model: Path, judge: Path | None = None, records: floa
     found = {"engine" if engine.replicas == 1 else f"each of {engine.replicas} engines": _engine(config, model)}
     if config.judge.replicas:
         found[f"each of {config.judge.replicas} judge engines"] = _engine(config, judge or model)
+    if config.evaluate.judge.model:
+        found[f"each of {config.evaluate.judge.replicas} validator engines"] = _engine(config, validator or model)
     name = "learner" if train.workers == 1 else f"each of {train.workers} learner ranks"
     found[name] = float(LEARNER_BASE + copies * weights + activations + logits)
     found["driver"] = float(DRIVER)
@@ -197,14 +220,17 @@ def _sequence(step: Config) -> int:
 
 
 def total_memory(config: Config, memory_by_process: dict[str, float]) -> float:
-    counts = {"engines": config.engine.replicas, "judge": config.judge.replicas, "ranks": config.train.workers}
+    counts = {
+        "judge": config.judge.replicas,
+        "validator": config.evaluate.judge.replicas,
+        "ranks": config.train.workers,
+        "engines": config.engine.replicas,  # the last, as the word is in others' names too
+    }
     total = 0.0
     for name, size in memory_by_process.items():
         if name == RECORDS:  # a bound that supposes every answer as long as it may be: it must refuse no run
             continue
         count = next((number for word, number in counts.items() if name.startswith("each") and word in name), 1)
-        if name.startswith("each") and "judge" in name:
-            count = config.judge.replicas
         total += size * count
     return total
 

@@ -1,14 +1,16 @@
-"""The prompts of a run: read, checked, and dealt out by seed: held-out ones first, then a hand per iteration."""
+"""The prompts of a run: read, checked, and dealt out by seed: those set aside first, then a hand per iteration."""
 
 import json
 import os
 import random
 import unicodedata
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from rsrlm.config import Config, ConfigError, Prompts
-from rsrlm.records import Prompt
+from rsrlm.records import Prompt, wording
 
 BUILTIN = "builtin"
 REFUSED = ("Cc", "Zl", "Zp")  # Unicode categories of control characters and line breaks; seeds are separated by one
@@ -66,27 +68,47 @@ def _refused(character: str) -> bool:
     return character in "/#>" or unicodedata.category(character) in REFUSED
 
 
-def deal(prompts: list[Prompt], config: Config) -> tuple[list[Prompt], list[list[Prompt]]]:
-    """Held-out prompts, and the prompts of each iteration: an order that depends on ids and seed alone.
+class Dealt(NamedTuple):
+    """Prompts that are set aside, to report and to decide on candidates, and those of each iteration."""
 
-    An iteration that answers none (supervised fine-tuning on data that is there) gets none. Without `prompts.reuse` no
+    heldout: list[Prompt]
+    validation: list[Prompt]
+    hands: list[list[Prompt]]
+
+
+def deal(prompts: list[Prompt], config: Config, seen: Collection[str] = ()) -> Dealt:
+    """Deal the prompts out in an order that depends on ids and seed alone.
+
+    Prompts whose wording (`records.wording`) is in `seen`, because the run trains on it anyway, are not set aside. An
+    iteration that answers none (supervised fine-tuning on data that is there) gets none. Without `prompts.reuse` no
     prompt is dealt twice; with it, all have had a turn before one has the next. Raises ConfigError when there are too
     few.
     """
     sizes = [(step.prompts.per_iteration if answers(step) else 0, number) for step, number in config.distinct]
-    heldout = config.prompts.heldout
-    needed = heldout + (max(size for size, _ in sizes) if config.prompts.reuse else sum(s * n for s, n in sizes))
+    heldout, validation = config.prompts.heldout, config.prompts.validation
+    aside = heldout + validation
+    needed = aside + (max(size for size, _ in sizes) if config.prompts.reuse else sum(s * n for s, n in sizes))
     if needed > len(prompts):
+        chosen_by = f"{validation} for validation, " if validation else ""
+        iterations = sum(number for size, number in sizes if size)
         each = " or ".join(str(size) for size in sorted({size for size, _ in sizes if size}))
         raise ConfigError(
             f"prompts.path={config.prompts.path}: {len(prompts)} usable prompts, but {needed} are needed "
-            f"({heldout} held out, {each} for each of {sum(number for size, number in sizes if size)} iterations); add "
-            "prompts, lower prompts.per_iteration or set prompts.reuse=true"
+            f"({heldout} held out, {chosen_by}{each} for each of {iterations} iterations); add prompts, "
+            "lower prompts.per_iteration or set prompts.reuse=true"
         )
     hand_sizes = [size for size, number in sizes for _ in range(number)]
     order = sorted(prompts, key=lambda prompt: prompt.id)
     random.Random(f"prompts {config.seed}").shuffle(order)
-    held, rest = order[:heldout], order[heldout:]
+    unseen = [prompt for prompt in order if wording(prompt.text) not in seen] if seen else order
+    if aside > len(unseen):
+        raise ConfigError(
+            f"prompts.path={config.prompts.path}: sft.sources trains on {len(order) - len(unseen)} of {len(order)} "
+            f"usable prompts, and the others are fewer than prompts.heldout={heldout} and prompts.validation="
+            f"{validation} together; add prompts, or lower these"
+        )
+    held = {prompt.id for prompt in unseen[:aside]}
+    rest = [prompt for prompt in order if prompt.id not in held]
     hands: list[list[Prompt]] = []
     deck: list[Prompt] = []
     for iteration, wanted in enumerate(hand_sizes):
@@ -102,7 +124,7 @@ def deal(prompts: list[Prompt], config: Config) -> tuple[list[Prompt], list[list
         else:
             hands.append(deck[:wanted])
             deck = deck[wanted:]
-    return held, hands
+    return Dealt(unseen[:heldout], unseen[heldout:aside], hands)
 
 
 def answers(step: Config) -> bool:
@@ -110,19 +132,29 @@ def answers(step: Config) -> bool:
     return step.train.method == "dpo" or any(source.path == "positive" for source in step.sft.sources)
 
 
-def usable(prompts: list[Prompt], lengths: dict[str, int], config: Config) -> tuple[list[Prompt], list[str]]:
-    """Prompts whose tokens leave room for the answer, and the ids of the others.
+def usable(
+    prompts: list[Prompt], lengths: Mapping[str, int], needs: Mapping[str, int], config: Config
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts whose tokens leave room for all that is asked about them, and the ids of the others.
 
-    `lengths` counts the tokens of the whole chat prompt by id. Raises ConfigError where prompts.overlong=error.
+    `lengths` counts the tokens of each prompt's text by id, `needs` those that each kind of request takes beside it: an
+    answer that could be sampled but not judged would never take part in a pair. Raises ConfigError where
+    prompts.overlong=error, and where there is no room for any prompt.
     """
-    longest = max(step.sample.max_tokens for step, _ in config.distinct)
-    room = config.engine.max_model_len - max(longest, config.evaluate.max_tokens)
+    most = max(needs, key=lambda name: needs[name])
+    room = config.engine.max_model_len - needs[most]
+    if room <= 0:
+        raise ConfigError(
+            f"engine.max_model_len={config.engine.max_model_len} leaves no room for a prompt: {most} takes "
+            f"{needs[most]} tokens beside it; raise engine.max_model_len, or lower the max_tokens of sample, judge, "
+            "meta or evaluate"
+        )
     long = [prompt.id for prompt in prompts if lengths[prompt.id] > room]
     if long and config.prompts.overlong == "error":
         raise ConfigError(
             f"prompt {long[0]!r} has {lengths[long[0]]} tokens, more than the {room} that engine.max_model_len="
-            f"{config.engine.max_model_len} leaves beside max_tokens; raise it, shorten the prompt or set "
-            "prompts.overlong=drop"
+            f"{config.engine.max_model_len} leaves beside the {needs[most]} of {most}; raise it, shorten the prompt or "
+            "set prompts.overlong=drop"
         )
     left_out = set(long)
     return [prompt for prompt in prompts if prompt.id not in left_out], long

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from rsrlm.config import ConfigError
+from rsrlm.records import wording
 
 TIE = 1e-9  # means are not exact: a smaller difference is a tie
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -87,8 +88,8 @@ def read(source: str, *, language: str | None = "en", key: str = "data.trees") -
     for question, answers in _groups(_records(source, key), counts):
         counts["prompts read"] += 1
         counts["replies read"] += len(answers)
-        wording = _digest(_wording(question.text))
-        refused = _refusal(question, language, prompt_ids) or ("duplicate text" if wording in questions else None)
+        asked = wording(question.text)
+        refused = _refusal(question, language, prompt_ids) or ("duplicate text" if asked in questions else None)
         if refused:
             counts[f"prompt dropped: {refused}"] += 1
             counts["reply dropped: its prompt is dropped"] += len(answers)
@@ -107,7 +108,7 @@ def read(source: str, *, language: str | None = "en", key: str = "data.trees") -
             counts["prompt dropped: no reply left"] += 1
             continue
         prompt_ids.add(question.id)
-        questions.add(wording)
+        questions.add(asked)
         counts["prompts kept"] += 1
         prompts.append(RankedPrompt(id=question.id, text=question.text, replies=tuple(replies)))
     always = ("prompts read", "prompts kept", "replies read", "replies kept")
@@ -334,7 +335,7 @@ def _pair(record: dict[str, Any], where: str, counts: Counter[str]) -> _Group:
         answers.append((value or "", why))
     if not asked:
         raise ConfigError(f"{where}: has no question; {SHAPES['pair']}")
-    if len({_wording(text) for text in asked}) > 1:
+    if len({wording(text) for text in asked}) > 1:
         refused = refused or "replies to different questions"
     prompt = _Message(id=_digest(asked[0]), text=asked[0], refused=refused)
     return prompt, [
@@ -449,10 +450,6 @@ def _writable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _wording(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _digest(*texts: str) -> str:

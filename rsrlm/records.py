@@ -187,6 +187,12 @@ def group_id(iteration: int, prompt_id: str) -> str:
     return f"{iteration:02d}/{prompt_id}"
 
 
+def wording(text: str) -> str:
+    """A digest of the text but for case and white space: two prompts that share it ask the same."""
+    plain = " ".join(text.casefold().split())
+    return hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=12).hexdigest()
+
+
 def seed_of(run_seed: int, iteration: int, prompt_id: str, role: Role, index: str) -> int:
     """63-bit seed from who asks for what: no two samples of a run share one, and neither order nor load matters.
 

@@ -20,7 +20,7 @@ from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError, Data
 from rsrlm.produce import mean_verdicts
 from rsrlm.ranked import RankedPrompt, Reply
-from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, group_id
+from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, group_id, wording
 from rsrlm.store import Journal
 
 NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0)  # people wrote it
@@ -38,6 +38,26 @@ class Parts:
     eft: tuple[RankedPrompt, ...]
     evaluation: tuple[RankedPrompt, ...]
     counts: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """The questions that a run trains on: ids of the ranked data, and wordings (`records.wording`) of all of them."""
+
+    ids: frozenset[str] = frozenset()
+    wordings: frozenset[str] = frozenset()
+
+    def __contains__(self, prompt: RankedPrompt | Prompt) -> bool:
+        return prompt.id in self.ids or wording(prompt.text) in self.wordings
+
+
+def trained_on(parts: Parts | None, others: Iterable[str] = ()) -> TrainedOn:
+    """IFT and EFT questions of `parts`, and `others`, which are wordings."""
+    prompts = (*parts.ift, *parts.eft) if parts else ()
+    return TrainedOn(
+        ids=frozenset(prompt.id for prompt in prompts),
+        wordings=frozenset((*(wording(prompt.text) for prompt in prompts), *others)),
+    )
 
 
 def divide(data: Data, key: str = "data.trees") -> Parts:
@@ -71,13 +91,15 @@ def shortened(prompt: RankedPrompt, most: int | None) -> RankedPrompt | None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str, encoder: ChatEncoder, judge: Judging | None) -> list[Example]:
-    """Examples of a JSONL file: {"prompt", "target"}, or {"instruction", "response", "target"} for the judge's prompt.
+def read_file(path: str, encoder: ChatEncoder, judge: Judging | None) -> tuple[list[Example], set[str]]:
+    """Examples of a JSONL file: {"prompt", "target"}, or {"instruction", "response", "target"} for the judge's prompt;
+    and the wordings (`records.wording`) of their questions.
 
     `judge` writes that prompt for the model in training; None where the config's judge has none that asks for text.
     `id` is optional. Raises ConfigError with the line.
     """
     found = []
+    wordings = set()
     seen: dict[str, int] = {}
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
@@ -116,6 +138,7 @@ def read_file(path: str, encoder: ChatEncoder, judge: Judging | None) -> list[Ex
             )
         else:
             tokens = encoder.user(entry["prompt"])
+        wordings.add(wording(entry["instruction"] if "instruction" in entry else entry["prompt"]))
         found.append(
             Example(
                 id=identifier,
@@ -126,7 +149,7 @@ def read_file(path: str, encoder: ChatEncoder, judge: Judging | None) -> list[Ex
         )
     if not found:
         raise ConfigError(f"sft.sources path={path}: no examples in it; write one JSON object per line")
-    return found
+    return found, wordings
 
 
 def _texts(entry: dict[str, Any]) -> list[Any]:

@@ -37,6 +37,7 @@ class RunFolder:
         self.folder = folder
         self.buffer_path = folder / "buffer.jsonl"
         self.checkpoints = folder / "checkpoints"
+        self.trained_on = folder / "trained_on.json"  # questions that evaluations leave out
 
     @classmethod
     def create(cls, config: Config) -> "RunFolder":
@@ -96,12 +97,17 @@ class RunFolder:
         )
         return [*(path.name for path in found), name]
 
-    def take_candidate(self, name: str, chosen: str) -> bool:
+    def take_candidate(self, name: str, chosen: str, before: Path) -> bool:
         """Put the chosen candidate in the place of the model and remove the others; whether the model changed.
 
-        May be repeated after a kill at any point.
+        A choice that is none of them is the model before, which is copied from the folder `before`. May be repeated
+        after a kill at any point.
         """
         path, candidate, old = self.model(name), self.model(chosen), self.model(f"{name}.old")
+        if not chosen.startswith(f"{name}@") and chosen != name:
+            candidate = self.model(f"{name}.tmp")
+            shutil.rmtree(candidate, ignore_errors=True)
+            shutil.copytree(before, candidate)
         if chosen != name and candidate.exists():
             if path.exists() and not old.exists():
                 path.rename(old)
@@ -138,6 +144,10 @@ class RunFolder:
     def evaluation(self, model: str) -> "Journal":
         """Held-out answers of a model and the judgements on them."""
         return Journal(self.folder / "evaluation" / f"{model}.jsonl")
+
+    def validation(self, iteration: int, model: str) -> "Journal":
+        """Answers of a candidate to the validation prompts and the judgements on them."""
+        return Journal(self.iteration(iteration) / "validation" / f"{model}.jsonl")
 
     def steps(self, iteration: int) -> "StepLog":
         return StepLog(self.iteration(iteration) / "steps.jsonl")

@@ -196,7 +196,7 @@ SIGNS: dict[str, Sign] = {
         "format with judge examples",
     ),
     "claims": Sign(
-        meaning="share of the responses with text in the shape of the judge's verdict, such as \"Score: 5\"",
+        meaning='share of the responses with text in the shape of the judge\'s verdict, such as "Score: 5"',
         direction="above",
         warn=0.05,
         seen="3 of 4 readable judgements of a 135M judge repeated the score that the response gave itself, while any "

@@ -1,7 +1,9 @@
-"""Which candidate becomes the next model, and when training ends early. The engines are scripted."""
+"""Which candidate becomes the next model, and when training ends early. The engines are scripted: an answer names its
+model, and the judge goes by the name that stands in the answer."""
 
 import asyncio
-import math
+import itertools
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,135 +11,264 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted import Scripted
 
-from rsrlm.ask import Judging
+from rsrlm.ask import Judging, validating
 from rsrlm.chat import ChatEncoder
 from rsrlm.evaluate import Evaluation
-from rsrlm.loop import best_of, evaluate, goes_on
+from rsrlm.loop import best_of, choose, evaluate, goes_on
 from rsrlm.model import load_tokenizer
-from rsrlm.records import Completion, Prompt, Request
+from rsrlm.records import Prompt, Request
 from rsrlm.runtime.mailbox import Mailbox
 from rsrlm.store import RunFolder
 
-PROMPTS = [Prompt(id="tea", text="Say tea."), Prompt(id="milk", text="Say milk.")]
+PROMPTS = [Prompt(id=f"p{i}", text=f"Say {i}.") for i in range(40)]
 NAMES = ["M1@2", "M1@4", "M1@6", "M1"]
+Points = dict[str, float]
 
 
-class Engines:
-    """Answers with the model that it holds; as M0 it gives an answer the points of its model."""
+def model_in(text: str) -> str:
+    return re.findall(r"I am (\S+) on", text)[0]
 
-    slots = 4
 
-    def __init__(self, points: dict[str, int]) -> None:
-        self.points = points
-        self.held = "M0"
-        self.asked: list[str] = []
-        self.holds: list[str] = []
-
-    async def hold(self, version: str) -> None:
-        if version != self.held:
-            self.holds.append(version)
-        self.held = version
-
-    async def generate(self, request: Request) -> Completion:
-        self.asked.append(request.id)
-        text = f"I am {self.held}."
-        if "#" in request.id:
-            assert self.held == "M0"  # the judge is the model that the iteration started from
-            text = f"Score: {self.points[request.id.partition('/')[0].removesuffix('@last')]}"
-        return Completion(
-            request_id=request.id, token_ids=tuple(self.held.encode()), text=text, finish_reason="stop",
-            weight_version=self.held, prompt_tokens=len(request.prompt_token_ids), cached_tokens=0, replica=0,
-            prompt_logprobs=()
-            if request.score_from is None
-            else (-2.0 if self.held == "M0" else -1.0,) * (len(request.prompt_token_ids) - request.score_from),
-        )  # fmt: skip
+@pytest.fixture(scope="module")
+def encoder(smollm2: Path) -> ChatEncoder:
+    return ChatEncoder(load_tokenizer(smollm2))
 
 
 @pytest.fixture
-def scene(make_config: Any, smollm2: Path) -> Callable[..., Any]:
-    """A run with four candidates of these points; keyword arguments change the config's train section."""
+def scene(make_config: Any, encoder: ChatEncoder) -> Callable[..., Any]:
+    """A run from M0, which has 2 points, with four candidates of the points given.
 
-    def make(*points: int, duel: bool = True, **train: Any) -> Any:
-        engines = Engines(dict(zip(NAMES, points, strict=True)))
+    `worth` changes the points of an answer by model and prompt, "" being no readable verdict; keyword arguments change
+    the config's train section, `judge` its evaluate.judge.
+    """
+
+    numbers = itertools.count()
+
+    def make(
+        *points: float,
+        worth: Callable[[str, int, float], Any] = lambda model, prompt, points: points,
+        judge: dict[str, Any] | None = None,
+        evaluated: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Any:
+        of: Points = {"M0": 2, **dict(zip(NAMES, points, strict=True))}
+
+        def points_of(text: str) -> Any:
+            model, prompt = model_in(text), int(text.split(" on ")[1].split(".")[0])
+            return worth(model, prompt, of[model])
+
+        def answer(shown: dict[str, str], request: Request, held: str) -> str:
+            if "response" in shown:
+                judged = points_of(shown["response"])
+                return "No idea." if judged == "" else f"Score: {judged}"
+            if "response A" in shown:
+                a, b = points_of(shown["response A"]), points_of(shown["response B"])
+                return "tie" if a == b else "A" if a > b else "B"
+            return f"I am {held} on {request.id.split('/p')[1].split('/')[0]}."
+
+        engines = Scripted(encoder.tokenizer, answer)
+        outside = Scripted(encoder.tokenizer, answer)
         rule = {"candidate_every_steps": 2, "choose": "score", **train}
-        config = make_config(judge={"read": "text", "judgements": 1}, train=rule, evaluate={"duel": duel})
+        config = make_config(
+            name=f"scene{next(numbers)}", judge={"read": "text", "judgements": 1}, train=rule,
+            prompts={"validation": len(PROMPTS)}, evaluate={"judge": judge or {}, **(evaluated or {})},
+        )  # fmt: skip
         store = RunFolder(config.folder)
-        for name in NAMES:
-            store.model(name).mkdir(parents=True)
-        encoder = ChatEncoder(load_tokenizer(smollm2))
+        first = config.folder / "first"
+        for name in (first, *map(store.model, NAMES)):
+            name.mkdir(parents=True)
+            (name / "weights").write_text(name.name)
+        forgotten: list[str] = []
         return SimpleNamespace(
             engines=engines,
-            evaluation=Evaluation(config, encoder, Judging(config, encoder), PROMPTS),
+            outside=outside,
+            forgotten=forgotten,
+            choosing=Evaluation(
+                config, encoder, Judging(config, encoder), PROMPTS, validating(config, encoder)
+            ),
             config=config,
             step=SimpleNamespace(config=config, model="M1"),
             ports=SimpleNamespace(
-                pools=SimpleNamespace(samplers=engines, judges=engines, hold=engines.hold),
+                pools=SimpleNamespace(
+                    samplers=engines, judges=engines, validators=outside if judge else engines, hold=engines.hold,
+                    folder=lambda name: first if name == "M0" else store.model(name),
+                    forget=lambda version, files=None: forgotten.append(version),
+                ),
                 store=store,
                 report=SimpleNamespace(
                     line=lambda text: None, stage=lambda name, totals: nullcontext(lambda what, done, tokens: None)
                 ),
             ),
-        )
+        )  # fmt: skip
 
     return make
 
 
 def best(scene: Any) -> tuple[str, list[str]]:
-    chosen, found = asyncio.run(best_of(NAMES, scene.evaluation, "M0", scene.step, scene.ports))
+    work = best_of(NAMES, scene.choosing, 0, "M0", scene.step, scene.ports)
+    chosen, found = asyncio.run(work)
     return chosen, list(found)
 
 
+WAYS = pytest.mark.parametrize("way", ["score", "duel"])
+
+
+@WAYS
 @pytest.mark.parametrize(
     ("points", "early_stop", "chosen", "looked_at"),
     [
-        ((2, 3, 1, 5), False, "M1", 4),
-        ((2, 3, 1, 5), True, "M1@4", 3),  # what comes after the first that is not better is not looked at
-        ((2, 3, 3, 5), True, "M1@4", 3),  # an equal one is not better
-        ((2, 3, 4, 5), True, "M1", 4),
-        ((2, 2, 2, 2), False, "M1@2", 4),
+        ((3, 4, 1, 5), False, "M1", 4),
+        ((3, 4, 1, 3), False, "M1@4", 4),
+        ((3, 4, 1, 5), True, "M1@4", 3),  # what comes after the first that is not better is not looked at
+        ((3, 4, 4, 5), True, "M1@4", 3),  # an equal one is not better
+        ((3, 4, 4.5, 5), True, "M1", 4),
+        ((3, 3, 3, 3), False, "M1@2", 4),
+        ((1, 0, 1, 2), False, "M0", 4),  # all worse than the model before, or equal to it
+        ((1, 5, 5, 5), True, "M0", 1),
     ],
 )
-def test_the_candidate_with_the_best_score(
-    scene: Callable[..., Any], points: tuple[int, ...], early_stop: bool, chosen: str, looked_at: int
+def test_the_best_candidate_by_the_text_of_its_answers(
+    scene: Callable[..., Any], way: str, points: tuple[float, ...], early_stop: bool, chosen: str, looked_at: int
 ) -> None:
-    made = scene(*points, early_stop=early_stop)
+    made = scene(*points, choose=way, early_stop=early_stop)
     assert best(made) == (chosen, NAMES[:looked_at])
     assert made.engines.held == "M0"
-    asked, holds = len(made.engines.asked), len(made.engines.holds)
-    assert asked == looked_at * 4  # two answers and two judgements
+    asked, holds = len(made.engines.requests), len(made.engines.holds)
     assert best(made) == (chosen, NAMES[:looked_at])
-    assert (len(made.engines.asked), len(made.engines.holds)) == (asked, holds)  # it is all in the journals
+    assert (len(made.engines.requests), len(made.engines.holds)) == (asked, holds)  # it is all in the journals
 
 
-def test_training_goes_on_while_candidates_get_better(scene: Callable[..., Any]) -> None:
+@WAYS
+def test_a_gain_within_its_interval_is_none(scene: Callable[..., Any], way: str) -> None:
+    """Half of the prompts better and half worse by as much, but for one: a mean gain above 0 that chance explains."""
+
+    def worth(model: str, prompt: int, points: float) -> float:
+        return points if model == "M0" else points + (1 if prompt < 21 else -1)
+
+    assert best(scene(2, 2, 2, 2, worth=worth, choose=way))[0] == "M0"
+    # 34 better and 6 worse: a mean of 0.7, whose standard error is 0.11.
+    made = scene(2, 2, 2, 2, worth=lambda m, p, x: x + (m != "M0") * (1 if p < 34 else -1), choose=way)
+    found = asyncio.run(best_of(NAMES[:1], made.choosing, 0, "M0", made.step, made.ports))
+    assert found[0] == "M1@2"
+    figure = found[1]["M1@2"]
+    assert (figure["value"], figure["n"], figure["over"], figure["by"]) == (pytest.approx(0.7), 40, "M0", way)
+    assert 0.7 - 4 * 0.115 < figure["low"] < 0.7 < figure["high"] < 0.7 + 4 * 0.115
+
+
+def test_only_prompts_that_are_readable_for_both_are_compared(scene: Callable[..., Any]) -> None:
+    """A candidate whose one readable answer is splendid, and one that is readable where the model before is weak."""
+
+    def one_readable(model: str, prompt: int, points: float) -> Any:
+        return points if model in ("M0", "M1") or prompt == 0 else ""
+
+    made = scene(5, 5, 5, 3, worth=one_readable)
+    chosen, found = asyncio.run(best_of(NAMES, made.choosing, 0, "M0", made.step, made.ports))
+    assert [found[name]["n"] for name in NAMES] == [1, 1, 1, 40]
+    assert [found[name]["estimable"] for name in NAMES] == [False, False, False, True]
+    assert chosen == "M1"
+
+    def weak(model: str, prompt: int, points: float) -> Any:
+        """M0 has 0 points where the candidate cannot be read and 4 elsewhere: its own mean would be 3."""
+        return ("" if prompt < 10 else points) if model != "M0" else 0 if prompt < 10 else 4
+
+    made = scene(3.5, 3.5, 3.5, 3.5, worth=weak)
+    chosen, found = asyncio.run(best_of(NAMES, made.choosing, 0, "M0", made.step, made.ports))
+    assert chosen == "M0"
+    assert (found["M1"]["value"], found["M1"]["n"]) == (pytest.approx(-0.5), 30)
+
+
+@WAYS
+def test_another_validator_judges_candidates(scene: Callable[..., Any], way: str) -> None:
+    """Other weights: the model in training is not asked to judge, and is not put back to do so."""
+    made = scene(3, 4, 1, 5, judge={"model": "some/judge"}, choose=way)
+    assert best(made) == ("M1", NAMES)
+    assert not [request for request in made.engines.requests if "#" in request.id or ">" in request.id]
+    assert len(made.outside.requests) == {"score": 5 * 40, "duel": 4 * 2 * 40}[way]
+    assert made.engines.holds == NAMES  # M0 answers first, and is not held again
+
+
+def test_a_validator_behind_an_api_scores_in_text(make_config: Any, encoder: ChatEncoder) -> None:
+    server = {"url": "http://localhost:1/v1", "model": "claude"}
+    config = make_config(evaluate={"judge": {"endpoint": server, "read": "text"}})
+    assert config.judge.read == "digits"
+    assert Judging(config, encoder).name == "additive_digits (digits)"
+    judge = validating(config, encoder)
+    assert (judge.name, judge.per_response) == ("additive (text)", 3)
+    assert validating(make_config(), encoder).name == "additive_digits (digits)"
+
+
+def test_the_model_before_is_kept_where_nothing_is_better(scene: Callable[..., Any]) -> None:
+    made = scene(1, 1, 1, 1)
+    found = asyncio.run(choose(made.choosing, 0, "M0", made.step, {"files": "f"}, made.ports))
+    assert found["choice"]["chosen"] == "M0"
+    store = made.ports.store
+    assert (store.model("M1") / "weights").read_text() == "first"
+    assert (made.config.folder / "first" / "weights").exists()  # copied, not moved
+    assert sorted(path.name for path in store.model("M1").parent.iterdir()) == ["M1"]
+    assert made.forgotten == ["M1"]
+    assert asyncio.run(choose(made.choosing, 0, "M0", made.step, {}, made.ports)) == found  # after a kill
+
+
+def test_the_chosen_candidate_takes_the_models_place(scene: Callable[..., Any]) -> None:
+    made = scene(3, 4, 1, 2)
+    asyncio.run(choose(made.choosing, 0, "M0", made.step, {}, made.ports))
+    assert (made.ports.store.model("M1") / "weights").read_text() == "M1@4"
+
+
+@WAYS
+def test_training_goes_on_while_candidates_get_better(scene: Callable[..., Any], way: str) -> None:
     """Asked at each candidate, in the order of training; later ones may lie there from before a kill."""
-    made = scene(2, 3, 1, 5, early_stop=True)
+    made = scene(3, 4, 1, 5, early_stop=True, choose=way)
 
     def ask(steps: int) -> bool:
-        return asyncio.run(goes_on(made.evaluation, "M0", made.step, steps, made.ports))
+        return asyncio.run(goes_on(made.choosing, 0, "M0", made.step, steps, made.ports))
 
     assert ask(2)
-    assert not any("M1@4" in identifier for identifier in made.engines.asked)
+    assert not any("M1@4" in request.id for request in made.engines.requests)
     assert ask(4)
     assert not ask(6)
     assert best(made)[0] == "M1@4"
-    assert not any(identifier.startswith(("M1/", "M1@last")) for identifier in made.engines.asked)
+    assert not any(request.id.startswith("M1/") for request in made.engines.requests)
+    worse = scene(1, 5, 5, 5, early_stop=True, choose=way)
+    assert not asyncio.run(goes_on(worse.choosing, 0, "M0", worse.step, 2, worse.ports))  # worse than M0
 
 
-def test_the_kl_is_between_the_new_model_and_the_first(scene: Callable[..., Any], monkeypatch: Any) -> None:
-    """r = -2 - -1 for every token, as long as the new model samples and the two are asked in their turns."""
-    made = scene(2, 3, 1, 5, duel=False)
-    monkeypatch.setattr(made.evaluation, "scores", nobody_judges)
-    found = asyncio.run(evaluate(made.evaluation, "M1", "M0", made.config, made.ports))
-    assert found["kl_to_first"] == {"per_token": pytest.approx(math.exp(-1)), "tokens": 2 * len("M1")}
-    assert (made.engines.holds, made.engines.held) == (["M1", "M0"], "M0")
-    first = asyncio.run(evaluate(made.evaluation, "M0", None, made.config, made.ports))
+def test_held_out_prompts_report_who_won(scene: Callable[..., Any]) -> None:
+    """The new model's points against those of the model before, by the frozen first model in both orders."""
+    made = scene(2, 2, 2, 4.5, worth=lambda model, prompt, points: 1 if model == "M1" and prompt < 10 else points)
+    config = made.config.model_copy(
+        update={"prompts": made.config.prompts.model_copy(update={"heldout": len(PROMPTS)})}
+    )
+    made.ports.store.event = lambda *_, **__: None
+    first = asyncio.run(evaluate(made.choosing, "M0", None, config, made.ports))
+    assert first["score_by_first"] == first["score_by_current"] == {"judge": "M0", "mean": 2.0, "n": 40}
     assert "kl_to_first" not in first
+    found = asyncio.run(evaluate(made.choosing, "M1", "M0", config, made.ports))
+    duel = found["duel_with_M0"]
+    assert (duel["win"], duel["tie"], duel["loss"], duel["n"]) == (0.75, 0.0, 0.25, 40)
+    assert found["score_by_first"] == {"judge": "M0", "mean": pytest.approx((10 * 1 + 30 * 4.5) / 40), "n": 40}
+    assert found["score_by_current"]["judge"] == "M1"
+    # r = -2 - -1 for every token: the new model samples, and the two are asked in their turns.
+    assert found["kl_to_first"]["per_token"] == pytest.approx(2.718281828459045**-1)
+    assert (made.engines.holds, made.engines.held) == (["M1", "M0"], "M0")
 
 
-async def nobody_judges(*_: Any) -> list[Any]:
-    return []
+def test_the_validator_reports_in_the_place_of_the_first_model(scene: Callable[..., Any]) -> None:
+    made = scene(2, 2, 2, 5, judge={"model": "some/judge"}, evaluated={"kl": False})
+    config = made.config.model_copy(
+        update={"prompts": made.config.prompts.model_copy(update={"heldout": len(PROMPTS)})}
+    )
+    made.ports.store.event = lambda *_, **__: None
+    first = asyncio.run(evaluate(made.choosing, "M0", None, config, made.ports))
+    assert (first["score_by_first"]["judge"], first["score_by_current"]["judge"]) == ("some/judge", "M0")
+    found = asyncio.run(evaluate(made.choosing, "M1", "M0", config, made.ports))
+    assert (found["score_by_first"]["judge"], found["score_by_current"]["judge"]) == ("some/judge", "M1")
+    assert found["duel_with_M0"]["win"] == 1.0
+    assert "by some/judge" in found["duel_with_M0"]["judge"]
+    assert len(made.outside.requests) == 2 * 40 + 2 * 40  # scores of M0 and M1, and both orders
+    assert made.engines.holds == ["M1"]
 
 
 def test_ranks_wait_for_a_decision() -> None:

@@ -110,7 +110,7 @@ def config_file(tmp_path: Path, small_model: Path) -> Path:
         "sample": {"responses": 2, "max_tokens": 24},
         "judge": {"read": "digits"},
         "train": {"lr": 1e-3, "pairs_per_step": 2},
-        "engine": {"max_model_len": 512, "kv_cache_gib": 0.25},
+        "engine": {"max_model_len": 4096, "kv_cache_gib": 0.25},
     }
     write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
     path = tmp_path / "mine.yaml"
@@ -158,7 +158,7 @@ def test_what_is_right_starts(rsrlm: Callable[..., Ended], config_file: Path, tm
     assert prepared.left_out == []
     assert (len(prepared.inputs.heldout), [len(step.prompts) for step in prepared.inputs.steps]) == (2, [4])
     assert store.folder == tmp_path / "runs" / "mine"
-    assert sorted(path.name for path in store.folder.iterdir()) == ["config.yaml", "start.json"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["config.yaml", "start.json", "trained_on.json"]
 
 
 @pytest.mark.parametrize("code", [0, 3, 4, 130])
@@ -286,17 +286,19 @@ def test_too_few_prompts(refused: Callable[..., str], tmp_path: Path) -> None:
 
 
 def with_a_long_one(path: Path) -> None:
-    write_prompts(path, [*PROMPTS[:6], {"id": "long", "prompt": "tea " * 600}])
+    write_prompts(path, [*PROMPTS[:6], {"id": "long", "prompt": "tea " * 4200}])
 
 
 def test_a_prompt_that_is_too_long_stops_the_run(refused: Callable[..., str], tmp_path: Path) -> None:
     with_a_long_one(tmp_path / "prompts.jsonl")
     message = refused("prompts.overlong=error")
-    # 512 less the 96 of evaluate.max_tokens
-    found = re.match(r"rsrlm: prompt 'long' has (\d+) tokens, more than the 416 that ", message)
+    # 4096 less what the judge of a held-out answer of 96 takes: the prompt itself would fit beside the answer.
+    found = re.match(
+        r"rsrlm: prompt 'long' has (\d+) tokens, more than the (\d+) that engine.max_model_len=4096 leaves beside the "
+        r"(\d+) of the judge of a held-out answer", message,
+    )  # fmt: skip
     assert found
-    assert int(found[1]) > 600
-    assert "engine.max_model_len=512" in message
+    assert int(found[1]) > int(found[2]) == 4096 - int(found[3])
     assert "prompts.overlong=drop" in message
 
 
@@ -461,7 +463,7 @@ def test_code_is_downloaded_only_where_it_is_trusted(
 # -- judges ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["judge.template", "evaluate.template"])
+@pytest.mark.parametrize("key", ["judge.template", "evaluate.judge.template"])
 def test_a_template_that_is_missing(key: str, refused: Callable[..., str]) -> None:
     message = refused(f"{key}=mine.jinja")
     assert message.startswith(f"rsrlm: {key}='mine.jinja': neither one of rsrlm's (additive, ")
@@ -469,8 +471,8 @@ def test_a_template_that_is_missing(key: str, refused: Callable[..., str]) -> No
 
 
 def test_a_template_for_something_else(refused: Callable[..., str]) -> None:
-    assert "evaluate.template='additive': does not use response_a, response_b; add" in refused(
-        "evaluate.template=additive"
+    assert "evaluate.judge.template='additive': does not use response_a, response_b; add" in refused(
+        "evaluate.judge.template=additive"
     )
 
 
@@ -777,7 +779,9 @@ def executed(
     monkeypatch.setattr(launch, "_run", nothing)
     screen = Screen()
     inputs: Any = None
-    prepared = launch.Prepared(config=config, model=Path(), judge=None, inputs=inputs, left_out=["long", "longer"])
+    prepared = launch.Prepared(
+        config=config, model=Path(), judge=None, validator=None, inputs=inputs, left_out=["long", "longer"]
+    )
     return EXECUTE(prepared, store, screen), screen.lines
 
 
@@ -851,7 +855,7 @@ def ranked(tmp_path: Path) -> Path:
         ("eval judge CONFIG --data nowhere.jsonl", "nowhere.jsonl"),
         ("eval judge CONFIG --data CONFIG", "--data"),
         ("eval judge CONFIG --data RANKED --out RANKED", "RANKED: give the path of a folder to write"),
-        ("eval judge CONFIG --data RANKED data.max_chars=1", "no prompt with two ranked replies in part all"),
+        ("eval judge CONFIG --data RANKED data.max_chars=1", "no prompt with two ranked replies in part unseen"),
         ("eval judge FOLDER --data RANKED", "no run here"),
         ("eval duel CONFIG nowhere nowhere2 --out duel", "nowhere"),
     ],
@@ -901,9 +905,9 @@ def test_a_function_judge_is_measured_without_engines(
     for _ in range(2):
         ended = rsrlm(*arguments, "--limit", 15)
         assert ended.code == 0, ended
-        assert "15 of 20 prompts of part all with 30 ranked replies" in ended.out
+        assert "15 of 20 prompts of part unseen with 30 ranked replies" in ended.out
     found = json.loads((tmp_path / "runs" / "mine" / "eval" / "ranked" / "judge.json").read_text())
-    assert (found["data"], found["part"], found["prompts"], found["of"]) == ("ranked.jsonl", "all", 15, 20)
+    assert (found["data"], found["part"], found["prompts"], found["of"]) == ("ranked.jsonl", "unseen", 15, 20)
     assert found["models"]["M0"]["pairwise_accuracy"]["count"] == 15
     # a larger limit goes on with what is there; other texts are another question
     assert rsrlm(*arguments).code == 0
@@ -911,6 +915,99 @@ def test_a_function_judge_is_measured_without_engines(
     changed = rsrlm(*arguments)
     assert changed.code == 2
     assert "was begun with other settings (--data and data.*=" in changed.err
+
+
+def tree(number: int, question: str) -> dict[str, Any]:
+    replies = [
+        {"message_id": f"t{number}r{rank}", "text": f"reply {rank}", "role": "assistant", "rank": rank, "replies": []}
+        for rank in range(2)
+    ]
+    root = {"message_id": f"t{number}", "text": question, "role": "prompter", "replies": replies}
+    return {"message_tree_id": f"t{number}", "prompt": root}
+
+
+class TestWhatIsTrainedOnIsNotMeasuredOn:
+    """40 trees, of which some are for IFT and EFT, measured on from files of other names."""
+
+    @pytest.fixture
+    def trees(self, tmp_path: Path) -> list[dict[str, Any]]:
+        found = [tree(number, f"What is number {number}?") for number in range(40)]
+        (tmp_path / "trees.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
+        return found
+
+    @pytest.fixture
+    def measured(
+        self, rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, trees: list[dict[str, Any]]
+    ) -> Callable[..., tuple[set[str], str]]:
+        """Ids of the questions measured on in a file, and what is said about it."""
+        (tmp_path / "nobodys_taste.py").write_text("def flat(prompt, response):\n    return 1\n")
+
+        def measure(*arguments: Any, file: Path, config: Any = config_file) -> tuple[set[str], str]:
+            out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+            ended = rsrlm(
+                "eval", "judge", config, "--data", file, "--out", out, f"data.trees={tmp_path / 'trees.jsonl'}",
+                "data.ift_share=0.3", "data.eft_share=0.3", "judge.read=function", "judge.function=nobodys_taste:flat",
+                *arguments,
+            )  # fmt: skip
+            assert ended.code == 0, ended
+            lines = (out / "M0.jsonl").read_text().splitlines()
+            return {json.loads(line)["judgement"]["prompt_id"] for line in lines}, ended.out
+
+        return measure
+
+    def test_by_id_and_by_wording_from_any_file(
+        self, measured: Callable[..., tuple[set[str], str]], tmp_path: Path, trees: list[dict[str, Any]]
+    ) -> None:
+        own, said = measured(file=tmp_path / "trees.jsonl")
+        assert 0 < len(own) < 40
+        assert f"{40 - len(own)} prompts are trained on and left out" in said
+        copy = tmp_path / "copy.jsonl"
+        shutil.copy(tmp_path / "trees.jsonl", copy)
+        assert measured(file=copy)[0] == own
+        # Other ids, other case and blanks: the questions are the same.
+        asked = [one["prompt"]["text"].upper().replace(" ", "  ") for one in trees]
+        copy.write_text("".join(json.dumps(tree(100 + n, text)) + "\n" for n, text in enumerate(asked)))
+        assert measured(file=copy)[0] == {f"t{100 + int(name[1:])}" for name in own}
+        # The same ids with other words: left out as well.
+        copy.write_text("".join(json.dumps(tree(n, f"Another question {n}")) + "\n" for n in range(40)))
+        assert measured(file=copy)[0] == own
+
+    def test_a_part_that_is_asked_for_is_measured_on_and_said_to_be_trained_on(
+        self, measured: Callable[..., tuple[set[str], str]], tmp_path: Path
+    ) -> None:
+        unseen, _ = measured(file=tmp_path / "trees.jsonl")
+        everything, said = measured("--part", "all", file=tmp_path / "trees.jsonl")
+        assert len(everything) == 40
+        assert f"{40 - len(unseen)} prompts are trained on and measured on all the same" in said
+
+    def test_a_run_remembers_what_it_trains_on(
+        self,
+        rsrlm: Callable[..., Ended],
+        measured: Callable[..., tuple[set[str], str]],
+        config_file: Path,
+        tmp_path: Path,
+    ) -> None:
+        """The prompts of its iterations and the questions in a file of examples too."""
+        write_prompts(
+            tmp_path / "prompts.jsonl", [{"id": f"p{n}", "prompt": f"what is number {n}? "} for n in range(9)]
+        )
+        examples = tmp_path / "examples.jsonl"
+        examples.write_text(
+            json.dumps({"prompt": "What is number 8?", "target": "8"}) + "\n"
+            + json.dumps({"instruction": "What is number 39?", "response": "x", "target": "Score: 1"}) + "\n"
+        )  # fmt: skip
+        schedule = [{"train": {"method": "sft"}, "sft": {"sources": [{"path": str(examples)}]}}, {}]
+        with pytest.raises(Started) as started:
+            rsrlm(
+                "run", config_file, "iterations=2", f"schedule={json.dumps(schedule)}", "judge.read=text",
+                "data.minimum=1", "prompts.heldout=4",
+            )  # fmt: skip
+        inputs, store = started.value.arguments[0].inputs, started.value.arguments[1]
+        assert "p8" not in {prompt.id for prompt in inputs.heldout}  # a question of the examples
+        trained = {int(prompt.id[1:]) for step in inputs.steps for prompt in step.prompts} | {8, 39}
+        assert len(trained) == 4 + 1 + 1 - (8 in {int(p.id[1:]) for p in inputs.steps[1].prompts})
+        found, _ = measured(file=tmp_path / "trees.jsonl", config=store.folder)
+        assert found == {f"t{number}" for number in range(40) if number not in trained}
 
 
 def test_an_evaluation_does_not_stand_in_the_way_of_a_run(config_file: Path, tmp_path: Path) -> None:

@@ -442,7 +442,7 @@ def test_without_a_schedule_all_iterations_are_alike() -> None:
             "schedule=[{judge: {read: structured, temperature: 0, judgements: 3}, pair: {kinds: [actor, judge]}}, {}]",
             "all judgements of a response would be the same; raise it",
         ),
-        ("evaluate='{judge: text, judge_max_tokens: 9999}'", "evaluate.judge_max_tokens=9999 leaves no room"),
+        ("evaluate.judge='{read: text, max_tokens: 9999}'", "evaluate.judge.max_tokens=9999 leaves no room"),
         (
             "judge='{read: digits, model: x, replicas: 1}' 'sft.sources=[{path: eft}]' data.trees=x",
             "the model's own judgements, but x judges; make a file with `rsrlm data eft`",

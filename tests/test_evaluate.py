@@ -283,12 +283,12 @@ def test_a_template_of_the_users_own_is_named(
 ) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{{ instruction }} {{ response_a }} {{ response_b }}")
-    found = run(evaluation([], evaluate={"template": str(file)}).duel(Engines(), "M0", [], [], journal))
+    found = run(evaluation([], evaluate={"judge": {"template": str(file)}}).duel(Engines(), "M0", [], [], journal))
     assert found["judge"] == f"{file} (letters) by M0, both orders"
     file.write_text("{{ instruction }} {{ response_a }}")
-    with pytest.raises(ConfigError, match=r"evaluate\.template='.*mine\.jinja': does not use response_b"):
-        evaluation(evaluate={"template": str(file)})
-    evaluation(evaluate={"template": str(file), "duel": False})  # not looked at
+    with pytest.raises(ConfigError, match=r"evaluate\.judge\.template='.*mine\.jinja': does not use response_b"):
+        evaluation(evaluate={"judge": {"template": str(file)}})
+    evaluation(evaluate={"judge": {"template": str(file)}, "duel": False})  # not looked at
 
 
 # -- answers and scores ------------------------------------------------------------------------------------------------
@@ -312,9 +312,9 @@ def test_a_judge_does_not_take_the_judgements_of_another(
     """M1's own judgements and the frozen M0's stand side by side in one journal."""
     judge = evaluation()
     answers = answers_of("M1", PROMPTS, 3)
-    own = run(judge.scores(Engines(version="M1"), "M1", answers, journal))
+    own = run(judge.scores(judge.judge, Engines(version="M1"), "M1", answers, journal))
     frozen_engines = Engines(version="M0")
-    frozen = run(judge.scores(frozen_engines, "M0", answers, journal))
+    frozen = run(judge.scores(judge.judge, frozen_engines, "M0", answers, journal))
     assert len(frozen_engines.requests) == 4 * 3
     assert [j.id for j in own] == [f"M1/{p.id}/0#{index}@M1" for p in PROMPTS for index in range(3)]
     assert [j.id for j in frozen] == [f"M1/{p.id}/0#{index}@M0" for p in PROMPTS for index in range(3)]
@@ -331,7 +331,7 @@ def test_a_function_scores_without_engines(evaluation: Callable[..., Evaluation]
     engines = Engines()
     judge = evaluation(judge={"read": "function", "judgements": None, "function": f"{__name__}:by_length"})
     answers = [response("M1", prompt.id, text=prompt.id) for prompt in PROMPTS]
-    found = run(judge.scores(engines, "M0", answers, journal))
+    found = run(judge.scores(judge.judge, engines, "M0", answers, journal))
     assert [j.verdict for j in found] == [Scored(points=float(len(prompt.id))) for prompt in PROMPTS]
     assert mean_score(answers, found) == {"mean": (3 + 4 + 5 + 4) / 4, "n": 4}
     assert engines.requests == []
@@ -348,9 +348,9 @@ async def whole(judge: Evaluation, folder: Path) -> tuple[list[Request], list[An
     for model in ("M0", "M1", "M2"):
         journal, engines, frozen = Journal(folder / f"{model}.jsonl"), Engines(version=model), Engines(version="M0")
         answers = await judge.answers(engines, model, journal)
-        found += [answers, await judge.scores(engines, model, answers, journal)]
+        found += [answers, await judge.scores(judge.judge, engines, model, answers, journal)]
         if before:
-            found.append(await judge.scores(frozen, "M0", answers, journal))
+            found.append(await judge.scores(judge.judge, frozen, "M0", answers, journal))
             found.append(await judge.duel(frozen, "M0", answers, before, journal))
         before = answers
         requests += engines.requests + frozen.requests
@@ -498,7 +498,8 @@ def test_scores_that_cannot_be_read_are_in_no_mean(evaluation: Callable[..., Eva
         for answer, three in zip(answers, said, strict=True)
         for index, text in enumerate(three)
     }
-    found = run(evaluation().scores(Engines(texts), "M0", answers, journal))
+    made = evaluation()
+    found = run(made.scores(made.judge, Engines(texts), "M0", answers, journal))
     assert sum(isinstance(j.verdict, Unparsed) for j in found) == 4
     assert mean_score(answers, found) == {"mean": 1.5, "n": 3}
 

@@ -1,21 +1,23 @@
-"""Every choice of the two papers is a key whose change alone alters requests, records, loss or schedule; what is not
-done stands in the README with its reason.
+"""Every choice of the two papers is a key whose change alone alters requests, records or loss, and in the direction
+that the paper means; what is not done stands in the README with its reason.
 
 SR is Self-Rewarding (2401.10020v3), MR Meta-Rewarding (2407.19594v2); numbers are sections.
 """
 
 import asyncio
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rsrlm import losses, meta_judging, seeds, self_instruct
 from rsrlm import plan as planning
-from rsrlm.ask import Judging, meta_judge, sampling_of
+from rsrlm.ask import Judging, duel_judge, meta_judge, sampling_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, load, resolve
 from rsrlm.loop import starts_from
@@ -75,7 +77,7 @@ RESPONSES = [response(i, text) for i, text in enumerate(["x" * 3000, "x" * 400, 
 POINTS = {f"00/p/{i}": Scored(points=points) for i, points in enumerate([4.0, 3.8, 1.0, 4.0, 1.2])}
 
 
-def asked_of_the_judge(config: Config, encoder: ChatEncoder) -> list[Any]:
+def asked_of_the_judge(config: Config, encoder: ChatEncoder) -> list[Request]:
     engine = Recorder()
     judge = Judging(config, encoder)
 
@@ -87,7 +89,8 @@ def asked_of_the_judge(config: Config, encoder: ChatEncoder) -> list[Any]:
         ]
 
     made = asyncio.run(ask())
-    return [engine.requests, [one.verdict for one in made]]
+    assert [one.verdict for one in made] == [Scored(points=3.0)] * len(made)
+    return engine.requests
 
 
 def asked_of_the_meta_judge(config: Config, encoder: ChatEncoder) -> list[Request]:
@@ -127,7 +130,8 @@ def judge_pair(config: Config, encoder: ChatEncoder) -> Any:
             Group(id=f"00/{name}", iteration=0, prompt=Prompt(id=name, text="Why?"), responses=(shown,),
                   judgements=tuple(found), comparisons=comparisons, pair=None, no_pair_reason="x")
         )  # fmt: skip
-    return judge_pairs(groups, Judging(config, encoder), config)
+    found, _ = judge_pairs(groups, Judging(config, encoder), config)
+    return found["00/p#judge"], found["00/q#judge"]
 
 
 def produced(config: Config, encoder: ChatEncoder) -> Any:
@@ -142,7 +146,11 @@ def produced(config: Config, encoder: ChatEncoder) -> Any:
             lambda *_: None, meta_judge(config, encoder) if compares(config) else None,
         )  # fmt: skip
         group = asyncio.run(producer.group(Prompt(id="p", text="Why?")))
-    return sorted(engine.requests, key=lambda request: request.id), len(group.comparisons), group.no_pair_reason
+    kinds = {"~": [], "#": [], "/": []}  # comparisons, judgements, responses
+    for request in engine.requests:
+        kinds[next(mark for mark in kinds if mark in request.id)].append(request)
+    assert len(kinds["~"]) == len(group.comparisons)
+    return SimpleNamespace(responses=kinds["/"], judgements=kinds["#"], comparisons=kinds["~"])
 
 
 def replies_judged(config: Config, encoder: ChatEncoder) -> int:
@@ -168,14 +176,14 @@ def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
 
 def steps(config: Config, encoder: ChatEncoder) -> Any:
     items: Sequence[Any] = [RESPONSES[0]] * 11
-    return [len(step) for step in steps_of(items, config.train, 0, 0)], config.train.steps(11)
+    return [len(step) for step in steps_of(items, config.train, 0, 0)][: config.train.steps(11)]
 
 
 def requests(config: Config, encoder: ChatEncoder) -> Any:
     from rsrlm.model import folder_of
 
     planned = planning.plan(config, folder_of(config.model))
-    return planned.requests, planned.generated_tokens
+    return SimpleNamespace(**planned.requests, tokens=planned.generated_tokens)
 
 
 def loss(config: Config, encoder: ChatEncoder) -> float:
@@ -204,7 +212,8 @@ def dropout(config: Config, encoder: ChatEncoder) -> float:
 def divided(config: Config, encoder: ChatEncoder) -> Any:
     parts = seeds.divide(config.data)
     ift = seeds.ift(parts.ift, encoder, config.data)[0]
-    return parts.counts, [[one.id for one in part] for part in (parts.ift, parts.eft, parts.evaluation)], len(ift)
+    ids = [{one.id for one in part} for part in (parts.ift, parts.eft, parts.evaluation)]
+    return (*ids, len(ift))
 
 
 def kept_judgements(config: Config, encoder: ChatEncoder) -> Any:
@@ -219,8 +228,8 @@ def kept_judgements(config: Config, encoder: ChatEncoder) -> Any:
         prompts.append(RankedPrompt(id=name, text="?", replies=replies))
         for i, value in enumerate(points):
             found[f"{name}{i}"] = [judgement(f"00/{name}/{i}", sample, value) for sample in range(2)]
-    kept, counts = seeds.accepted(prompts, found, config.data, config.seed)
-    return [one.judgement.id for one in kept], counts
+    kept, _ = seeds.accepted(prompts, found, config.data, config.seed)
+    return [one.judgement.id for one in kept], [seeds.points_of(one.judgement) for one in kept]
 
 
 def mixture(config: Config, encoder: ChatEncoder) -> Any:
@@ -247,17 +256,20 @@ def made_prompts(config: Config, encoder: ChatEncoder) -> Any:
         self_instruct.Filters(min_words=rule.min_words, max_words=rule.max_words),
         cut_at_separator=rule.cut_at_separator,
     )  # fmt: skip
-    return shown, [one.text for one in kept], reasons, sampling_of(rule, 0)
+    numbers_shown = [int(text.split()[2]) for text in shown]
+    return SimpleNamespace(
+        seeds=sum(number < 12 for number in numbers_shown), made=sum(number >= 12 for number in numbers_shown),
+        kept=[one.text for one in kept], reasons=reasons, sampling=sampling_of(rule, 0),
+    )  # fmt: skip
 
 
 def dealt(config: Config, encoder: ChatEncoder) -> Any:
-    return deal([Prompt(id=f"p{i}", text="?") for i in range(40)], config)
+    found = deal([Prompt(id=f"p{i}", text=f"{i}?") for i in range(80)], config)
+    return len(found.heldout), len(found.validation), [len(hand) for hand in found.hands]
 
 
-def scheduled(config: Config, encoder: ChatEncoder) -> Any:
-    each = [config.at(iteration) for iteration in range(config.iterations)]
-    names = [config.model_name(index) for index in range(config.iterations + 1)]
-    return names, [(one.train, one.pair, one.meta, one.sft) for one in each]
+def pairs_by_iteration(config: Config, encoder: ChatEncoder) -> Any:
+    return [actor_pair(config.at(iteration), encoder) for iteration in range(config.iterations)]
 
 
 # -- the rows ----------------------------------------------------------------------------------------------------------
@@ -266,84 +278,173 @@ Look = Callable[[Config, ChatEncoder], Any]
 STRUCTURED = {"judge": {"read": "structured", "judgements": 3, "max_tokens": 60}}
 BOTH = {**STRUCTURED, "pair": {"kinds": ["actor", "judge"]}, "engine": {"max_model_len": 2048}}
 TREES = {"data": {"trees": "TREES", "ift_share": 0.5, "eft_share": 0.3, "minimum": 1}, **STRUCTURED}
+TEXT_DUEL = {"evaluate": {"judge": {"read": "text"}}}
 MIXED = {"sft": {"sources": [{"path": "positive"}], "positive_score": 4.0}, "data": {"minimum": 1}}
 
-ROWS: list[tuple[str, Look, dict[str, Any], dict[str, Any]]] = [
-    # (row, what is looked at, config, change of one key)
-    ("SR 2.4: the sequence of models and what each is trained on", scheduled, {"iterations": 2},
-     {"schedule": [{"train": {"method": "sft"}, "sft": {"sources": [{"path": "x.jsonl"}]}}, {}]}),
+# (row, what is looked at, config, change of one key, what the change does to what is looked at)
+Check = Callable[[Any, Any], bool]
+Row = tuple[str, Look, dict[str, Any], dict[str, Any], Check]
+
+
+def sampled(name: str, value: float) -> Check:
+    """All requests have this value of a sampling parameter after the change, and none before."""
+    return lambda before, after: (
+        {getattr(request.sampling, name) for request in after} == {value}
+        and value not in {getattr(request.sampling, name) for request in before}
+    )
+
+
+def pair_of(*indices: tuple[int, int]) -> Check:
+    """Chosen and rejected before and after."""
+    return lambda before, after: (
+        [tuple(int(name[-1]) for name in (pair.chosen_id, pair.rejected_id)) for pair in (before, after)]
+        == list(indices)
+    )
+
+
+def gap(pair: Any) -> float:
+    return float(pair.chosen_score - pair.rejected_score)
+
+
+ROWS: list[Row] = [
+    ("SR 2.4: an iteration of supervised fine-tuning, which answers no prompts", dealt, {"iterations": 2},
+     {"schedule": [{"train": {"method": "sft"}, "sft": {"sources": [{"path": "x.jsonl"}]}}, {}]},
+     lambda b, a: (b[2], a[2]) == ([4, 4], [0, 4])),
     ("SR 2.4: M1 starts from M0 again, M2 and M3 from the model before", lambda c, e: starts_from(c.train, "M1"), {},
-     {"train": {"start": "first"}}),
-    ("SR 3.1.1: seed data", divided, TREES, {"data": {"ift_share": 0.2}}),
-    ("SR 3.1.1: trees for EFT, and those left for evaluation", divided, TREES, {"data": {"eft_share": 0.1}}),
-    ("SR 3.1.1: English", divided, TREES, {"data": {"language": "de"}}),
-    ("SR 3.1.1: 3,200 IFT examples", divided, TREES, {"data": {"max_ift": 3}}),
-    ("SR 3.1.1: 1,630 EFT examples", kept_judgements, TREES, {"data": {"max_eft": 1}}),
-    ("SR 3.1.1: the order of the scores agrees with people", kept_judgements, TREES, {"data": {"accept": "pairs"}}),
-    ("SR 3.1.1: the most common score is thinned", kept_judgements, TREES, {"data": {"most_common": 0.2}}),
-    ("SR 3.1.1: judgements kept for a reply (open)", kept_judgements, TREES, {"data": {"eft_per_reply": 2}}),
-    ("SR 3.1.1: judgements sampled for a reply (open)", replies_judged, TREES, {"data": {"eft_judgements": 7}}),
-    ("SR 2.1: IFT and EFT are mixed", mixture, MIXED,
-     {"sft": {"sources": [{"path": "positive", "weight": 2.0}]}}),
-    ("SR A.4: positive examples are those of score 5", mixture, MIXED, {"sft": {"positive_score": 3.8}}),
-    ("SR 3.1.3: T of the prompt maker", made_prompts, {}, {"self_instruct": {"temperature": 0.9}}),
-    ("SR 3.1.3: top-p of the prompt maker", made_prompts, {}, {"self_instruct": {"top_p": 0.5}}),
-    ("SR 3.1.3: 6 demonstrations from the seeds", made_prompts, {}, {"self_instruct": {"from_seeds": 5}}),
-    ("SR 3.1.3: 2 demonstrations from those made", made_prompts, {}, {"self_instruct": {"from_generated": 1}}),
-    ("SR 3.1.3: ROUGE-L filter", made_prompts, {}, {"self_instruct": {"max_rouge": 0.99}}),
-    ("SR 3.1.3: length filter", made_prompts, {}, {"self_instruct": {"min_words": 6}}),
-    ("SR A.5: cut at the separator", made_prompts, {}, {"self_instruct": {"cut_at_separator": True}}),
+     {"train": {"start": "first"}}, lambda b, a: (b, a) == ("M1", "M0")),
+    ("SR 3.1.1: seed data", divided, TREES, {"data": {"ift_share": 0.2}},
+     lambda b, a: a[0] < b[0] and a[1] == b[1] and a[2] > b[2]),
+    ("SR 3.1.1: trees for EFT, and those left for evaluation", divided, TREES, {"data": {"eft_share": 0.1}},
+     lambda b, a: a[1] < b[1] and len(a[2]) > len(b[2])),
+    ("SR 3.1.1: English", divided, TREES, {"data": {"language": "de"}},
+     lambda b, a: all(b[:3]) and not any(a[:3])),
+    ("SR 3.1.1: 3,200 IFT examples", divided, TREES, {"data": {"max_ift": 3}}, lambda b, a: b[3] > a[3] == 3),
+    ("SR 3.1.1: 1,630 EFT examples", kept_judgements, TREES, {"data": {"max_eft": 1}},
+     lambda b, a: len(b[0]) > len(a[0]) == 1),
+    # The orders of a (5, 4, 4.5) and b (4, 4, 1) disagree with people, those of c and d agree.
+    ("SR 3.1.1: the order of the scores agrees with people", kept_judgements, TREES, {"data": {"accept": "pairs"}},
+     lambda b, a: set(b[0]) < set(a[0]) and {one[3] for one in b[0]} == {"c", "d"} < {one[3] for one in a[0]}),
+    # 4, 2, 1 and 4, 3, 2: of the most common, the two 4s, as many stay as make a fifth: 1 of 5.
+    ("SR 3.1.1: the most common score is thinned", kept_judgements, TREES, {"data": {"most_common": 0.2}},
+     lambda b, a: (b[1].count(4.0), a[1].count(4.0)) == (2, 1) and len(b[0]) - len(a[0]) == 1),
+    ("SR 3.1.1: judgements kept for a reply (open)", kept_judgements, TREES, {"data": {"eft_per_reply": 2}},
+     lambda b, a: len(a[0]) == 2 * len(b[0])),
+    ("SR 3.1.1: judgements sampled for a reply (open)", replies_judged, TREES, {"data": {"eft_judgements": 7}},
+     lambda b, a: (b, a) == (3, 7)),
+    ("SR 2.1: IFT and EFT are mixed", mixture, MIXED, {"sft": {"sources": [{"path": "positive", "weight": 2.0}]}},
+     lambda b, a: sorted(a) == sorted(b * 2)),
+    ("SR A.4: positive examples are those of score 5", mixture, MIXED, {"sft": {"positive_score": 3.8}},
+     lambda b, a: set(a) - set(b) == {"00/p/1"}),
+    ("SR 3.1.3: T of the prompt maker", made_prompts, {}, {"self_instruct": {"temperature": 0.9}},
+     lambda b, a: (b.sampling.temperature, a.sampling.temperature) == (0.6, 0.9)),
+    ("SR 3.1.3: top-p of the prompt maker", made_prompts, {}, {"self_instruct": {"top_p": 0.5}},
+     lambda b, a: (b.sampling.top_p, a.sampling.top_p) == (0.9, 0.5)),
+    ("SR 3.1.3: 6 demonstrations from the seeds", made_prompts, {}, {"self_instruct": {"from_seeds": 5}},
+     lambda b, a: (b.seeds, b.made, a.seeds, a.made) == (6, 2, 5, 2)),
+    ("SR 3.1.3: 2 demonstrations from those made", made_prompts, {}, {"self_instruct": {"from_generated": 1}},
+     lambda b, a: (b.seeds, b.made, a.seeds, a.made) == (6, 2, 6, 1)),
+    ("SR 3.1.3: ROUGE-L filter", made_prompts, {}, {"self_instruct": {"max_rouge": 0.99}},
+     lambda b, a: set(a.kept) - set(b.kept) == {"Explain how tea is brewed at home"}),
+    ("SR 3.1.3: length filter", made_prompts, {}, {"self_instruct": {"min_words": 6}},
+     lambda b, a: set(b.kept) - set(a.kept) == {"Describe a red car"}),
+    ("SR A.5: cut at the separator", made_prompts, {}, {"self_instruct": {"cut_at_separator": True}},
+     lambda b, a: (b.reasons[self_instruct.TOO_SIMILAR], a.reasons[self_instruct.TOO_SIMILAR]) == (1, 0)),
     ("SR 2.2, fig. 2: the judge's prompt, or another (fig. 7)", asked_of_the_judge, STRUCTURED,
-     {"judge": {"template": "buckets"}}),
-    ("SR 3.1.3: 3 judgements", produced, STRUCTURED, {"judge": {"judgements": 11}}),
-    ("SR 3.1.3: T of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"temperature": 0.2}}),
-    ("SR 3.1.3: top-p of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"top_p": 0.5}}),
-    ("SR 3.1.3: 4 candidates", produced, {}, {"sample": {"responses": 7}}),
-    ("SR 3.1.3: T of the actor", produced, {}, {"sample": {"temperature": 0.3}}),
-    ("SR 3.1.3: top-p of the actor", produced, {}, {"sample": {"top_p": 0.9}}),
-    ("SR 2.3: equal scores (open), margin", actor_pair, {}, {"pair": {"min_margin": 3.5}}),
-    ("SR 3.1.3: prompts of an iteration", dealt, {}, {"prompts": {"per_iteration": 5}}),
-    ("SR 3.1.3: learning rate", learning_rates, {}, {"train": {"lr": 2e-3}}),
-    ("SR 3.1.3: final learning rate", learning_rates, {}, {"train": {"lr_final": 1e-4}}),
-    ("SR 3.1.3: cosine", learning_rates, {}, {"train": {"schedule": "linear"}}),
-    ("SR 3.1.3: batch", steps, {}, {"train": {"pairs_per_step": 3}}),
-    ("SR 3.1.3: dropout", dropout, {}, {"train": {"dropout": 0.1}}),
-    ("SR 3.1.3, MR A.3: beta", loss, {}, {"train": {"beta": 0.5}}),
-    ("SR 3.1.3: a candidate every 200 steps, chosen by a judge", scheduled, {},
-     {"train": {"candidate_every_steps": 200, "choose": "duel"}}),
-    ("SR 3.2.1: validation prompts", dealt, {}, {"prompts": {"heldout": 3}}),
-    ("SR 3.2.1, A.6: who compares, and how it is read", requests, {}, {"evaluate": {"judge": "text"}}),
-    ("MR 3.1: which kinds of pairs", produced, BOTH, {"pair": {"kinds": ["actor"]}}),
-    ("MR 2.2: identical responses are removed", lambda c, e: len(str(best_against_worst(
-        [response(0, "a"), response(1, "a")], {"00/p/0": Scored(points=1.0), "00/p/1": Scored(points=2.0)}, c.pair,
-        0))),
-     {}, {"pair": {"duplicates": "drop"}}),
-    ("MR 2.2: rho", actor_pair, {}, {"pair": {"rho": 0.3}}),
-    ("MR 2.2: ties at rho 0 (open)", actor_pair, {}, {"pair": {"ties": "length"}}),
-    ("MR 2.2: length in characters", lambda c, e: str(best_against_worst(
+     {"judge": {"template": "buckets"}},
+     lambda b, a: b[0].regex.endswith(" [012345]") and a[0].regex.endswith(" [12345]")),
+    ("SR 3.1.3: 3 judgements", produced, STRUCTURED, {"judge": {"judgements": 11}},
+     lambda b, a: (len(b.judgements), len(a.judgements)) == (2 * 3, 2 * 11)),
+    ("SR 3.1.3: T of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"temperature": 0.2}},
+     sampled("temperature", 0.2)),
+    ("SR 3.1.3: top-p of the judge", asked_of_the_judge, STRUCTURED, {"judge": {"top_p": 0.5}}, sampled("top_p", 0.5)),
+    ("SR 3.1.3: 4 candidates", produced, {}, {"sample": {"responses": 7}},
+     lambda b, a: (len(b.responses), len(a.responses)) == (2, 7)),
+    ("SR 3.1.3: T of the actor", produced, {}, {"sample": {"temperature": 0.3}},
+     lambda b, a: sampled("temperature", 0.3)(b.responses, a.responses)),
+    ("SR 3.1.3: top-p of the actor", produced, {}, {"sample": {"top_p": 0.9}},
+     lambda b, a: sampled("top_p", 0.9)(b.responses, a.responses)),
+    ("SR 2.3: equal scores (open), margin", actor_pair, {}, {"pair": {"min_margin": 3.5}},
+     lambda b, a: gap(b) == 3.0 and a == "margin too small"),
+    ("SR 3.1.3: prompts of an iteration", dealt, {}, {"prompts": {"per_iteration": 5}},
+     lambda b, a: (b[2], a[2]) == ([4], [5])),
+    ("SR 3.1.3: learning rate", learning_rates, {}, {"train": {"lr": 2e-3}},
+     lambda b, a: (max(b), max(a)) == (1e-3, 2e-3)),
+    ("SR 3.1.3: final learning rate", learning_rates, {}, {"train": {"lr_final": 1e-4}},
+     lambda b, a: (b[-1], a[-1]) == (pytest.approx(0), pytest.approx(1e-4))),
+    # A third of the way: (1 + cos 60 degrees) / 2 = 3/4, and 2/3 on a line.
+    ("SR 3.1.3: cosine", learning_rates, {}, {"train": {"schedule": "linear"}},
+     lambda b, a: (b[3], a[3]) == (pytest.approx(0.75e-3), pytest.approx(2e-3 / 3))),
+    ("SR 3.1.3: batch", steps, {}, {"train": {"pairs_per_step": 3}},
+     lambda b, a: (b, a) == ([2, 2, 2, 2, 2, 1], [3, 3, 3, 2])),
+    ("SR 3.1.3: dropout", dropout, {}, {"train": {"dropout": 0.1}}, lambda b, a: (b, a) == (0.0, 0.1)),
+    # Chosen is 0.5 nats likelier than before and rejected 0.5 less: h = 1.
+    ("SR 3.1.3, MR A.3: beta", loss, {}, {"train": {"beta": 0.5}},
+     lambda b, a: (b, a) == (pytest.approx(math.log1p(math.exp(-0.1))), pytest.approx(math.log1p(math.exp(-0.5))))),
+    ("SR 3.1.3: a candidate every 200 steps, chosen by a judge", requests, {"prompts": {"validation": 30}},
+     {"train": {"candidate_every_steps": 200, "choose": "duel"}},
+     lambda b, a: [getattr(one, f"validation {what}") for one in (b, a) for what in ("answers", "duels")]
+     == [0, 0, 30 * 2, 30 * 2]),  # the model before and the last one, in both orders
+    ("SR 3.1.3: 253 prompts that choose", dealt, {}, {"prompts": {"validation": 31}},
+     lambda b, a: (b[:2], a[:2]) == ((2, 0), (2, 31))),
+    ("SR 3.2.1: 256 prompts that report", dealt, {}, {"prompts": {"heldout": 3}},
+     lambda b, a: (b[:2], a[:2]) == ((2, 0), (3, 0))),
+    # 2 prompts in both orders: 4 verdicts of 1 token, or of at most 300.
+    ("SR 3.2.1, A.6: how a comparison is read", requests, {}, {"evaluate": {"judge": {"read": "text"}}},
+     lambda b, a: a.tokens - b.tokens == 4 * 299),
+    ("SR 3.1.3, 3.2.1: who compares", lambda c, e: duel_judge(c, e).needs(9) > 0, TEXT_DUEL,
+     {"evaluate": {"judge": {"read": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "claude"}}}},
+     lambda b, a: b and not a),  # our engines are not asked
+    ("MR 3.1: which kinds of pairs", produced, BOTH, {"pair": {"kinds": ["actor"]}},
+     lambda b, a: (len(b.comparisons), len(a.comparisons)) == (6, 0)),
+    ("MR 2.2: identical responses are removed", lambda c, e: best_against_worst(
+        [response(0, "a"), response(1, "a")], {"00/p/0": Scored(points=1.0), "00/p/1": Scored(points=2.0)}, c.pair, 0),
+     {}, {"pair": {"duplicates": "drop"}},
+     lambda b, a: b.chosen_id == "00/p/1" and a == "fewer than two scored responses"),
+    # At rho 0.3 good are 3.1 and more, of which the fourth is the shortest; bad 1.9 and less: the last is the longest.
+    ("MR 2.2: rho", actor_pair, {}, {"pair": {"rho": 0.3}}, pair_of((0, 2), (3, 4))),
+    ("MR 2.2: ties at rho 0 (open)", actor_pair, {}, {"pair": {"ties": "length"}}, pair_of((0, 2), (3, 2))),
+    ("MR 2.2: length in characters", lambda c, e: best_against_worst(
         [response(0, "long text"), response(1, "x"), response(2, "w")],
-        {"00/p/0": Scored(points=2.0), "00/p/1": Scored(points=2.0), "00/p/2": Scored(points=1.0)}, c.pair, 0)),
-     {"pair": {"ties": "length"}}, {"pair": {"length": "tokens"}}),
-    ("MR A.3: chosen of at most 2,500 characters", actor_pair, {}, {"pair": {"max_chosen_chars": 2500}}),
+        {"00/p/0": Scored(points=2.0), "00/p/1": Scored(points=2.0), "00/p/2": Scored(points=1.0)}, c.pair, 0),
+     {"pair": {"ties": "length"}}, {"pair": {"length": "tokens"}}, pair_of((1, 2), (0, 2))),  # two tokens each
+    ("MR A.3: chosen of at most 2,500 characters", actor_pair, {}, {"pair": {"max_chosen_chars": 2500}},
+     lambda b, a: b.chosen_id == "00/p/0" and a == "chosen too long"),
     ("MR 2.3, fig. 2: the meta-judge's prompt and reading", asked_of_the_meta_judge, BOTH,
-     {"meta": {"read": "letters"}}),
-    ("MR: sampling of the meta-judge (open)", asked_of_the_meta_judge, BOTH, {"meta": {"temperature": 0.1}}),
+     {"meta": {"read": "letters"}},
+     lambda b, a: (len(b[0].label_ids), len(a[0].label_ids), a[0].sampling.max_tokens) == (0, 2, 1)),
+    ("MR: sampling of the meta-judge (open)", asked_of_the_meta_judge, BOTH, {"meta": {"temperature": 0.1}},
+     sampled("temperature", 0.1)),
+    # 11 in a circle, each with 2 neighbours on either side: 22 matches in both orders.
     ("MR 2.3: every two judgements in both orders, or fewer", produced, {**BOTH, "judge": {
-        **STRUCTURED["judge"], "judgements": 11}}, {"meta": {"opponents": 4}}),
-    ("MR 2.3: identical judgements (open)", judge_pair, BOTH, {"meta": {"collapse": True}}),
-    ("MR 2.3: scope of the position weights (open)", judge_pair, BOTH, {"meta": {"weights": "prompt"}}),
-    ("MR 2.3: Bradley-Terry that stays finite (open)", judge_pair, BOTH, {"meta": {"ridge": 1.0}}),
-    ("MR A.3: chosen judgement of at most 1,100 characters", judge_pair, BOTH, {"meta": {"max_chosen_chars": 1100}}),
+        **STRUCTURED["judge"], "judgements": 11}}, {"meta": {"opponents": 4}},
+     lambda b, a: (len(b.comparisons), len(a.comparisons)) == (11 * 10, 44)),
+    ("MR 2.3: identical judgements (open)", judge_pair, BOTH, {"meta": {"collapse": True}},
+     lambda b, a: b[0].id == "00/p/0#1>2" and a[0] == "equal judgements" and a[1].id == "00/q/0#2>0"),
+    # p: 1 beats 2 in both orders, all else is position. Counted in p alone, where the first position wins 5 of 6, its
+    # wins weigh 1/6 instead of the 1/2 of both prompts together: they blur the order of 1 and 2 less.
+    ("MR 2.3: scope of the position weights (open)", judge_pair, BOTH, {"meta": {"weights": "prompt"}},
+     lambda b, a: [one.id for one in (b[0], a[0])] == ["00/p/0#1>2"] * 2 and gap(a[0]) > 1.2 * gap(b[0])),
+    ("MR 2.3: Bradley-Terry that stays finite (open)", judge_pair, BOTH, {"meta": {"ridge": 1.0}},
+     lambda b, a: [one.id for one in a] == [one.id for one in b] and gap(a[0]) < 0.5 * gap(b[0])),
+    ("MR A.3: chosen judgement of at most 1,100 characters", judge_pair, BOTH, {"meta": {"max_chosen_chars": 1100}},
+     lambda b, a: b[0].chosen_id == "00/p/0#1" and a[0] == "chosen too long"),
     ("MR 2.3: nothing to compare where all agree (open)", lambda c, e: len(meta_judging.contestants(
-        [judgement("00/p/0", i, 3.0) for i in range(3)], c.meta)), BOTH, {"meta": {"skip_agreed": True}}),
-    ("MR A.3: 10 epochs", steps, {}, {"train": {"epochs": 10}}),
-    ("MR A.3: the checkpoint of epoch 5", steps, {"train": {"epochs": 10}}, {"train": {"stop_after_epoch": 5}}),
-    ("MR A.3: a setting of its own for each iteration", scheduled, {"iterations": 2},
-     {"schedule": [{}, {"pair": {"rho": 0.32}}]}),
-    ("DPO and others: smoothing", loss, {}, {"train": {"label_smoothing": 0.1}}),
-    ("DPO and others: IPO", loss, {}, {"train": {"loss": "ipo"}}),
-    ("DPO and others: length-normalised", loss, {}, {"train": {"length_normalized": True}}),
-    ("DPO and others: NLL term", loss, {}, {"train": {"nll_scale": 1.0}}),
+        [judgement("00/p/0", i, 3.0) for i in range(3)], c.meta)), BOTH, {"meta": {"skip_agreed": True}},
+     lambda b, a: (b, a) == (3, 0)),
+    ("MR A.3: 10 epochs", steps, {}, {"train": {"epochs": 10}}, lambda b, a: a == b * 10),
+    ("MR A.3: the checkpoint of epoch 5", steps, {"train": {"epochs": 10}}, {"train": {"stop_after_epoch": 5}},
+     lambda b, a: a * 2 == b),
+    ("MR A.3: a setting of its own for each iteration", pairs_by_iteration, {"iterations": 2},
+     {"schedule": [{}, {"pair": {"rho": 0.3}}]},
+     lambda b, a: a[0] == b[0] == b[1] and pair_of((0, 2), (3, 4))(*a)),
+    # -log sigmoid(-0.1) is 0.1 more than -log sigmoid(0.1): a tenth of that.
+    ("DPO and others: smoothing", loss, {}, {"train": {"label_smoothing": 0.1}},
+     lambda b, a: a == pytest.approx(b + 0.01)),
+    ("DPO and others: IPO", loss, {}, {"train": {"loss": "ipo"}}, lambda b, a: a == pytest.approx((1 - 5) ** 2)),
+    # h = 0.5 / 2 + 0.5 / 1
+    ("DPO and others: length-normalised", loss, {}, {"train": {"length_normalized": True}},
+     lambda b, a: a == pytest.approx(math.log1p(math.exp(-0.075)))),
+    ("DPO and others: NLL term", loss, {}, {"train": {"nll_scale": 1.0}}, lambda b, a: a == pytest.approx(b + 1.5)),
 ]  # fmt: skip
 
 # Row, and what the README must say about it.
@@ -361,10 +462,10 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("row", "look", "config", "change"), ROWS, ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(("row", "look", "config", "change", "check"), ROWS, ids=[row[0] for row in ROWS])
 def test_a_key_alone_alters_what_is_done(
-    row: str, look: Look, config: dict[str, Any], change: dict[str, Any], make_config: Any, encoder: ChatEncoder,
-    tmp_path: Path,
+    row: str, look: Look, config: dict[str, Any], change: dict[str, Any], check: Check, make_config: Any,
+    encoder: ChatEncoder, tmp_path: Path,
 ) -> None:  # fmt: skip
     trees = tmp_path / "trees.jsonl"
     trees.write_text("".join(json.dumps(tree(number)) + "\n" for number in range(40)))
@@ -372,8 +473,9 @@ def test_a_key_alone_alters_what_is_done(
     text = json.dumps(merged(small, config)).replace("TREES", str(trees))
     base = resolve(json.loads(text))
     changed = resolve(merged(base.model_dump(), change))
-    assert look(base, encoder) == look(base, encoder)
-    assert look(base, encoder) != look(changed, encoder)
+    before = look(base, encoder)
+    assert look(base, encoder) == before
+    assert check(before, look(changed, encoder))
 
 
 def tree(number: int) -> dict[str, Any]:
@@ -409,11 +511,16 @@ def test_the_recipes_carry_the_papers_values() -> None:
         assert (one.judge.judgements, one.judge.temperature, one.judge.top_p) == (3, 0.7, 0.9)
         assert (one.pair.rho, one.pair.kinds) == (0.0, ["actor"])
     assert {one.train.pairs_per_step for one in (sft, m1, m2, m3)} == {16}
+    assert {(one.train.candidate_every_steps, one.train.choose, one.train.early_stop) for one in (sft, m1, m2, m3)} == {
+        (200, "duel", True)
+    }
+    assert (sr.judge.external, sr.validator.external) == (None, "validator")  # rewards its own, early stopping not
     assert {one.train.dropout for one in (sft, m1, m2, m3)} == {0.1}
     assert ([s.path for s in sft.sft.sources], [s.path for s in m1.sft.sources]) == (["ift"], ["ift", "eft"])
     assert m1.train.start == "first"
     assert (sr.data.max_ift, sr.data.max_eft, sr.data.accept) == (3200, 1630, "order")
     assert (sr.self_instruct.temperature, sr.self_instruct.top_p) == (0.6, 0.9)
+    assert (sr.prompts.heldout, sr.prompts.validation) == (256, 253)
 
     mr = load(ROOT / "configs/meta_rewarding_llama3_8b.yaml", ["data.trees=x"])
     assert [mr.model_name(index) for index in range(6)] == ["M0", "SFT", "M1", "M2", "M3", "M4"]

@@ -69,14 +69,28 @@ def test_bounds_of_a_function_judge(make_config: Any, model: Path) -> None:
     assert planned.generated_tokens == 8 * 24 + 6 * 96 + 4 + 4
 
 
-@pytest.mark.parametrize(("choose", "judgements", "duels"), [("score", 6 + 2 * 4, 4), ("duel", 6, 4 + 3 * 4)])
+@pytest.mark.parametrize(("choose", "judgements", "duels"), [("score", 30 * 5, 0), ("duel", 0, 30 * 2 * 4)])
 def test_bounds_of_candidates(make_config: Any, model: Path, choose: str, judgements: int, duels: int) -> None:
-    """4 pairs in steps of 1: candidates after steps 1, 2, 3 and the last model; 2 answers each."""
+    """4 pairs in steps of 1: candidates after steps 1, 2, 3 and the last model, beside the model before."""
     train = {"pairs_per_step": 1, "candidate_every_steps": 1, "choose": choose}
-    planned = plan(make_config(judge={"read": "digits"}, train=train), model)
-    assert planned.requests["held-out answers"] == 6 + 2 * 4
-    assert planned.requests["held-out judgements"] == judgements
-    assert planned.requests["held-out duels"] == duels
+    planned = plan(make_config(judge={"read": "digits"}, train=train, prompts={"validation": 30}), model)
+    assert planned.requests["validation answers"] == 30 * 5
+    assert planned.requests["validation judgements"] == judgements
+    assert planned.requests["validation duels"] == duels
+    assert (planned.requests["held-out answers"], planned.requests["held-out judgements"]) == (6, 6)
+    nobody = plan(make_config(prompts={"validation": 30}), model).requests
+    assert [nobody[f"validation {what}"] for what in ("answers", "judgements", "duels")] == [0, 0, 0]
+
+
+def test_another_validator_has_engines_and_judges_the_first_model_too(make_config: Any, model: Path) -> None:
+    config = make_config(evaluate={"judge": {"model": "x", "replicas": 2}})
+    planned = plan(config, model)
+    assert planned.requests["held-out judgements"] == 2 * 4  # M0 and M1, each by itself and by the validator
+    assert ("engine (validates)", 2) in [(kind, number) for kind, number, _ in planned.actors]
+    alone = plan(make_config(), model)
+    engine = planned.memory["each of 2 validator engines"]
+    assert engine == planned.memory["engine"]
+    assert total_memory(config, planned.memory) - total_memory(config, alone.memory) == pytest.approx(2 * engine)
 
 
 def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsrlm.config import Config, ConfigError, Prompts, resolve
+from rsrlm.config import Config, ConfigError, Engine, Prompts, resolve
 from rsrlm.prompts import deal, file_of, read, usable
-from rsrlm.records import Prompt
+from rsrlm.records import Prompt, wording
 
 TEA = '{"id": "tea", "prompt": "Describe tea."}'
 
@@ -163,25 +163,51 @@ def test_no_prompt_is_dealt_twice(
 ) -> None:
     prompts = some(heldout + hand * iterations + spare)
     chosen = config(iterations=iterations, seed=seed, per_iteration=hand, heldout=heldout)
-    held, hands = deal(prompts, chosen)
+    held, _, hands = deal(prompts, chosen)
     assert [len(held), *map(len, hands)] == [heldout] + [hand] * iterations
     dealt = held + [prompt for one in hands for prompt in one]
     assert len(set(ids(dealt))) == len(dealt)
     assert set(dealt) <= set(prompts)
-    assert deal(data.draw(st.permutations(prompts)), chosen) == (held, hands)
+    assert deal(data.draw(st.permutations(prompts)), chosen) == (held, [], hands)
+
+
+def test_prompts_that_decide_are_not_those_that_report() -> None:
+    held = deal(some(20), config(iterations=2)).heldout
+    dealt = deal(some(20), config(iterations=2, validation=5))
+    assert dealt.heldout == held  # whatever else is set aside
+    assert len(dealt.validation) == 5
+    everything = [*dealt.heldout, *dealt.validation, *(prompt for hand in dealt.hands for prompt in hand)]
+    assert len(set(ids(everything))) == len(everything) == 2 + 5 + 6
+    with pytest.raises(
+        ConfigError, match=r"12 usable prompts, but 13 are needed \(2 held out, 5 for validation, 3 for"
+    ):
+        deal(some(12), config(iterations=2, validation=5))
+
+
+def test_what_is_trained_on_anyway_is_not_set_aside() -> None:
+    """A question in another case and with other blanks is the same question."""
+    prompts = some(20)
+    held = deal(prompts, config()).heldout
+    seen = {wording("  " + prompt.text.upper().replace(" ", "\n ")) for prompt in held}
+    dealt = deal(prompts, config(iterations=6), seen)
+    assert not set(held) & set(dealt.heldout)
+    assert set(held) <= {prompt for hand in dealt.hands for prompt in hand}
+    everything = {wording(prompt.text) for prompt in prompts}
+    with pytest.raises(ConfigError, match=r"sft\.sources trains on 20 of 20 usable prompts, and the others are fewer"):
+        deal(prompts, config(), everything)
 
 
 def test_the_seed_decides_who_is_dealt() -> None:
     dealt = [deal(some(20), config(seed=seed)) for seed in range(5)]
-    assert len({str(held) for held, _ in dealt}) == 5
-    assert len({str(hands) for _, hands in dealt}) == 5
+    assert len({str(held) for held, _, _ in dealt}) == 5
+    assert len({str(hands) for _, _, hands in dealt}) == 5
 
 
 def test_more_iterations_go_on_with_the_same_cards() -> None:
     """A run with more iterations begins as the shorter one did."""
-    held, hands = deal(some(20), config(iterations=2))
+    held, _, hands = deal(some(20), config(iterations=2))
     assert deal(some(20), config(iterations=5))[0] == held
-    assert deal(some(20), config(iterations=5))[1][:2] == hands
+    assert deal(some(20), config(iterations=5))[2][:2] == hands
 
 
 def test_too_few_prompts() -> None:
@@ -202,10 +228,10 @@ def test_reuse_goes_through_the_deck_again_and_again(rest: int, hand: int, seed:
     hand = min(hand, rest)
     prompts = some(2 + rest)
     chosen = config(iterations=12, seed=seed, per_iteration=hand, reuse=True)
-    held, hands = deal(prompts, chosen)
+    held, _, hands = deal(prompts, chosen)
     assert all(len(set(ids(one))) == hand for one in hands)  # never twice in one iteration
     assert not set(ids(held)) & {prompt.id for one in hands for prompt in one}
-    assert deal(data.draw(st.permutations(prompts)), chosen) == (held, hands)
+    assert deal(data.draw(st.permutations(prompts)), chosen) == (held, [], hands)
     # Nobody comes a second time before everybody came once.
     dealt = [prompt.id for one in hands for prompt in one]
     assert len(set(dealt[:rest])) == min(rest, len(dealt))
@@ -213,7 +239,7 @@ def test_reuse_goes_through_the_deck_again_and_again(rest: int, hand: int, seed:
 
 def test_reuse_favours_nobody() -> None:
     """9 prompts, 7 at a time: after 63 iterations everybody had 49 turns, and never one more than another before."""
-    _, hands = deal(some(9), config(iterations=63, heldout=0, per_iteration=7, reuse=True))
+    _, _, hands = deal(some(9), config(iterations=63, heldout=0, per_iteration=7, reuse=True))
     turns = Counter({prompt.id: 0 for prompt in some(9)})
     spread = []
     for hand in hands:
@@ -223,19 +249,22 @@ def test_reuse_favours_nobody() -> None:
 
 
 def test_reuse_shuffles_again() -> None:
-    _, hands = deal(some(10), config(iterations=6, heldout=0, per_iteration=10, reuse=True))
+    _, _, hands = deal(some(10), config(iterations=6, heldout=0, per_iteration=10, reuse=True))
     assert len({str(hand) for hand in hands}) == 6
 
 
 # -- prompts that do not fit -------------------------------------------------------------------------------------------
 
 
+NEEDS = {"sample.max_tokens": 24, "the judge": 96}
+
+
 def test_prompts_that_leave_no_room_are_left_out() -> None:
-    # 200 tokens, of which the held-out answers may take 96 (more than the 24 of samples): 104 are left.
+    # 200 tokens, of which the judge may take 96 (more than the 24 of samples): 104 are left.
     chosen = config(engine={"max_model_len": 200})
     prompts = some(4)
     lengths = {"p0": 104, "p1": 105, "p2": 1, "p3": 500}
-    assert usable(prompts, lengths, chosen) == (
+    assert usable(prompts, lengths, NEEDS, chosen) == (
         [prompts[0], prompts[2]],
         ["p1", "p3"],
     )
@@ -244,6 +273,16 @@ def test_prompts_that_leave_no_room_are_left_out() -> None:
 def test_prompts_that_leave_no_room_stop_a_run_that_says_so() -> None:
     chosen = config(engine={"max_model_len": 200}, overlong="error")
     with pytest.raises(ConfigError) as caught:
-        usable(some(2), {"p0": 104, "p1": 105}, chosen)
-    assert "prompt 'p1' has 105 tokens, more than the 104 that engine.max_model_len=200" in str(caught.value)
-    assert usable(some(2), {"p0": 104, "p1": 3}, chosen) == (some(2), [])
+        usable(some(2), {"p0": 104, "p1": 105}, NEEDS, chosen)
+    assert (
+        "prompt 'p1' has 105 tokens, more than the 104 that engine.max_model_len=200 leaves beside the 96 of the judge"
+        in str(caught.value)
+    )
+    assert usable(some(2), {"p0": 104, "p1": 3}, NEEDS, chosen) == (some(2), [])
+
+
+@pytest.mark.parametrize("size", [96, 50])
+def test_a_request_that_leaves_no_room_for_any_prompt_is_refused(size: int) -> None:
+    small = config(engine={"max_model_len": 200}).model_copy(update={"engine": Engine(max_model_len=size)})
+    with pytest.raises(ConfigError, match=rf"max_model_len={size} leaves no room for a prompt: the judge takes 96"):
+        usable(some(1), {"p0": 1}, NEEDS, small)

@@ -285,7 +285,7 @@ def test_another_judge(who: str, folder: Path, tiny_model: Path) -> None:
     try:
         done = rsrlm(
             "run", str(folder / "config.yaml"), f"name=external-{who}", "schedule=[]", "iterations=1",
-            f"judge={json.dumps(judge)}", "evaluate.judge=text",
+            f"judge={json.dumps(judge)}", "evaluate.judge.read=text",
         )  # fmt: skip
     finally:
         server.shutdown()

@@ -13,7 +13,7 @@ from rsrlm.chat import ChatEncoder
 from rsrlm.config import ConfigError, Data
 from rsrlm.model import load_tokenizer
 from rsrlm.ranked import RankedPrompt, Reply
-from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, Unparsed
+from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, Unparsed, wording
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
 
@@ -52,7 +52,8 @@ def test_examples_of_a_file(tmp_path: Path, encoder: ChatEncoder, judge: Judging
         {"instruction": "Say hi.", "response": "Hi.", "target": "Short.\nScore: 4"},
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    first, second = seeds.read_file(str(file), encoder, judge)
+    (first, second), wordings = seeds.read_file(str(file), encoder, judge)
+    assert wordings == {wording("say  HI.")}
     assert (first.id, first.kind, second.id, second.kind) == ("a", "ift", "mine.jsonl:2", "eft")
     assert first.prompt_token_ids == encoder.user("Say hi.")
     end = encoder.tokenizer.eos_token_id

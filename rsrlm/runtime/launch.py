@@ -19,16 +19,17 @@ from typing import Any
 from rsrlm import plan as planning
 from rsrlm import prompts as prompt_files
 from rsrlm import seeds, watch
-from rsrlm.ask import Judging, meta_judge
+from rsrlm.ask import Judging, meta_judge, validating
 from rsrlm.chat import ChatEncoder, check_tokenizer
-from rsrlm.config import Config, ConfigError, Train
+from rsrlm.config import Config, ConfigError, Judge, Train, Validator
+from rsrlm.config import Endpoint as EndpointConfig
 from rsrlm.endpoint import BudgetSpent, Endpoint, EndpointFailed
 from rsrlm.evaluate import Evaluation
 from rsrlm.loop import Inputs, NoPairs, Ports, Step, Stopped
 from rsrlm.loop import run as run_loop
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
 from rsrlm.progress import Report
-from rsrlm.records import Completion, Example, PreferencePair, Request
+from rsrlm.records import Completion, Example, PreferencePair, Request, wording
 from rsrlm.runtime.learner import set_dropout
 from rsrlm.seeds import NoExamples
 from rsrlm.store import RunFolder
@@ -62,6 +63,7 @@ class Prepared:
     config: Config
     model: Path
     judge: Path | None  # other weights that judge
+    validator: Path | None  # other weights that validate
     inputs: Inputs
     left_out: list[str]
 
@@ -76,57 +78,85 @@ def prepare(config: Config) -> Prepared:
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     check_tokenizer(tokenizer, config.model.path)
     encoder = ChatEncoder(tokenizer)
-    lengths = {prompt.id: len(encoder.user(prompt.text)) for prompt in prompts}
-    usable, left_out = prompt_files.usable(prompts, lengths, config)
-    heldout, hands = prompt_files.deal(usable, config)
     judge, judge_encoder = judge_of(config, encoder)
+    validator, validator_encoder = (
+        validator_of(config, encoder) if config.evaluate.judge.external else (None, judge_encoder)
+    )
+    parts = _parts(config)
+    wordings: set[str] = set()  # of the questions in files of examples
+    needs: dict[str, int] = {}
     steps: list[Step] = []
-    for iteration, hand in enumerate(hands):
-        step = config.at(iteration)
-        if steps and step is config:  # without a schedule all iterations are alike
-            steps.append(replace(steps[0], model=config.model_name(iteration + 1), prompts=hand))
-            continue
-        judging = Judging(step, judge_encoder)
+    for iteration, (step, number) in enumerate(config.distinct):
         watch.limits_of(step)  # refuses a sign that is not known
         set_dropout(shape, step.train.dropout)
         own = Judging(step, encoder) if step.judge.read in ("text", "structured") else None
-        steps.append(
-            Step(
-                config=step,
-                model=config.model_name(iteration + 1),
-                judging=judging,
-                meta=meta_judge(step, encoder) if compares(step) else None,
-                prompts=hand,
-                files={
-                    source.path: seeds.read_file(source.path, encoder, own)
-                    for source in step.sft.sources
-                    if step.train.method == "sft" and source.path not in MADE
-                },
-            )
+        files = {}
+        for source in step.sft.sources if step.train.method == "sft" else ():
+            if source.path not in MADE:
+                files[source.path], questions = seeds.read_file(source.path, encoder, own)
+                wordings |= questions
+        made = Step(
+            config=step,
+            model=config.model_name(iteration + 1),
+            judging=Judging(step, judge_encoder),
+            meta=meta_judge(step, encoder) if compares(step) else None,
+            prompts=(),
+            files=files,
         )
-    trains_on_trees = any(
-        source.path in ("ift", "eft")
-        for step in steps
-        if step.config.train.method == "sft"
-        for source in step.config.sft.sources
-    )
+        for name, tokens in _needs(made, encoder).items() if prompt_files.answers(step) else ():
+            needs[name] = max(tokens, needs.get(name, 0))
+        # Without a schedule all iterations are alike.
+        steps += [replace(made, model=config.model_name(iteration + 1 + more)) for more in range(number)]
+    judging = Judging(config, judge_encoder)
+    validates = validating(config, validator_encoder)
+    evaluation = Evaluation(config, encoder, judging, (), validates)  # refuses a template that it cannot use
+    if config.prompts.heldout or config.prompts.validation:
+        needs |= evaluation.needs()
+    chat = len(encoder.user(""))
+    lengths = {prompt.id: len(encoder.user(prompt.text)) - chat for prompt in prompts}
+    usable, left_out = prompt_files.usable(prompts, lengths, needs or {"a chat prompt": chat}, config)
+    dealt = prompt_files.deal(usable, config, seeds.trained_on(parts, wordings).wordings)
+    steps = [replace(step, prompts=hand) for step, hand in zip(steps, dealt.hands, strict=True)]
+    asked = (wording(prompt.text) for hand in dealt.hands for prompt in hand)
     inputs = Inputs(
         encoder=encoder,
-        judging=Judging(config, judge_encoder),
-        judge_encoder=judge_encoder,
-        heldout=heldout,
+        judging=judging,
+        validating=validates,
+        heldout=dealt.heldout,
+        validation=dealt.validation,
         steps=steps,
-        parts=seeds.divide(config.data) if trains_on_trees else None,
+        parts=parts,
+        trained_on=seeds.trained_on(parts, (*wordings, *asked)),
     )
-    for made in ("ift", "eft"):
-        wanted = any(made in (source.path for source in one.config.sft.sources) for one in steps)
-        if wanted and inputs.parts and not getattr(inputs.parts, made):
+    return Prepared(config=config, model=model, judge=judge, validator=validator, inputs=inputs, left_out=left_out)
+
+
+def _parts(config: Config) -> seeds.Parts | None:
+    """The ranked data, where an iteration trains on it. Raises ConfigError where it has nothing for one."""
+    sources = {
+        source.path for step, _ in config.distinct if step.train.method == "sft" for source in step.sft.sources
+    } & {"ift", "eft"}
+    if not sources:
+        return None
+    parts = seeds.divide(config.data)
+    for made in sorted(sources):
+        if not getattr(parts, made):
             raise ConfigError(
-                f"data.trees={config.data.trees}: nothing in it for source {made}: {inputs.parts.counts}; raise "
+                f"data.trees={config.data.trees}: nothing in it for source {made}: {parts.counts}; raise "
                 f"data.{made}_share, or look at data.language and data.max_chars"
             )
-    Evaluation(config, encoder, inputs.judging, heldout, judge_encoder)  # refuses a template that it cannot use
-    return Prepared(config=config, model=model, judge=judge, inputs=inputs, left_out=left_out)
+    return parts
+
+
+def _needs(step: Step, encoder: ChatEncoder) -> dict[str, int]:
+    """Tokens of each kind of request of an iteration beside those of the question."""
+    answer = step.config.sample.max_tokens
+    judgements = 2 * step.judging.max_tokens
+    return {
+        "sample.max_tokens": len(encoder.user("")) + answer,
+        "the judge of a response": step.judging.needs(answer),
+        "the meta-judge": step.meta.needs(answer + judgements) if step.meta else 0,
+    }
 
 
 def compares(step: Config) -> bool:
@@ -136,14 +166,23 @@ def compares(step: Config) -> bool:
 
 def judge_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
     """The folder of another model that judges, and the encoder of its prompts; else None and the model's own."""
-    if config.judge.endpoint:
-        Endpoint(config.judge.endpoint)  # refuses what it cannot use
-    if config.judge.model is None:
+    return _other(config, config.judge, encoder)
+
+
+def validator_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
+    """The same for another model that validates."""
+    return _other(config, config.evaluate.judge, encoder)
+
+
+def _other(config: Config, who: Judge | Validator, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
+    if who.endpoint:
+        Endpoint(who.endpoint)  # refuses what it cannot use
+    if who.model is None:
         return None, encoder
-    model = config.model.model_copy(update={"path": config.judge.model})
+    model = config.model.model_copy(update={"path": who.model})
     folder = folder_of(model)
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
-    check_tokenizer(tokenizer, config.judge.model)
+    check_tokenizer(tokenizer, who.model)
     return folder, ChatEncoder(tokenizer)
 
 
@@ -165,7 +204,7 @@ def planned(prepared: Prepared) -> planning.Plan:
                 there = len(step.files[source.path])
             examples += math.ceil(there * source.weight)
         found.append(planning.Seeds(examples=examples, replies=replies))
-    return planning.plan(prepared.config, prepared.model, found, prepared.judge)
+    return planning.plan(prepared.config, prepared.model, found, prepared.judge, prepared.validator)
 
 
 def _check_devices(config: Config) -> None:
@@ -185,7 +224,7 @@ def _address(config: Config) -> str | None:
 
 
 class Pools:
-    """The sampler pool and, where configured, a judge pool of its own, with the same weights."""
+    """The sampler pool and, where configured, pools of their own for who judges and who validates."""
 
     def __init__(
         self,
@@ -195,9 +234,11 @@ class Pools:
         start: str,
         broadcast: Any,
         judge: Path | None = None,
+        validator: Path | None = None,
         others: Mapping[str, Path] | None = None,
     ) -> None:
-        """`first` is M0's folder, `others` those of models that are not in the run folder."""
+        """`first` is M0's folder, `judge` and `validator` those of models that judge and validate in its place, and
+        `others` those of models that are not in the run folder."""
         from rsrlm.runtime.actors import EnginePool
         from rsrlm.runtime.weights import WeightSet, describe
 
@@ -210,28 +251,46 @@ class Pools:
         self._all = [self.samplers]
         self.judges: Any = self.samplers
         self._frozen: list[EnginePool] = []  # hold other weights, and keep them
-        self._endpoint: Endpoint | None = None
-        self._before: dict[str, float] = {}  # what earlier starts used of it
+        self._endpoints: dict[str, tuple[Endpoint, dict[str, float]]] = {}  # and what earlier starts used of it
+
+        def behind(endpoint: EndpointConfig, name: str) -> BehindEndpoint:
+            before = store.note(f"endpoint-{name}")
+            made = Endpoint(endpoint, spent=before.get("cost", 0.0))
+            self._endpoints[name] = (made, before)
+            return BehindEndpoint(made, self.endpoint_usage)
+
+        def frozen(folder: Path, name: str, replicas: int) -> EnginePool:
+            weights = WeightSet(version=name, folder=str(folder), files=describe(weight_files(folder)))
+            self._frozen.append(EnginePool(config, weights, f"{name}s", replicas, store.event))
+            return self._frozen[-1]
+
         if config.judge.endpoint:
-            self._before = store.note("endpoint")
-            self._endpoint = Endpoint(config.judge.endpoint, spent=self._before.get("cost", 0.0))
-            self.judges = BehindEndpoint(self._endpoint, self.endpoint_usage)
+            self.judges = behind(config.judge.endpoint, "judge")
+        elif judge:
+            self.judges = frozen(judge, "judge", config.judge.replicas)
         elif config.judge.replicas:
-            if judge:
-                weights = WeightSet(version="judge", folder=str(judge), files=describe(weight_files(judge)))
             self.judges = EnginePool(config, weights, "judges", config.judge.replicas, store.event)
-            (self._frozen if judge else self._all).append(self.judges)
+            self._all.append(self.judges)
+        self.validators: Any = self.judges
+        if config.evaluate.judge.endpoint:
+            self.validators = behind(config.evaluate.judge.endpoint, "validator")
+        elif validator:
+            self.validators = frozen(validator, "validator", config.evaluate.judge.replicas)
 
     def _exported(self, version: str, files: Any = None) -> Any:
         """The version as its model folder holds it; `files` are the learner's transfer files of the same weights."""
         from rsrlm.runtime.weights import WeightSet, describe
 
         if version not in self._known:
-            folder = self._folders.get(version) or self._store.model(version)
+            folder = self.folder(version)
             self._known[version] = WeightSet(
                 version=version, folder=str(folder), files=files or describe(weight_files(folder))
             )
         return self._known[version]
+
+    def folder(self, version: str) -> Path:
+        """Of a model by its name."""
+        return self._folders.get(version) or self._store.model(version)
 
     async def start(self) -> None:
         await asyncio.gather(*(pool.start() for pool in (*self._all, *self._frozen)))
@@ -279,21 +338,21 @@ class Pools:
                     total[name] = total.get(name, 0.0) + value
         return total
 
-    def endpoint_usage(self) -> dict[str, float]:
-        """What a judge behind an API has cost so far; empty without one. It is kept for a resume."""
-        if self._endpoint is None:
-            return {}
-        counted = self._endpoint.stats()
-        usage = {name: value + self._before.get(name, 0) for name, value in counted.items()}
-        usage["cost"] = counted["cost"]  # begins with what was spent before
-        self._store.write_note("endpoint", usage)
-        return usage
+    def endpoint_usage(self) -> dict[str, dict[str, float]]:
+        """What a judge and a validator behind an API have cost so far; empty without. It is kept for a resume."""
+        found = {}
+        for name, (endpoint, before) in self._endpoints.items():
+            counted = endpoint.stats()
+            found[name] = {key: value + before.get(key, 0) for key, value in counted.items()}
+            found[name]["cost"] = counted["cost"]  # begins with what was spent before
+            self._store.write_note(f"endpoint-{name}", found[name])
+        return found
 
     async def close(self) -> None:
         self.endpoint_usage()
         await asyncio.gather(*(pool.close() for pool in (*self._all, *self._frozen)))
-        if self._endpoint:
-            await self._endpoint.close()
+        for endpoint, _ in self._endpoints.values():
+            await endpoint.close()
 
 
 class BehindEndpoint:
@@ -362,7 +421,15 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
     # Resuming after an iteration's training: the engines come up with its result.
     done = len(store.metrics())
     trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
-    pools = Pools(config, store, prepared.model, config.model_name(done + trained), group.broadcast, prepared.judge)
+    pools = Pools(
+        config,
+        store,
+        prepared.model,
+        config.model_name(done + trained),
+        group.broadcast,
+        prepared.judge,
+        prepared.validator,
+    )
     try:
         report.line("starting engines and learner")
         started = time.perf_counter()
@@ -430,7 +497,7 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
     """Raises ConfigError when prompts, templates or model are no longer those that the run started with; records how
     the ranked data was divided."""
     inputs = prepared.inputs
-    hands = (inputs.heldout, *(step.prompts for step in inputs.steps))
+    hands = (inputs.heldout, inputs.validation, *(step.prompts for step in inputs.steps))
     dealt = [[(prompt.id, prompt.text) for prompt in hand] for hand in hands]
     judges = [
         source for step in inputs.steps for source in (step.judging.source, step.meta.source if step.meta else "")
@@ -448,9 +515,10 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
         "judge": _digest(json.dumps([inputs.judging.source, judges])),
         "training data": _digest(json.dumps([files, ranked])),
         "model": [[file.name, file.stat().st_size] for file in weight_files(prepared.model)],
-        "judge's model": [[file.name, file.stat().st_size] for file in weight_files(prepared.judge)]
-        if prepared.judge
-        else [],
+        **{
+            f"{name}'s model": [[file.name, file.stat().st_size] for file in weight_files(folder)] if folder else []
+            for name, folder in (("judge", prepared.judge), ("validator", prepared.validator))
+        },
     }
     for name, value in store.fix("inputs", now).items():
         if value != now[name]:
@@ -458,6 +526,8 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
                 f"{store.folder}: the {name} of this run changed since it was started; restore the former, or start a "
                 "new run with another name"
             )
+    seen = inputs.trained_on
+    store.write_json(store.trained_on, {"ids": sorted(seen.ids), "wordings": sorted(seen.wordings)})
     if inputs.parts:
         names = ("ift", "eft", "evaluation")
         ids = {name: [prompt.id for prompt in getattr(inputs.parts, name)] for name in names}
@@ -594,7 +664,8 @@ def ray_cluster(config: Config, store: RunFolder, learner: bool = True) -> Any:
 
 def _check_resources(config: Config, there: dict[str, float], ranks: int) -> None:
     """Raises ConfigError when the cluster can never place all engines and ranks."""
-    engines = config.engine.replicas + config.judge.replicas
+    validators = config.evaluate.judge.replicas if config.evaluate.judge.model else 0
+    engines = config.engine.replicas + config.judge.replicas + validators
     for resource, engine, rank in (
         ("CPU", config.engine.cpus, config.train.cpus),
         ("GPU", config.engine.gpus, config.train.gpus),

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def on_engines(
     first = next(iter(models))
 
     async def main() -> Any:
-        pools = launch.Pools(config, store, models[first], first, None, judge, models)
+        pools = launch.Pools(by_judge(config), store, models[first], first, None, judge, others=models)
         try:
             if engines:
                 await pools.start()
@@ -104,10 +105,12 @@ def asked_of(config: Config, *sections: str) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": config.seed, "engine.max_model_len": config.engine.max_model_len}
     keys = {
         "judge": "model read template function judgements temperature top_p top_k max_tokens min_mass",
-        "evaluate": "template judge judge_max_tokens temperature top_p top_k max_tokens",
+        "evaluate": "temperature top_p top_k max_tokens",
+        "evaluate.judge": "template read temperature top_p top_k max_tokens min_mass",
     }
     for section in sections:
-        found |= {f"{section}.{key}": getattr(getattr(config, section), key) for key in keys[section].split()}
+        values = attrgetter(section)(config)
+        found |= {f"{section}.{key}": getattr(values, key) for key in keys[section].split()}
     if config.judge.endpoint:
         found |= {"judge.endpoint.url": config.judge.endpoint.url, "judge.endpoint.model": config.judge.endpoint.model}
     return found
@@ -369,38 +372,56 @@ class RatedData:
     part: str
 
 
-def rated(config: Config, source: str, part: str | None, limit: int | None, report: Report) -> RatedData:
-    """Read `--data`. The part defaults to what no training has seen, where the source is the config's own data.trees.
+def trained_on(config: Config, run: RunFolder | None) -> seeds.TrainedOn:
+    """The questions that a run trained on; without one, those that the config's ranked data has for training."""
+    if run and run.trained_on.exists():
+        noted = json.loads(run.trained_on.read_text(encoding="utf-8"))
+        return seeds.TrainedOn(ids=frozenset(noted["ids"]), wordings=frozenset(noted["wordings"]))
+    return seeds.trained_on(seeds.divide(config.data) if config.data.trees else None)
+
+
+def rated(
+    config: Config, source: str, part: str | None, limit: int | None, seen: seeds.TrainedOn, report: Report
+) -> RatedData:
+    """Read `--data`. Without a part, questions in `seen` are left out, by their ids and by their wording, whatever file
+    they stand in here; how many is said in any case.
 
     Raises ConfigError where nothing is left.
     """
-    own = config.data.trees is not None and Path(config.data.trees).resolve() == Path(source).resolve()
-    part = part or ("evaluation" if own else "all")
     parts = seeds.divide(config.data.model_copy(update={"trees": source}), "--data")
     sets = {"ift": parts.ift, "eft": parts.eft, "evaluation": parts.evaluation}
     everything = sorted(
         judge_eval.comparable([prompt for prompts in sets.values() for prompt in prompts]), key=lambda prompt: prompt.id
     )
-    inside = {prompt.id for name, prompts in sets.items() if part in (name, "all") for prompt in prompts}
+    inside = {prompt.id for name, prompts in sets.items() if part in (name, "all", None) for prompt in prompts}
     found = [prompt for prompt in everything if prompt.id in inside]
+    trained = sum(prompt in seen for prompt in found)
+    if part is None:
+        found = [prompt for prompt in found if prompt not in seen]
     random.Random(f"limit {config.seed}").shuffle(found)
     for reason, number in parts.counts.items():
         report.line(f"  {number:>8}  {reason}")
+    if trained:
+        report.line(
+            f"{trained} prompts are trained on and {'left out' if part is None else 'measured on all the same'}"
+        )
     if not found:
         raise ConfigError(
-            f"--data {source}: no prompt with two ranked replies in part {part}; try --part all, and look at "
-            "data.language and data.max_chars"
+            f"--data {source}: no prompt with two ranked replies in part {part or 'unseen'}; try --part all, and look "
+            "at data.language and data.max_chars"
         )
     chosen = found[:limit]
     replies = sum(len(prompt.replies) for prompt in chosen)
-    report.line(f"{len(chosen)} of {len(found)} prompts of part {part} with {replies} ranked replies")
-    return RatedData(prompts=chosen, all=everything, source=source, part=part)
+    report.line(f"{len(chosen)} of {len(found)} prompts of part {part or 'unseen'} with {replies} ranked replies")
+    return RatedData(prompts=chosen, all=everything, source=source, part=part or "unseen")
 
 
 def eval_judge(
     config: Config, models: dict[str, Path], data: RatedData, out: Path, pairwise: bool, report: Report
 ) -> dict[str, Any]:
     """Measures of the config's judge with the weights of each model, or of another judge that the config names."""
+    if pairwise:
+        config = by_validator(config)
     first = next(iter(models.values()))
     _, encoder = loaded(replace_path(config.model, first))
     found: dict[str, Any] = {}
@@ -416,7 +437,8 @@ def eval_judge(
         out,
         name,
         {
-            **asked_of(config, "evaluate" if pairwise else "judge"),
+            **asked_of(config, "evaluate.judge" if pairwise else "judge"),
+            "judge.model": config.judge.model,
             "template's text": digest([comparing.source if comparing else judge.source]),
             "--data and data.*": digest_of(data.all),
         },
@@ -469,6 +491,22 @@ def eval_judge(
     return found
 
 
+def by_validator(config: Config) -> Config:
+    """A config in which who validates is the judge: nobody else is asked to compare."""
+    own = config.evaluate.judge
+    if not own.external:
+        return config
+    who = {"model": own.model, "endpoint": own.endpoint, "replicas": own.replicas if own.model else 0}
+    evaluate = config.evaluate.model_copy(update={"judge": own.model_copy(update={"model": None, "endpoint": None})})
+    return config.model_copy(update={"judge": config.judge.model_copy(update=who), "evaluate": evaluate})
+
+
+def by_judge(config: Config) -> Config:
+    """A config in which nobody validates: no engines of their own are started."""
+    own = config.evaluate.judge.model_copy(update={"model": None, "endpoint": None})
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": own})})
+
+
 def replace_path(model: Model, path: Path) -> Model:
     return model.model_copy(update={"path": str(path)})
 
@@ -480,6 +518,7 @@ def eval_duel(
 
     `judge` is a model that compares; None is the config's judge.model or judge.endpoint, else its model.
     """
+    config = by_validator(config)
     if judge:
         update = {"model": None, "endpoint": None, "replicas": 0}
         config = config.model_copy(update={"judge": config.judge.model_copy(update=update)})
@@ -490,12 +529,15 @@ def eval_duel(
     # The pool that compares is the only one of its stage: no engines of another judge beside it.
     alone = config.model_copy(update={"judge": config.judge.model_copy(update={"model": None, "replicas": 0})})
     comparing = duel_judge(config, encoder)
-    lengths = {prompt.id: max(len(one.user(prompt.text)) for _, one in models.values()) for prompt in prompts}
-    kept, long = prompt_files.usable(list(prompts), lengths, config)
+    chat = max(len(one.user("")) for _, one in models.values())
+    lengths = {prompt.id: max(len(one.user(prompt.text)) for _, one in models.values()) - chat for prompt in prompts}
+    longest = config.evaluate.max_tokens
+    needs = {"evaluate.max_tokens": chat + longest, "the judge of two answers": comparing.needs(2 * longest)}
+    kept, long = prompt_files.usable(list(prompts), lengths, needs, config)
     if long:
         report.line(f"{len(long)} prompts are too long and left out: {', '.join(long[:5])}")
     asked = digest(text for prompt in kept for text in (prompt.id, prompt.text))
-    sampling = {key: value for key, value in asked_of(config, "evaluate").items() if "judge" not in key}
+    sampling = {key: value for key, value in asked_of(config, "evaluate").items() if "endpoint" not in key}
     sides = []
     for side, name in (("a", first), ("b", second)):
         begun_with(out, f"answers-{side}", {**sampling, "model": name, "prompts": asked})
@@ -522,7 +564,7 @@ def eval_duel(
         out,
         "comparisons",
         {
-            **asked_of(config, "evaluate"), "a": first, "b": second, "judge": by, "prompts": asked,
+            **asked_of(config, "evaluate", "evaluate.judge"), "a": first, "b": second, "judge": by, "prompts": asked,
             "template's text": digest([comparing.source]),
         },
     )  # fmt: skip
