@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from rsrlm.meta_judging import (
     contestants,
     judge_pair,
     matches,
+    most_comparisons,
     most_uncertain,
     position_weights,
 )
@@ -206,3 +208,33 @@ def test_every_two_that_meet_meet_in_both_orders(number: int, opponents: int | N
     else:
         assert min(met) >= min(opponents, number - 1)
         assert max(met) <= min(opponents + 1, number - 1)
+
+
+@pytest.mark.parametrize(
+    ("judgements", "opponents", "expected"),
+    [
+        (11, None, 110),  # each with the ten others, in both orders
+        (11, 3, 44),  # with at least three others: two on either side in a circle
+        (3, 8, 6),  # there are no eight others
+        (4, 3, 12),
+        (2, 1, 2),
+        (1, None, 0),
+    ],
+)
+def test_most_comparisons_of_a_prompt(judgements: int, opponents: int | None, expected: int, make_config: Any) -> None:
+    config = make_config(judge={"read": "text", "judgements": judgements}, meta={"opponents": opponents})
+    assert most_comparisons(config) == expected
+    assert len(matches([judgement(i) for i in range(judgements)], config.meta, 0)) == expected
+
+
+def test_lengths_of_judgements_are_characters_of_the_chosen_one() -> None:
+    """Nine é are nine characters (18 bytes); how long the rejected judgement is does not matter."""
+    rule = Meta(max_chosen_chars=9)
+    for chosen, rejected, expected in (("é" * 9, "x" * 99, "pair"), ("x" * 10, "x", "chosen too long")):
+        a, b = judgement(0, text=rejected), judgement(1, text=chosen)
+        pair = judge_pair((1,), [a, b], [compared(a, b, -1), compared(b, a, 1)], EVEN, rule, 0)
+        if expected == "pair":
+            assert isinstance(pair, PreferencePair)
+            assert (pair.chosen_id[-1], pair.rejected_id[-1]) == ("1", "0")
+        else:
+            assert pair == expected
