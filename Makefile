@@ -50,10 +50,10 @@ test-fast: setup
 test-full: setup
 	$(BIN)/pytest
 
-# MODULE=pairing, or several in quotes, for some of the modules only.
+# MODULE=pairing, or several in quotes, for some of the modules only; PROCESSES=2 for two mutants at once.
 mutants: setup
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group mutants
-	@$(BIN)/python tests/mutants.py $(MODULE)
+	@$(BIN)/python tests/mutants.py $(if $(PROCESSES),--processes $(PROCESSES)) $(MODULE)
 
 clean:
 	rm -rf $(VENV) mutants .pytest_cache .mypy_cache .ruff_cache

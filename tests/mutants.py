@@ -47,7 +47,7 @@ def fingerprint() -> str:
     return found.hexdigest()
 
 
-def run(modules: list[str]) -> None:
+def run(modules: list[str], processes: int) -> None:
     """Let mutmut work; it keeps the verdicts below WORK, and says itself what went wrong."""
     of = WORK / "fingerprint"
     if not of.exists() or of.read_text(encoding="utf-8") != fingerprint():
@@ -56,7 +56,7 @@ def run(modules: list[str]) -> None:
         of.write_text(fingerprint(), encoding="utf-8")
     mutmut = Path(sys.executable).parent / "mutmut"
     done = subprocess.run(
-        [mutmut, "run", "--max-children", "1", *(f"rsrlm.{name}.*" for name in modules)],
+        [mutmut, "run", "--max-children", str(processes), *(f"rsrlm.{name}.*" for name in modules)],
         cwd=ROOT,
         # Threads that a forked process does not have would be waited for.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -153,13 +153,14 @@ def main() -> None:
     known = all_modules()
     parser = argparse.ArgumentParser(description="Change the code and see whether a test fails.")
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(known)}; all without any")
+    parser.add_argument("--processes", type=int, default=1, help="mutants at once, a core each (default: 1)")
     parser.add_argument("--report", action="store_true", help="only print what was found before")
     options = parser.parse_args()
     if unknown := set(options.modules) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     os.chdir(ROOT)
     if not options.report:
-        run(options.modules)
+        run(options.modules, options.processes)
     sys.exit(not report({name: verdicts(name) for name in options.modules or known}))
 
 
