@@ -1,6 +1,7 @@
 """Judge pairs by hand: battle matrix, position weights and Bradley-Terry fit of the paper, and what it leaves open."""
 
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from rsrlm.config import Meta
 from rsrlm.meta_judging import (
     EVEN,
+    TIE,
     Weights,
     battle_matrix,
     bradley_terry,
@@ -107,6 +109,19 @@ def test_bradley_terry_stays_finite_where_one_never_lost() -> None:
     assert scores[0] > scores[1] > scores[2]
     assert max(map(abs, scores)) < 10
     assert bradley_terry([[0.0, 0.0], [0.0, 0.0]], 0.01) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("ridge", [0.001, 0.01])
+@pytest.mark.parametrize(
+    "scores", [(1.0, -1.0), (2.0, 0.5, -2.5), (1.5, 1.25, 0.5, -0.25, -1.0, -2.0), (0.3, 0.2, 0.1, 0.0, -0.1, -0.5)]
+)
+def test_bradley_terry_is_more_exact_than_what_it_calls_a_tie(scores: tuple[float, ...], ridge: float) -> None:
+    """Everyone beats the next one only, B_k times. The gradient is 0 where B_k sigmoid(-(e_k - e_k+1)) is
+    2 ridge (e_0 + ... + e_k), so for scores that are given, B_k = 2 ridge (e_0 + ... + e_k) (1 + exp(e_k - e_k+1))."""
+    battles = [[0.0] * len(scores) for _ in scores]
+    for k, (one, other) in enumerate(itertools.pairwise(scores)):
+        battles[k][k + 1] = 2 * ridge * sum(scores[: k + 1]) * (1 + math.exp(one - other))
+    assert bradley_terry(battles, ridge) == pytest.approx(scores, abs=TIE / 4)
 
 
 @settings(max_examples=50, deadline=None)
