@@ -336,6 +336,45 @@ def test_position_bias_is_a_half_for_a_judge_that_looks_at_the_replies_only() ->
     assert found["agreement"]["value"] == 1
 
 
+@pytest.mark.parametrize("measure", ["scores", "comparisons", "wins"])
+def test_a_report_made_again_says_the_same(measure: str) -> None:
+    """Resamples are those of seed 0, unless somebody asks for others."""
+    outcomes = [*compared(30, "A", "B", "first", 0), *compared(20, "B", "A", "first", 100)]
+    wins: list[Any] = [*["first"] * 30, *["tie"] * 13, *["second"] * 20]
+
+    def of(**options: int) -> Any:
+        if measure == "scores":
+            found = judge_metrics(drawn(5, 60), readable=0, judgements=0, points=[], **options)
+            return found["agreement"]["low"], found["spearman"]["high"], found["score_length"]["low"]
+        found = win_rate(wins, **options) if measure == "wins" else pairwise_judge_metrics(outcomes, **options)
+        return [(figure["low"], figure["high"]) for figure in found.values()]
+
+    assert of() == of(seed=0)
+    assert of() != of(seed=1)
+
+
+def test_score_and_length_need_thirty_replies_of_thirty_prompts() -> None:
+    def of(prompts: int, replies: int) -> Any:
+        found = [
+            Rated(
+                id=f"{i:03d}",
+                ranks=(0.0,) * replies,
+                scores=tuple(float(i + j) for j in range(replies)),
+                lengths=tuple(2 * i + j for j in range(replies)),
+            )
+            for i in range(prompts)
+        ]
+        return judge_metrics(found, readable=0, judgements=0, points=[], bootstrap=20)["score_length"]
+
+    enough = of(30, 1)
+    assert (enough["value"], enough["n"], enough["prompts"], enough["estimable"]) == (1.0, 30, 30, True)
+    for prompts, replies in ((29, 1), (29, 2)):  # 58 replies, but still of 29 prompts
+        assert of(prompts, replies) == {
+            "value": None, "low": None, "high": None, "n": prompts * replies, "prompts": prompts, "count": None,
+            "estimable": False,
+        }  # fmt: skip
+
+
 def test_comparisons_of_one_prompt_are_resampled_together() -> None:
     one = [Compared(prompt_id="tea", first="A", second="B", human="first")] * 40
     assert pairwise_judge_metrics(one)["agreement"]["estimable"] is False
