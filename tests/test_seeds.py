@@ -1,6 +1,7 @@
 """Examples for supervised fine-tuning: read from files, taken from ranked data, mixed by weight."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,35 @@ def test_examples_of_a_file(tmp_path: Path, encoder: ChatEncoder, judge: Judging
     shown = encoder.tokenizer.decode(second.prompt_token_ids)
     assert "scale from 0 to 5" in shown
     assert "\nHi.\n</response" in shown
+    # the fence of the example's own id, always the same: a resumed run trains on the same tokens
+    response = seeds.reply_as_response(Reply(id="r", text="Hi.", rank=None), "p", "g", 0)
+    asked = Prompt(id="p", text="Say hi.")
+    assert second.prompt_token_ids == judge.prompt_of(asked, response, group="mine.jsonl:2", iteration=0)
+
+
+def test_empty_lines_of_a_file_are_counted_and_left_out(tmp_path: Path, encoder: ChatEncoder) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('\n{"prompt": "a", "target": "b"}\n \n{"prompt": "ä", "target": "c"}\n', encoding="utf-8")
+    found = seeds.read_file(str(file), encoder, None)  # without a judge: nothing here asks for its prompt
+    assert [one.id for one in found] == ["mine.jsonl:2", "mine.jsonl:4"]
+    assert found[1].prompt_token_ids == encoder.user("ä")
+
+
+def test_the_lines_that_a_message_shows_can_be_used(tmp_path: Path, encoder: ChatEncoder, judge: Judging) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("[]")
+    with pytest.raises(ConfigError) as caught:
+        seeds.read_file(str(file), encoder, judge)
+    lines = re.findall(r"\{.*?\}", str(caught.value))
+    file.write_text("\n".join(lines))
+    assert [one.kind for one in seeds.read_file(str(file), encoder, judge)] == ["ift", "eft"]
+
+
+def test_judgements_of_a_file_need_a_judge_that_writes(tmp_path: Path, encoder: ChatEncoder) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"instruction": "a", "response": "b", "target": "Score: 1"}')
+    with pytest.raises(ConfigError, match=r"line 1: a judgement .*; set judge.read to text or structured$"):
+        seeds.read_file(str(file), encoder, None)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +103,10 @@ def test_examples_of_a_file(tmp_path: Path, encoder: ChatEncoder, judge: Judging
         ('{"prompt": 3, "target": "b"}', "line 1: must be an object such as"),
         ('{"instruction": "a", "target": "b"}', "line 1: must be an object such as"),
         ("[1]", "line 1: must be an object such as"),
+        (
+            '{"id": "x", "prompt": "a", "target": "b"}\n\n{"id": "x", "prompt": "c", "target": "d"}',
+            "line 3: id 'x' stands in line 1 already",
+        ),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, encoder: ChatEncoder, judge: Judging, text: str, message: str) -> None:
