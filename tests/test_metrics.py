@@ -132,7 +132,9 @@ def test_below_thirty_there_are_counts_only() -> None:
     for name in ("pairwise_accuracy", "five_best", "readable"):
         assert found[name]["estimable"] is False
         assert (found[name]["value"], found[name]["low"], found[name]["high"]) == (None, None, None)
+        assert found[name]["prompts"] == 29
     assert (found["pairwise_accuracy"]["count"], found["pairwise_accuracy"]["n"]) == (29, 29)
+    assert (found["readable"]["count"], found["readable"]["n"]) == (58, 58)
     # Many pairs of few prompts say little about other prompts.
     assert measured((29, [0, 1, 2], [5, 3, 1]))["pairwise_accuracy"]["estimable"] is False
     assert measured((30, [0, 1, 2], [5, 3, 1]))["pairwise_accuracy"]["estimable"] is True
@@ -149,7 +151,7 @@ def test_readable_share_has_wilsons_interval() -> None:
     found = measured((30, [0, 1], [5, 3]), readable=90, judgements=100)["readable"]
     z2 = 1.959964**2
     centre, half = (0.9 + z2 / 200) / (1 + z2 / 100), math.sqrt(z2 * (0.0009 + z2 / 40000)) / (1 + z2 / 100)
-    assert found["value"] == 0.9
+    assert (found["value"], found["count"], found["n"], found["prompts"]) == (0.9, 90, 100, 30)
     assert (found["low"], found["high"]) == (pytest.approx(centre - half), pytest.approx(centre + half))
 
 
