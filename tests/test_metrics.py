@@ -377,6 +377,22 @@ def test_score_and_length_need_thirty_replies_of_thirty_prompts() -> None:
         }  # fmt: skip
 
 
+def test_resamples_without_a_correlation_are_left_out_of_the_interval() -> None:
+    """One reply of 40 has another score: about a third of the resamples miss it, and their scores are all equal."""
+    prompts = [
+        Rated(id=f"{i:03d}", ranks=(0.0,), scores=(5.0 if i == 7 else 3.0,), lengths=(10 + 3 * i % 17,))
+        for i in range(40)
+    ]
+    found = judge_metrics(prompts, readable=0, judgements=0, points=[], bootstrap=60, seed=3)["score_length"]
+    correlations = []
+    for row in np.random.default_rng(3).multinomial(40, np.full(40, 1 / 40), size=60):
+        again = [one for one, repeats in zip(prompts, row, strict=True) for _ in range(repeats)]
+        if row[7]:
+            correlations.append(stats.spearmanr([o.scores[0] for o in again], [o.lengths[0] for o in again]).statistic)
+    assert 30 < len(correlations) < 50
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(correlations, [0.025, 0.975])))
+
+
 def test_comparisons_of_one_prompt_are_resampled_together() -> None:
     one = [Compared(prompt_id="tea", first="A", second="B", human="first")] * 40
     assert pairwise_judge_metrics(one)["agreement"]["estimable"] is False
