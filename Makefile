@@ -6,7 +6,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",)
 UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(FIND_LINKS)
 
-.PHONY: setup lock quickstart quickstart-text check test test-fast test-full clean
+.PHONY: setup lock quickstart quickstart-text check test test-fast test-full mutants clean
 
 setup: $(VENV)/.ready
 
@@ -50,5 +50,10 @@ test-fast: setup
 test-full: setup
 	$(BIN)/pytest
 
+# MODULE=pairing, or several in quotes, for some of the modules only; PROCESSES=2 for two mutants at once.
+mutants: setup
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group mutants
+	@$(BIN)/python tests/mutants.py $(if $(PROCESSES),--processes $(PROCESSES)) $(MODULE)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) mutants .pytest_cache .mypy_cache .ruff_cache

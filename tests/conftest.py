@@ -1,10 +1,22 @@
 """Models and a cluster that the tests share. Everything heavy is a session fixture: 2 cores run one thing at a time."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+# For `make mutants`: the same examples for every mutant, and the first failure is enough. A slow machine kills nobody.
+settings.register_profile(
+    "mutants",
+    max_examples=50,
+    derandomize=True,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -12,6 +24,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+if "MUTANT_UNDER_TEST" in os.environ:
+    # The processes of all mutants are forked from one that has loaded the tokenizer: half a second less for each.
+    from rsrlm import model
+
+    model.load_tokenizer = functools.cache(model.load_tokenizer)
 
 ORDER = ("plain", "torch", "ray", "full", "gpu")
 

@@ -43,6 +43,12 @@ class Scripted:
         )  # fmt: skip
 
 
+def likes_good(shown: str) -> tuple[float, float]:
+    """A where "good" is shown as A, else B."""
+    a, b = shown.index("<response A"), shown.index("<response B")
+    return (-0.1, -3.0) if "good" in shown[a:b] else (-3.0, -0.1)
+
+
 @pytest.fixture(scope="module")
 def encoder(smollm2: Path) -> ChatEncoder:
     return ChatEncoder(load_tokenizer(smollm2, False))
@@ -107,16 +113,31 @@ def test_measures_of_a_judge_that_compares(make_config: Any, encoder: ChatEncode
     assert engine.asked == 32 * 6  # the journal knew them all
 
 
+@pytest.mark.parametrize(("good", "bad", "agreement"), [(0, 1, 1.0), (1, 0, 0.0)])
+def test_agreement_of_a_judge_that_compares(
+    good: int, bad: int, agreement: float, make_config: Any, encoder: ChatEncoder, tmp_path: Path
+) -> None:
+    """The judge takes "good" wherever it stands; people rank it first (0 is the best rank), or last."""
+    prompts = [ranked(f"p{i}", ("good", good), ("bad", bad), ("poor", bad)) for i in range(20)]
+    prompts += [ranked(f"q{i}", ("bad", bad), ("good", good)) for i in range(20)]
+    found = asyncio.run(
+        judge_eval.verdicts(
+            prompts, duel_judge(make_config(), encoder), Scripted(likes_good, encoder.tokenizer),
+            Journal(tmp_path / "journal.jsonl"), ticked, 0,
+        )
+    )  # fmt: skip
+    # Of 80 comparisons, people have no preference in the 20 of "bad" and "poor", where the judge says B in both orders.
+    assert (found["agreement"]["value"], found["agreement"]["n"]) == (agreement, 60)
+    assert found["inconsistent"]["value"] == 20 / 80
+    assert found["first_position"]["value"] == 60 / 160  # once per comparison that has a "good" one
+
+
 def test_a_duel_counts_both_orders_and_equal_answers(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
     def answer(prompt: str, text: str) -> Response:
         return Response(
             id=f"{prompt}/0", prompt_id=prompt, index=0, role="actor", text=text, token_ids=(5,),
             prompt_token_ids=(1,), finish_reason="stop", weight_version="M0", sampling=SAMPLING,
         )  # fmt: skip
-
-    def likes_good(shown: str) -> tuple[float, float]:
-        a, b = shown.index("<response A"), shown.index("<response B")
-        return (-0.1, -3.0) if "good" in shown[a:b] else (-3.0, -0.1)
 
     prompts = [Prompt(id=f"p{i}", text="?") for i in range(40)]
     first = [answer(p.id, "same" if i < 10 else "good") for i, p in enumerate(prompts)]

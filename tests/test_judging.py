@@ -18,6 +18,8 @@ from rsrlm import judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import ConfigError
 from rsrlm.judging import (
+    ADDITIVE_VARIABLES,
+    META_VARIABLES,
     PAIRWISE_VARIABLES,
     SCORE,
     WINNER,
@@ -540,13 +542,47 @@ def test_bundled_templates() -> None:
     assert "at most 100 words" in additive
     assert '"Score: <total points>"' in additive
     assert additive.endswith("<response {{ fence }}>\n{{ response }}\n</response {{ fence }}>\n")
-    digits = load_template("additive_digits")
-    assert [line for line in digits.splitlines() if line.startswith("- ")] == [
-        line for line in additive.splitlines() if line.startswith("- ")
-    ]
-    assert "words" not in digits
+    assert "words" not in load_template("additive_digits")
     assert WINNER.prefix in load_template("pairwise", PAIRWISE_VARIABLES)
     assert '"Winner: tie"' in load_template("pairwise_text", PAIRWISE_VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [("additive_digits", ADDITIVE_VARIABLES), ("meta", META_VARIABLES), ("meta_letters", META_VARIABLES)],
+)
+def test_one_scale_whoever_reads_it(name: str, variables: frozenset[str]) -> None:
+    """What scores a response, and what compares such scores, has the same five statements."""
+
+    def statements(template: str) -> list[str]:
+        return [line for line in template.splitlines() if line.startswith("- The answer")]
+
+    found = statements(load_template(name, variables))
+    assert len(found) == 5
+    assert found == statements(load_template("additive"))
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "tags"),
+    [
+        ("additive", ADDITIVE_VARIABLES, ["response"]),
+        ("additive_digits", ADDITIVE_VARIABLES, ["response"]),
+        ("buckets", ADDITIVE_VARIABLES, ["response"]),
+        ("pairwise", PAIRWISE_VARIABLES, ["response A", "response B"]),
+        ("pairwise_text", PAIRWISE_VARIABLES, ["response A", "response B"]),
+        ("meta", META_VARIABLES, ["response", "judgement A", "judgement B"]),
+        ("meta_letters", META_VARIABLES, ["response", "judgement A", "judgement B"]),
+    ],
+)
+def test_what_a_model_wrote_stands_between_fences(name: str, variables: frozenset[str], tags: list[str]) -> None:
+    """Each text in tags of its own, which it cannot close: it was written before anybody knew the fence."""
+    blocks = []
+    for tag in tags:
+        field = tag.lower().replace(" ", "_")
+        blocks.append(f"<{tag} {{{{ fence }}}}>\n{{{{ {field} }}}}\n</{tag} {{{{ fence }}}}>\n")
+    template = load_template(name, variables)
+    assert template.endswith("\n".join(blocks))
+    assert template.count("{{") == 1 + 3 * len(tags)  # nothing is printed elsewhere but the question
 
 
 def test_templates_from_files(tmp_path: Path) -> None:

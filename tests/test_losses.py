@@ -254,6 +254,15 @@ def test_target_loss_is_a_sum_over_tokens() -> None:
     assert {name: float(value) for name, value in sums.items()} == {"loss": 3.0, "tokens_trained": 2.0, "examples": 1.0}
 
 
+def test_sums_have_the_dtype_of_the_log_probabilities() -> None:
+    """Whatever that of the weights: all sums of a step are reduced as one tensor."""
+    logps = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64)
+    _, sums = target_loss(logps, torch.tensor([0, 0, 1]), torch.tensor([1, 0]))
+    assert {value.dtype for value in sums.values()} == {torch.float64}
+    found = pair_loss(logps, logps, HAND, torch.tensor([1]), beta=0.1)
+    assert {value.dtype for value in found.sums.values()} == {torch.float64}
+
+
 def test_to_moves_every_tensor() -> None:
     for batch in (pack_pairs(PAIRS).to("meta"), pad(PAIRS).to("meta")):
         fields = [getattr(batch, name) for name in PairBatch.__slots__]

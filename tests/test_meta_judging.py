@@ -1,16 +1,19 @@
 """Judge pairs by hand: battle matrix, position weights and Bradley-Terry fit of the paper, and what it leaves open."""
 
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rsrlm.config import Meta
 from rsrlm.meta_judging import (
     EVEN,
+    TIE,
     Weights,
     battle_matrix,
     bradley_terry,
@@ -18,8 +21,10 @@ from rsrlm.meta_judging import (
     contestants,
     judge_pair,
     matches,
+    most_comparisons,
     most_uncertain,
     position_weights,
+    result,
 )
 from rsrlm.records import FinishReason, Judgement, PreferencePair, Response, Sampling, Scored, Unparsed, Verdict
 
@@ -106,6 +111,19 @@ def test_bradley_terry_stays_finite_where_one_never_lost() -> None:
     assert bradley_terry([[0.0, 0.0], [0.0, 0.0]], 0.01) == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("ridge", [0.001, 0.01])
+@pytest.mark.parametrize(
+    "scores", [(1.0, -1.0), (2.0, 0.5, -2.5), (1.5, 1.25, 0.5, -0.25, -1.0, -2.0), (0.3, 0.2, 0.1, 0.0, -0.1, -0.5)]
+)
+def test_bradley_terry_is_more_exact_than_what_it_calls_a_tie(scores: tuple[float, ...], ridge: float) -> None:
+    """Everyone beats the next one only, B_k times. The gradient is 0 where B_k sigmoid(-(e_k - e_k+1)) is
+    2 ridge (e_0 + ... + e_k), so for scores that are given, B_k = 2 ridge (e_0 + ... + e_k) (1 + exp(e_k - e_k+1))."""
+    battles = [[0.0] * len(scores) for _ in scores]
+    for k, (one, other) in enumerate(itertools.pairwise(scores)):
+        battles[k][k + 1] = 2 * ridge * sum(scores[: k + 1]) * (1 + math.exp(one - other))
+    assert bradley_terry(battles, ridge) == pytest.approx(scores, abs=TIE / 4)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 7), st.integers(0, 2**32))
 def test_in_a_balanced_round_robin_the_order_is_that_of_the_wins(number: int, seed: int) -> None:
@@ -129,15 +147,29 @@ def test_the_pair_of_the_example() -> None:
     found = [judgement(i) for i in range(3)]
     pair = judge_pair((1, 9), found, all_compared(found, EXAMPLE), Weights(first=0.2, second=0.8), Meta(), seed=0)
     assert isinstance(pair, PreferencePair)
-    assert (pair.id, pair.kind, pair.chosen_id, pair.rejected_id) == (
-        "03/tea/0#0>1",
-        "judge",
-        "03/tea/0#0",
-        "03/tea/0#1",
+    assert pair == PreferencePair(
+        id="03/tea/0#0>1",
+        prompt_id="tea",
+        kind="judge",
+        chosen_id="03/tea/0#0",
+        rejected_id="03/tea/0#1",
+        prompt_token_ids=(1, 9),
+        chosen_token_ids=(50, 2),
+        rejected_token_ids=(51, 2),
+        chosen_score=pytest.approx(1.058, abs=1e-3),  # type: ignore[arg-type]
+        rejected_score=pytest.approx(-0.768, abs=1e-3),  # type: ignore[arg-type]
+        weight_version="M3",
     )
-    assert (pair.prompt_token_ids, pair.chosen_token_ids, pair.rejected_token_ids) == ((1, 9), (50, 2), (51, 2))
-    assert pair.chosen_score == pytest.approx(1.058, abs=1e-3)
-    assert pair.weight_version == "M3"
+    # The last digits of a fit differ from machine to machine.
+    for score in (pair.chosen_score, pair.rejected_score):
+        assert score == round(score, 6) != round(score, 5)
+
+
+@pytest.mark.parametrize(("r", "expected"), [(1, 1), (-1, -1), (0, 0), (None, 0)])
+def test_the_result_of_a_comparison(r: int | None, expected: int) -> None:
+    found = result(compared(judgement(0), judgement(1), r))
+    assert found == expected
+    assert found is not None
 
 
 def test_a_purely_positional_judge_makes_no_pair() -> None:
@@ -183,6 +215,38 @@ def test_the_response_with_the_highest_variance() -> None:
     assert most_uncertain(responses, tied, 5) == most_uncertain(responses[::-1], tied[::-1], 5)
 
 
+def test_judgements_that_agree_are_less_uncertain_than_any_that_do_not() -> None:
+    found = [judgement(i, p, of) for of, points in ((0, [2.0, 2.0]), (1, [2.0, 2.5])) for i, p in enumerate(points)]
+    drawn = [most_uncertain([response(0), response(1), response(2)], found, seed) for seed in range(9)]
+    assert drawn == [response(1)] * 9  # response 2 was not judged at all
+
+
+def drawn_pair(seed: int) -> str:
+    """Judgements 0 and 1 both beat 2 and 3 in both orders, and neither two are compared with each other."""
+    found = [judgement(i) for i in range(4)]
+    wins = {(a, b): 1 for a in (0, 1) for b in (2, 3)} | {(b, a): -1 for a in (0, 1) for b in (2, 3)}
+    pair = judge_pair((1,), found, all_compared(found, wins), EVEN, Meta(), seed)
+    assert isinstance(pair, PreferencePair)
+    return pair.id.rpartition("#")[2]
+
+
+def test_equal_judgements_are_drawn_by_the_seed() -> None:
+    drawn = [drawn_pair(seed) for seed in range(40)]
+    assert set(drawn) == {"0>2", "0>3", "1>2", "1>3"}
+    assert drawn == [drawn_pair(seed) for seed in range(40)]
+
+
+def test_a_resumed_run_draws_as_before() -> None:
+    """Whose judgements are compared, with whom, and who wins a tie: no release may change it while runs go on."""
+    responses = [response(i) for i in range(4)]
+    tied = [judgement(i, p, of) for of in range(4) for i, p in enumerate([2.0, 4.0])]
+    uncertain = [most_uncertain(responses, tied, seed) for seed in range(6)]
+    assert [one.index for one in uncertain if one] == [0, 1, 0, 1, 0, 0]
+    shown = matches([judgement(i) for i in range(5)], Meta(opponents=2), 7)
+    assert [(a.index, b.index) for a, b in shown if a.index < b.index] == [(0, 2), (0, 3), (1, 3), (1, 4), (2, 4)]
+    assert [drawn_pair(seed) for seed in range(6)] == ["1>3", "0>3", "0>2", "1>2", "1>3", "0>3"]
+
+
 def test_who_is_compared() -> None:
     found = [judgement(0, text="x"), judgement(1, text="y"), judgement(2, text="x")]
     assert [one.index for one in contestants(found, Meta())] == [0, 1, 2]
@@ -193,6 +257,7 @@ def test_who_is_compared() -> None:
     assert contestants(differing, Meta(skip_agreed=True)) == differing
 
 
+@example(4, 2, 0)
 @given(st.integers(2, 11), st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 99))
 def test_every_two_that_meet_meet_in_both_orders(number: int, opponents: int | None, seed: int) -> None:
     found = [judgement(i) for i in range(number)]
@@ -205,4 +270,34 @@ def test_every_two_that_meet_meet_in_both_orders(number: int, opponents: int | N
         assert len(shown) == number * (number - 1)
     else:
         assert min(met) >= min(opponents, number - 1)
-        assert max(met) <= min(opponents + 1, number - 1)
+        assert max(met) <= min(2 * math.ceil(opponents / 2), number - 1)  # as many on either side of a circle
+
+
+@pytest.mark.parametrize(
+    ("judgements", "opponents", "expected"),
+    [
+        (11, None, 110),  # each with the ten others, in both orders
+        (11, 3, 44),  # with at least three others: two on either side in a circle
+        (3, 8, 6),  # there are no eight others
+        (4, 3, 12),
+        (2, 1, 2),
+        (1, None, 0),
+    ],
+)
+def test_most_comparisons_of_a_prompt(judgements: int, opponents: int | None, expected: int, make_config: Any) -> None:
+    config = make_config(judge={"read": "text", "judgements": judgements}, meta={"opponents": opponents})
+    assert most_comparisons(config) == expected
+    assert len(matches([judgement(i) for i in range(judgements)], config.meta, 0)) == expected
+
+
+def test_lengths_of_judgements_are_characters_of_the_chosen_one() -> None:
+    """Nine é are nine characters (18 bytes); how long the rejected judgement is does not matter."""
+    rule = Meta(max_chosen_chars=9)
+    for chosen, rejected, expected in (("é" * 9, "x" * 99, "pair"), ("x" * 10, "x", "chosen too long")):
+        a, b = judgement(0, text=rejected), judgement(1, text=chosen)
+        pair = judge_pair((1,), [a, b], [compared(a, b, -1), compared(b, a, 1)], EVEN, rule, 0)
+        if expected == "pair":
+            assert isinstance(pair, PreferencePair)
+            assert (pair.chosen_id[-1], pair.rejected_id[-1]) == ("1", "0")
+        else:
+            assert pair == expected

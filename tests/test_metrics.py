@@ -132,7 +132,9 @@ def test_below_thirty_there_are_counts_only() -> None:
     for name in ("pairwise_accuracy", "five_best", "readable"):
         assert found[name]["estimable"] is False
         assert (found[name]["value"], found[name]["low"], found[name]["high"]) == (None, None, None)
+        assert found[name]["prompts"] == 29
     assert (found["pairwise_accuracy"]["count"], found["pairwise_accuracy"]["n"]) == (29, 29)
+    assert (found["readable"]["count"], found["readable"]["n"]) == (58, 58)
     # Many pairs of few prompts say little about other prompts.
     assert measured((29, [0, 1, 2], [5, 3, 1]))["pairwise_accuracy"]["estimable"] is False
     assert measured((30, [0, 1, 2], [5, 3, 1]))["pairwise_accuracy"]["estimable"] is True
@@ -149,7 +151,7 @@ def test_readable_share_has_wilsons_interval() -> None:
     found = measured((30, [0, 1], [5, 3]), readable=90, judgements=100)["readable"]
     z2 = 1.959964**2
     centre, half = (0.9 + z2 / 200) / (1 + z2 / 100), math.sqrt(z2 * (0.0009 + z2 / 40000)) / (1 + z2 / 100)
-    assert found["value"] == 0.9
+    assert (found["value"], found["count"], found["n"], found["prompts"]) == (0.9, 90, 100, 30)
     assert (found["low"], found["high"]) == (pytest.approx(centre - half), pytest.approx(centre + half))
 
 
@@ -334,6 +336,61 @@ def test_position_bias_is_a_half_for_a_judge_that_looks_at_the_replies_only() ->
     found = pairwise_judge_metrics(compared(40, "A", "B", "first", 0), bootstrap=20)
     assert found["first_position"]["value"] == 0.5
     assert found["agreement"]["value"] == 1
+
+
+@pytest.mark.parametrize("measure", ["scores", "comparisons", "wins"])
+def test_a_report_made_again_says_the_same(measure: str) -> None:
+    """Resamples are those of seed 0, unless somebody asks for others."""
+    outcomes = [*compared(30, "A", "B", "first", 0), *compared(20, "B", "A", "first", 100)]
+    wins: list[Any] = [*["first"] * 30, *["tie"] * 13, *["second"] * 20]
+
+    def of(**options: int) -> Any:
+        if measure == "scores":
+            found = judge_metrics(drawn(5, 60), readable=0, judgements=0, points=[], **options)
+            return found["agreement"]["low"], found["spearman"]["high"], found["score_length"]["low"]
+        found = win_rate(wins, **options) if measure == "wins" else pairwise_judge_metrics(outcomes, **options)
+        return [(figure["low"], figure["high"]) for figure in found.values()]
+
+    assert of() == of(seed=0)
+    assert of() != of(seed=1)
+
+
+def test_score_and_length_need_thirty_replies_of_thirty_prompts() -> None:
+    def of(prompts: int, replies: int) -> Any:
+        found = [
+            Rated(
+                id=f"{i:03d}",
+                ranks=(0.0,) * replies,
+                scores=tuple(float(i + j) for j in range(replies)),
+                lengths=tuple(2 * i + j for j in range(replies)),
+            )
+            for i in range(prompts)
+        ]
+        return judge_metrics(found, readable=0, judgements=0, points=[], bootstrap=20)["score_length"]
+
+    enough = of(30, 1)
+    assert (enough["value"], enough["n"], enough["prompts"], enough["estimable"]) == (1.0, 30, 30, True)
+    for prompts, replies in ((29, 1), (29, 2)):  # 58 replies, but still of 29 prompts
+        assert of(prompts, replies) == {
+            "value": None, "low": None, "high": None, "n": prompts * replies, "prompts": prompts, "count": None,
+            "estimable": False,
+        }  # fmt: skip
+
+
+def test_resamples_without_a_correlation_are_left_out_of_the_interval() -> None:
+    """One reply of 40 has another score: about a third of the resamples miss it, and their scores are all equal."""
+    prompts = [
+        Rated(id=f"{i:03d}", ranks=(0.0,), scores=(5.0 if i == 7 else 3.0,), lengths=(10 + 3 * i % 17,))
+        for i in range(40)
+    ]
+    found = judge_metrics(prompts, readable=0, judgements=0, points=[], bootstrap=60, seed=3)["score_length"]
+    correlations = []
+    for row in np.random.default_rng(3).multinomial(40, np.full(40, 1 / 40), size=60):
+        again = [one for one, repeats in zip(prompts, row, strict=True) for _ in range(repeats)]
+        if row[7]:
+            correlations.append(stats.spearmanr([o.scores[0] for o in again], [o.lengths[0] for o in again]).statistic)
+    assert 30 < len(correlations) < 50
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(correlations, [0.025, 0.975])))
 
 
 def test_comparisons_of_one_prompt_are_resampled_together() -> None:

@@ -1,6 +1,7 @@
 """Pairs by hand, and what holds for every pair whatever the responses are."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -134,6 +135,22 @@ def test_a_chosen_response_that_is_too_long_drops_the_pair() -> None:
     pair = best_against_worst(responses, points, Pair(max_chosen_chars=11), 3)
     assert isinstance(pair, PreferencePair)
     assert (pair.chosen_id, pair.rejected_id) == ("03/tea/0", "03/tea/2")
+
+
+def test_lengths_are_characters_and_not_bytes() -> None:
+    """Two bytes each in UTF-8: six é are shorter than eight x, and no longer than six characters may be."""
+    responses = [answer(0, "x" * 8), answer(1, "é" * 6), answer(2, "x" * 9), answer(3, "é" * 8)]
+    pair = best_against_worst(responses, judged([4.0, 4.0, 1.0, 1.0]), Pair(ties="length", max_chosen_chars=6), 3)
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen_id[-1], pair.rejected_id[-1]) == ("1", "2")
+
+
+def test_lengths_in_tokens() -> None:
+    responses = [answer(0, "x", tokens=(7, 7, 2)), answer(1, "xxx", tokens=(8, 2)),
+                 answer(2, "xxx", tokens=(9, 2)), answer(3, "x", tokens=(6, 6, 2))]  # fmt: skip
+    pair = best_against_worst(responses, judged([4.0, 4.0, 1.0, 1.0]), Pair(ties="length", length="tokens"), 3)
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen_id[-1], pair.rejected_id[-1]) == ("1", "3")
 
 
 def test_the_same_tokens_make_no_pair() -> None:
@@ -280,6 +297,28 @@ def test_random_ties_depend_on_the_seed_and_on_nothing_else() -> None:
     drawn = [of(seed, responses) for seed in range(40)]
     assert drawn == [of(seed, responses[::-1]) for seed in range(40)]
     assert len(set(drawn)) > 5
+    without = best_against_worst(responses, points, Pair(ties="random"), 3)
+    assert isinstance(without, PreferencePair)
+    assert without.id == drawn[0]  # no seed is seed 0
+
+
+def test_random_ties_are_drawn_for_each_prompt_and_iteration_anew() -> None:
+    """Else the same places would win in all prompts of a run that got the same scores."""
+
+    def of(prompt: str, iteration: int) -> str:
+        responses = [replace(answer(index), id=f"{prompt}/{index}", prompt_id=prompt) for index in range(8)]
+        points = {one.id: Scored(points=4.0 if one.index < 4 else 1.0) for one in responses}
+        pair = best_against_worst(responses, points, Pair(ties="random"), iteration)
+        assert isinstance(pair, PreferencePair)
+        return pair.id.rpartition("/")[2]
+
+    assert len({of(prompt, 3) for prompt in ("tea", "milk", "water", "juice", "soup", "broth")}) > 1
+    assert len({of("tea", iteration) for iteration in range(6)}) > 1
+
+
+def test_random_ties_where_one_alone_may_win() -> None:
+    assert paired([4.0, 4.0, 4.0, 1.0], Pair(ties="random"), cut="012") == "equal scores"
+    assert paired([1.0, 1.0, 4.0], Pair(ties="random"), cut="01") in {(2, 0), (2, 1)}
 
 
 def test_of_equal_texts_only_the_first_takes_part() -> None:

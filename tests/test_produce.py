@@ -1,6 +1,7 @@
 """What is made for a prompt does not depend on who finishes first, nor on what was made before a kill."""
 
 import asyncio
+import itertools
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, sampling_of
+from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, meta_judge, sampling_of
 from rsrlm.config import Config, ConfigError, resolve
+from rsrlm.meta_judging import most_uncertain
 from rsrlm.produce import Producer, mean_verdicts
 from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Scored, Unparsed
 from rsrlm.store import Journal
@@ -165,14 +167,18 @@ def test_a_group_carries_all_that_was_made(journal: Path) -> None:
             sampling=sampling_of(chosen.sample, seed),
         )
         assert (response.sampling.temperature, response.sampling.top_p, response.sampling.top_k) == (0.9, 0.8, 50)
-    judged = group.judgements[4]
-    seed = asked["02/milk/1#1"].sampling.seed
-    assert (judged.response_id, judged.index, judged.role) == ("02/milk/1", 1, "judge")
-    assert judged.judge == "additive (text)"
-    assert judged.sampling == sampling_of(chosen.judge, seed)
-    assert judged.sampling.max_tokens == 160
-    # A cut answer that ends in its score is not read: it could have gone on.
-    assert judged.verdict == (Unparsed(reason="cut before its end") if seed % 5 == 0 else Scored(points=seed % 6))
+    read = []
+    for number, judged in enumerate(group.judgements):
+        of, index = divmod(number, 3)
+        assert (judged.response_id, judged.index, judged.role) == (f"02/milk/{of}", index, "judge")
+        assert judged.judge == "additive (text)"
+        seed = asked[judged.id].sampling.seed
+        assert judged.sampling == sampling_of(chosen.judge, seed)
+        assert judged.sampling.max_tokens == 160
+        # A cut answer that ends in its score is not read: it could have gone on.
+        assert judged.verdict == (Unparsed(reason="cut before its end") if seed % 5 == 0 else Scored(points=seed % 6))
+        read.append(isinstance(judged.verdict, Scored))
+    assert {True, False} == set(read)  # some were cut, some were not
     assert (group.pair is None) == (group.no_pair_reason != "")
 
 
@@ -455,6 +461,96 @@ def test_open_groups_are_bounded(slots: int, responses: int, bound: int, journal
     produce(config(TEXT, responses=responses), Engines(pause, slots), journal, put, prompts)
     assert most == bound
     assert not open_now
+
+
+# -- comparisons of judgements -----------------------------------------------------------------------------------------
+
+
+class Shown(Encoder):
+    """Prompts of a meta-judge are all that it is shown."""
+
+    def encode(self, template: str, fields: Mapping[str, str], prefix: str = "") -> tuple[int, ...]:
+        if "judgement_a" not in fields:
+            return super().encode(template, fields, prefix)
+        names = ("instruction", "response", "judgement_a", "judgement_b", "fence")
+        return tuple(map(ord, "|".join(fields[name] for name in names)))
+
+
+def compare(journal: Path, engines: Any, ticks: list[tuple[str, int, int]], meta: bool = True) -> list[Group]:
+    """Two prompts, each with two responses that get three judgements each."""
+    made_by = resolve(
+        {
+            **config(TEXT, responses=2, seed=5).model_dump(mode="json", exclude_defaults=True),
+            "pair": {"kinds": ["judge"]},
+        }
+    )
+    encoder: Any = Shown()
+
+    async def put(group: Group) -> None:
+        pass
+
+    producer = Producer(
+        made_by, encoder, engines, engines, Judging(made_by, encoder), Journal(journal), 1,
+        lambda *tick: ticks.append(tick), meta_judge(made_by, encoder) if meta else None,
+    )  # fmt: skip
+    return asyncio.run(asyncio.wait_for(producer.all(PROMPTS[:2], put), 20))
+
+
+def test_judgements_are_compared_in_both_orders(journal: Path) -> None:
+    """Those of the response whose scores differ most; all comparisons of a prompt share a fence, and none a seed."""
+    engines, ticks = Engines(), []
+    groups = compare(journal, engines, ticks)
+    asked = {request.id: request for request in engines.requests}
+    for group in groups:
+        assert group.pair is None
+        assert group.no_pair_reason == "no pairs of responses wanted"
+        response = most_uncertain(group.responses, group.judgements, 5)
+        assert response is not None
+        readable = [j for j in group.judgements if j.response_id == response.id and isinstance(j.verdict, Scored)]
+        expected = {(a.id, b.index): (a, b) for a, b in itertools.permutations(readable, 2)}
+        assert {one.id for one in group.comparisons} == {f"{of}~{other}" for of, other in expected}
+        fences = set()
+        for one in group.comparisons:
+            of, other = one.id.split("~")
+            first, second = expected[of, int(other)]
+            request = asked[one.id]
+            *shown, fence = "".join(map(chr, request.prompt_token_ids)).split("|")
+            assert shown == [group.prompt.text, response.text, first.text, second.text]
+            fences.add(fence)
+            assert request.priority == JUDGE_PRIORITY
+            assert (one.prompt_id, one.response_id, one.index, one.role, one.judge) == (
+                group.prompt.id, response.id, first.index, "meta", "meta (text)",
+            )  # fmt: skip
+            assert one.sampling == request.sampling
+        assert len(fences) == 1
+    assert len({request.sampling.seed for request in engines.requests}) == len(engines.requests)
+
+    made = [one for group in groups for one in group.comparisons]
+    assert [tick for tick in ticks if tick[0] == "compare"] == [("compare", 1, 2)] * len(made)
+    again = Engines()
+    assert compare(journal, again, ticks) == groups
+    assert again.requests == []
+
+
+def test_without_a_meta_judge_nothing_is_compared(journal: Path) -> None:
+    engines = Engines()
+    assert [group.comparisons for group in compare(journal, engines, [], meta=False)] == [(), ()]
+    assert not [request for request in engines.requests if "~" in request.id]
+
+
+def test_a_resumed_run_asks_as_before(journal: Path) -> None:
+    """Seeds and fences of everything that is asked: no release may change them while runs go on."""
+    engines = Engines()
+    compare(journal, engines, [])
+    asked = {request.id: request for request in engines.requests}
+    seeds = {name: asked[name].sampling.seed for name in ("01/tea/0", "01/tea/0#1", "01/tea/0#2~0")}
+    assert seeds == {
+        "01/tea/0": 3913104472571874090,
+        "01/tea/0#1": 8962293754405235360,
+        "01/tea/0#2~0": 2811300901876898492,
+    }
+    fences = ["".join(map(chr, asked[name].prompt_token_ids)).split("|")[-1] for name in ("01/tea/0#1", "01/tea/0#2~0")]
+    assert fences == ["9949cdb9", "d93484ef"]
 
 
 def test_judgements_wait_for_their_own_response_only(journal: Path) -> None:

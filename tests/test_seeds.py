@@ -1,6 +1,7 @@
 """Examples for supervised fine-tuning: read from files, taken from ranked data, mixed by weight."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,35 @@ def test_examples_of_a_file(tmp_path: Path, encoder: ChatEncoder, judge: Judging
     shown = encoder.tokenizer.decode(second.prompt_token_ids)
     assert "scale from 0 to 5" in shown
     assert "\nHi.\n</response" in shown
+    # the fence of the example's own id, always the same: a resumed run trains on the same tokens
+    response = seeds.reply_as_response(Reply(id="r", text="Hi.", rank=None), "p", "g", 0)
+    asked = Prompt(id="p", text="Say hi.")
+    assert second.prompt_token_ids == judge.prompt_of(asked, response, group="mine.jsonl:2", iteration=0)
+
+
+def test_empty_lines_of_a_file_are_counted_and_left_out(tmp_path: Path, encoder: ChatEncoder) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('\n{"prompt": "a", "target": "b"}\n \n{"prompt": "ä", "target": "c"}\n', encoding="utf-8")
+    found, _ = seeds.read_file(str(file), encoder, None)  # without a judge: nothing here asks for its prompt
+    assert [one.id for one in found] == ["mine.jsonl:2", "mine.jsonl:4"]
+    assert found[1].prompt_token_ids == encoder.user("ä")
+
+
+def test_the_lines_that_a_message_shows_can_be_used(tmp_path: Path, encoder: ChatEncoder, judge: Judging) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("[]")
+    with pytest.raises(ConfigError) as caught:
+        seeds.read_file(str(file), encoder, judge)
+    lines = re.findall(r"\{.*?\}", str(caught.value))
+    file.write_text("\n".join(lines))
+    assert [one.kind for one in seeds.read_file(str(file), encoder, judge)[0]] == ["ift", "eft"]
+
+
+def test_judgements_of_a_file_need_a_judge_that_writes(tmp_path: Path, encoder: ChatEncoder) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"instruction": "a", "response": "b", "target": "Score: 1"}')
+    with pytest.raises(ConfigError, match=r"line 1: a judgement .*; set judge.read to text or structured$"):
+        seeds.read_file(str(file), encoder, None)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +104,10 @@ def test_examples_of_a_file(tmp_path: Path, encoder: ChatEncoder, judge: Judging
         ('{"prompt": 3, "target": "b"}', "line 1: must be an object such as"),
         ('{"instruction": "a", "target": "b"}', "line 1: must be an object such as"),
         ("[1]", "line 1: must be an object such as"),
+        (
+            '{"id": "x", "prompt": "a", "target": "b"}\n\n{"id": "x", "prompt": "c", "target": "d"}',
+            "line 3: id 'x' stands in line 1 already",
+        ),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, encoder: ChatEncoder, judge: Judging, text: str, message: str) -> None:
@@ -122,16 +156,51 @@ def test_eft_keeps_what_agrees_with_people(judge: Judging) -> None:
     found, counts = seeds.accepted([cut, bad, good], judgements, Data(accept="order"), seed=0)
     # means 4.5 and 1.67: nearest are 5 (the first of two equally near) and 2
     assert [one.judgement.id for one in found] == ["00/good/0#0", "00/good/1#0"]
-    assert counts["prompts accepted"] == 1
-    assert counts["prompts refused: scores in another order"] == 1
-    assert counts["prompts refused: a ranked reply without readable judgement"] == 1
-    assert counts["judgements unreadable or cut"] == 4
-    examples = seeds.eft(found, judge, 0)
-    assert [example.kind for example in examples] == ["eft", "eft"]
-    assert examples[0].target_token_ids == (40, 0, 2)  # the judge's own tokens
-    response = seeds.reply_as_response(good.replies[0], "good", "00/ranked:good", 0)
+    assert counts == {
+        "judgements": 18,
+        "judgements unreadable or cut": 4,
+        "prompts accepted": 1,
+        "prompts refused: scores in another order": 1,
+        "prompts refused: a ranked reply without readable judgement": 1,
+        "judgements accepted": 2,
+        "thinned as the most common score": 0,
+        "kept": 2,
+    }
     asked = Prompt(id="good", text=good.text)
-    assert examples[0].prompt_token_ids == judge.prompt_of(asked, response, group="00/ranked:good", iteration=0)
+    assert seeds.eft(found, judge, 2) == [
+        Example(
+            id=f"00/good/{index}#0",
+            kind="eft",
+            prompt_token_ids=judge.prompt_of(
+                asked,
+                seeds.reply_as_response(good.replies[index], "good", "02/ranked:good", index),
+                group="02/ranked:good",
+                iteration=2,
+            ),
+            target_token_ids=(40 + index, 0, 2),  # the judge's own tokens
+        )
+        for index in (0, 1)
+    ]
+
+
+def test_replies_that_nobody_ranked_or_judged() -> None:
+    """One without rank is not counted; one that was to be judged and was not is unreadable."""
+    prompt, half = ranked("tea", 0, None, 1), ranked("half", 0, 1)
+    judgements = {
+        "tea-0": judged(prompt, 0, 5.0), "tea-1": judged(prompt, 1, None), "tea-2": judged(prompt, 2, 1.0),
+        "half-0": judged(half, 0, 5.0),
+    }  # fmt: skip
+    found, counts = seeds.accepted([prompt, half], judgements, Data(), seed=0)
+    assert [(one.prompt.id, one.reply.id, one.index) for one in found] == [("tea", "tea-0", 0), ("tea", "tea-2", 2)]
+    assert (counts["judgements"], counts["judgements unreadable or cut"]) == (3, 0)
+    assert counts["prompts refused: a ranked reply without readable judgement"] == 1
+
+
+def test_a_reply_is_shown_to_the_judge_as_a_finished_answer() -> None:
+    response = seeds.reply_as_response(Reply(id="r", text="So.", rank=1), "tea", "02/ranked:tea", 3)
+    assert (response.id, response.prompt_id, response.index, response.role) == ("02/ranked:tea/3", "tea", 3, "data")
+    assert (response.text, response.finish_reason) == ("So.", "stop")
+    assert (response.token_ids, response.prompt_token_ids, response.weight_version) == ((), (), "")  # nobody sampled it
 
 
 def test_one_text_is_one_example_of_a_reply() -> None:
@@ -177,8 +246,20 @@ def test_weights_repeat_and_draw(make_config: Any) -> None:
     assert sorted(found[one.id] for one in b) == [2, 2, 2, 3]
     assert seeds.mixed([("a", 0.5, a[::-1]), ("b", 2.25, b[::-1])], config, 0) == items
     assert seeds.mixed([("a", 0.5, a), ("b", 2.25, b)], config, 1) != items
+    assert len(seeds.mixed([("a", 1.0, a[:2])], config, 0)) == 2  # as many as the minimum are enough
     with pytest.raises(seeds.NoExamples, match=r"source c gave 1 examples, fewer than data.minimum=2"):
         seeds.mixed([("c", 1.0, a[:1])], config, 0)
+    with pytest.raises(seeds.NoExamples, match=r"iteration 3: the weights of sft.sources leave no example"):
+        seeds.mixed([("a", 0.01, a)], config, 3)
+
+
+def test_a_resumed_run_mixes_as_before(make_config: Any) -> None:
+    """The order and the draw are part of a run: no release may change them while runs go on."""
+    config = make_config(data={"minimum": 1}, seed=5)
+    items = seeds.mixed(
+        [("a", 0.5, [example(f"a{i}") for i in range(4)]), ("b", 1.0, [example(f"b{i}") for i in range(3)])], config, 2
+    )
+    assert [item.id for item in items] == ["a1", "b1", "b0", "b2", "a0"]
 
 
 def test_positive_takes_complete_responses_with_the_highest_score() -> None:
@@ -198,7 +279,10 @@ def test_positive_takes_complete_responses_with_the_highest_score() -> None:
         id="00/p", iteration=0, prompt=Prompt(id="p", text="?"), responses=responses, judgements=judgements, pair=None,
         no_pair_reason="x",
     )  # fmt: skip
-    assert [one.id for one in seeds.positive([group], 5.0)] == ["00/p/0", "00/p/4"]
+    assert seeds.positive([group], 5.0) == [
+        Example(id=f"00/p/{index}", kind="positive", prompt_token_ids=(1,), target_token_ids=(7, index))
+        for index in (0, 4)
+    ]
     assert [one.id for one in seeds.positive([group], 4.5)] == ["00/p/0", "00/p/2", "00/p/4"]
 
 
