@@ -29,6 +29,12 @@ JUDGE_PRIORITY = 0
 LONGEST_FENCE = "0" * 8  # tokenizers split digits at least as far as letters
 
 
+def fence_of(seed: int, salt: str | None) -> str:
+    """The fence of a prompt by its seed and the run's salt (judge.fence_salt); without a salt who knows the seed can
+    compute it. A run that starts has a salt (`launch.started`)."""
+    return judging.fence_of(seed_of(seed, 0, salt, "judge", "fence") if salt else seed)
+
+
 class Engines(Protocol):
     """A pool of engines with one set of weights."""
 
@@ -88,6 +94,7 @@ class Judging:
         self._judge = config.judge
         self._room = config.engine.max_model_len
         self._seed = config.seed
+        self._salt = config.judge.fence_salt
         self.encoder = encoder
         self._function: Callable[[str, str], float] | None = None
         self._template = ""
@@ -140,8 +147,9 @@ class Judging:
 
     def _fields(self, prompt: Prompt, response: Response, group: str, iteration: int) -> dict[str, str]:
         shown = {"instruction": prompt.text, "response": response.text}
-        fence = judging.fence_of(seed_of(self._seed, iteration, f"{group}/{response.index}", "judge", "fence"))
-        return {**{name: judging.claimed(text, self.form) for name, text in shown.items()}, "fence": fence}
+        seed = seed_of(self._seed, iteration, f"{group}/{response.index}", "judge", "fence")
+        views = {name: judging.claimed(text, self.form) for name, text in shown.items()}
+        return {**views, "fence": fence_of(seed, self._salt)}
 
     async def judge(
         self, engines: Engines, prompt: Prompt, response: Response, index: int, *, group: str, iteration: int
@@ -235,6 +243,7 @@ class Comparing:
         self.name = f"{other.get(rule.template, rule.template)} ({read})"
         self._encoder = encoder
         self._room = config.engine.max_model_len
+        self._salt = config.judge.fence_salt
         self._rule = rule
         template = other.get(rule.template, rule.template)
         self._template = judging.load_template(template, variables, f"{key}.template")
@@ -274,7 +283,7 @@ class Comparing:
         """The verdict with one of them shown as A. Its points are the share that A wins: 1, 0.5 for a tie, 0."""
         # One fence for both orders: nothing but the order differs between them.
         shown = {name: judging.claimed(text, self._form, pairwise=True) for name, text in fields.items()}
-        fields = {**shown, "fence": judging.fence_of(fence_seed)}
+        fields = {**shown, "fence": fence_of(fence_seed, self._salt)}
         token_ids = self._encoder.encode(self._template, fields, self._form.prefix if self._letters else "")
         sampling = (
             Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)

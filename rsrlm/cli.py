@@ -59,7 +59,7 @@ def resume(
         launch.write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
         report.line(f"{folder} is finished: {resolved.iterations} iterations, see {store.folder / 'summary.json'}")
         raise typer.Exit(0)
-    prepared = launch.prepare(resolved)
+    prepared = launch.prepare(resolved, store.note("start"))
     launch.check_inputs(prepared, store)
     raise typer.Exit(launch.execute(prepared, store, report))
 

@@ -103,6 +103,11 @@ class Judge(Section):
     top_k: int = Field(0, ge=0)
     max_tokens: int = Field(160, gt=0)
     min_mass: Number = Field(0.05, ge=0, le=1, description="digits: less probability than this on 0..5 is unreadable")
+    fence_salt: str | None = Field(
+        None,
+        description="what makes the fence around a response unguessable; null: drawn when the run starts and noted in "
+        "start.json; set it to repeat a run exactly",
+    )
     replicas: int = Field(0, ge=0, description="engines that only judge, with the same weights; 0: one pool for both")
     priority: bool = Field(True, description="judging before sampling in the engines' scheduler")
 

@@ -64,6 +64,15 @@ def read(path: Path) -> list[Prompt]:
     return [prompt for prompt, _ in found.values()]
 
 
+def distinct(prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
+    """The first prompt of every wording, and the ids of the others: a question must not be held out and trained on."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(wording(prompt.text), prompt)
+    kept = {prompt.id for prompt in first.values()}
+    return list(first.values()), [prompt.id for prompt in prompts if prompt.id not in kept]
+
+
 def _refused(character: str) -> bool:
     return character in "/#>" or unicodedata.category(character) in REFUSED
 

@@ -192,8 +192,8 @@ def reply_as_response(reply: Reply, prompt_id: str, group: str, index: int) -> R
 
 
 def group_of(iteration: int, prompt: RankedPrompt) -> str:
-    """A group id that no prompt of the run has, even where both come from the same file."""
-    return group_id(iteration, f"ranked:{prompt.id}")
+    """A group id that no prompt of the run has: ids of prompts have no ">"."""
+    return group_id(iteration, f"ranked>{prompt.id}")
 
 
 async def judge_replies(

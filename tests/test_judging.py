@@ -13,6 +13,7 @@ import pytest
 from hostile import HOSTILE, as_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import METASPACE, TEMPLATES, tokenizer_of
 
 from rsrlm import judging
 from rsrlm.chat import ChatEncoder
@@ -20,6 +21,7 @@ from rsrlm.config import ConfigError
 from rsrlm.judging import (
     ADDITIVE_VARIABLES,
     META_VARIABLES,
+    META_WINNER,
     PAIRWISE_VARIABLES,
     SCORE,
     WINNER,
@@ -365,6 +367,34 @@ def test_points_of_a_distribution_are_within_the_scale(values: list[float]) -> N
         assert -1e-9 <= verdict.points <= 5 + 1e-9
         assert verdict.variance is not None
         assert -1e-9 <= verdict.variance <= 6.25 + 1e-9  # the most that 0..5 allows: half at each end
+
+
+@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("kind", METASPACE)
+def test_label_ids_of_sentencepiece_tokenizers_follow_the_prompt(kind: str, template: str) -> None:
+    """Prompt, answer prefix and label are the tokens of the whole text that the model would have written."""
+    tokenizer = tokenizer_of(kind, template)
+    encoder = ChatEncoder(tokenizer)
+    for prefix, labels in (
+        (SCORE.prefix, SCORE.labels),
+        (WINNER.prefix, WINNER.sides),
+        (META_WINNER.prefix, WINNER.sides),
+    ):
+        found = label_ids(tokenizer, prefix, labels)
+        assert tokenizer.convert_ids_to_tokens(list(found)) == list(labels)
+        prompt = encoder.encode("{{ a }}", {"a": "Tea"}, prefix)
+        for label, token in zip(labels, found, strict=True):
+            chat = [{"role": "user", "content": "Tea"}, {"role": "assistant", "content": prefix + label}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            whole = tuple(tokenizer.encode(text, add_special_tokens=False))
+            assert whole[: len(prompt) + 1] == (*prompt, token)
+
+
+def test_labels_that_a_sentencepiece_tokenizer_joins_with_the_blank_are_refused() -> None:
+    tokenizer = tokenizer_of("first", "llama2")
+    assert "▁answer" in tokenizer.convert_ids_to_tokens(tokenizer.encode("the answer"))
+    with pytest.raises(ConfigError, match="'answer' after 'the ' is not one token of its own"):
+        label_ids(tokenizer, "the ", ["answer"])
 
 
 def test_label_ids(tokenizer: Any) -> None:

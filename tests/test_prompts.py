@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsrlm.config import Config, ConfigError, Engine, Prompts, resolve
-from rsrlm.prompts import deal, file_of, read, usable
+from rsrlm.prompts import deal, distinct, file_of, read, usable
 from rsrlm.records import Prompt, wording
 
 TEA = '{"id": "tea", "prompt": "Describe tea."}'
@@ -114,6 +114,15 @@ def test_the_project_brings_prompts() -> None:
     prompts = read(file_of(Prompts(path="builtin", per_iteration=1)))
     assert len(prompts) >= 100
     assert len({prompt.text for prompt in prompts}) == len(prompts)
+
+
+def test_one_wording_is_one_prompt() -> None:
+    texts = ["Describe tea.", "describe  TEA.\n", "Describe tea!", "Straße", "STRASSE", "Describe tea."]
+    prompts = [Prompt(id=str(place), text=text) for place, text in enumerate(texts)]
+    kept, repeated = distinct(prompts)
+    assert ([prompt.id for prompt in kept], repeated) == (["0", "2", "3"], ["1", "4", "5"])
+    builtin = read(file_of(Prompts(path="builtin", per_iteration=1)))
+    assert distinct(builtin) == (builtin, [])
 
 
 def test_a_path_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

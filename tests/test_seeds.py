@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from rsrlm import seeds
+from rsrlm import prompts, seeds
 from rsrlm.ask import Judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import ConfigError, Data
 from rsrlm.model import load_tokenizer
 from rsrlm.ranked import RankedPrompt, Reply
-from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, Unparsed, wording
+from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, Unparsed, group_id, wording
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
 
@@ -173,8 +173,8 @@ def test_eft_keeps_what_agrees_with_people(judge: Judging) -> None:
             kind="eft",
             prompt_token_ids=judge.prompt_of(
                 asked,
-                seeds.reply_as_response(good.replies[index], "good", "02/ranked:good", index),
-                group="02/ranked:good",
+                seeds.reply_as_response(good.replies[index], "good", "02/ranked>good", index),
+                group="02/ranked>good",
                 iteration=2,
             ),
             target_token_ids=(40 + index, 0, 2),  # the judge's own tokens
@@ -197,10 +197,20 @@ def test_replies_that_nobody_ranked_or_judged() -> None:
 
 
 def test_a_reply_is_shown_to_the_judge_as_a_finished_answer() -> None:
-    response = seeds.reply_as_response(Reply(id="r", text="So.", rank=1), "tea", "02/ranked:tea", 3)
-    assert (response.id, response.prompt_id, response.index, response.role) == ("02/ranked:tea/3", "tea", 3, "data")
+    response = seeds.reply_as_response(Reply(id="r", text="So.", rank=1), "tea", "02/ranked>tea", 3)
+    assert (response.id, response.prompt_id, response.index, response.role) == ("02/ranked>tea/3", "tea", 3, "data")
     assert (response.text, response.finish_reason) == ("So.", "stop")
     assert (response.token_ids, response.prompt_token_ids, response.weight_version) == ((), (), "")  # nobody sampled it
+
+
+@pytest.mark.parametrize("iteration", [0, 7])
+def test_no_prompt_has_the_group_of_ranked_data(tmp_path: Path, iteration: int) -> None:
+    """Else a prompt's journalled judgements would be taken for those of a ranked reply."""
+    own = seeds.group_of(iteration, ranked("abc", 0)).removeprefix(group_id(iteration, ""))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"id": own, "prompt": "What is tea?"}))
+    with pytest.raises(ConfigError, match="must be a text without / # >"):
+        prompts.read(file)
 
 
 def test_one_text_is_one_example_of_a_reply() -> None:

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,52 @@ class Prepared:
     """A run that can start: everything that a user may have got wrong has been looked at."""
 
     config: Config
+    drawn: dict[str, str]  # see `started`
     model: Path
     judge: Path | None  # other weights that judge
     validator: Path | None  # other weights that validate
     inputs: Inputs
-    left_out: list[str]
+    left_out: list[str]  # ids of prompts that are too long
+    repeated: list[str]  # ids of prompts whose wording another one has
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know about the prompts, a line each."""
+        reasons = (("too long", self.left_out), ("repeats of another's wording", self.repeated))
+        return [f"{len(ids)} prompts are {why} and left out: {', '.join(ids[:5])}" for why, ids in reasons if ids]
 
 
-def prepare(config: Config) -> Prepared:
-    """Check and load what a run needs. Raises ConfigError before anything starts."""
+def started(config: Config, noted: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The config with its fence salt, and what a start draws and a resume must keep, since prompts depend on it: `date`
+    (ISO 8601, what chat templates print) and `fence_salt`. They are those of `noted`, a start.json, or new ones.
+
+    Raises ConfigError where answers were begun without them.
+    """
+    if noted and "drawn" not in noted:
+        raise ConfigError(
+            "start.json: no date and fence salt in it, so that its prompts cannot be made again; it was begun with "
+            "another version of rsrlm: start anew under another name"
+        )
+    fresh = {"date": datetime.now().isoformat(timespec="seconds"), "fence_salt": secrets.token_hex(8)}
+    drawn = {**fresh, **noted.get("drawn", {})}
+    if config.judge.fence_salt is not None:
+        drawn["fence_salt"] = config.judge.fence_salt
+    judge = config.judge.model_copy(update={"fence_salt": drawn["fence_salt"]})
+    return config.model_copy(update={"judge": judge}), drawn
+
+
+def prepare(config: Config, noted: Mapping[str, Any] | None = None) -> Prepared:
+    """Check and load what a run needs; `noted` is the start.json of one that goes on. Raises ConfigError before
+    anything starts."""
+    config, drawn = started(config, noted or {})
     _check_devices(config)
     path = prompt_files.file_of(config.prompts)
-    prompts = prompt_files.read(path)
+    prompts, repeated = prompt_files.distinct(prompt_files.read(path))
     model = folder_of(config.model)
     shape = load_config(model, config.model.trust_remote_code)
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     check_tokenizer(tokenizer, config.model.path)
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]))
     judge, judge_encoder = judge_of(config, encoder)
     validator, validator_encoder = (
         validator_of(config, encoder) if config.evaluate.judge.external else (None, judge_encoder)
@@ -128,7 +158,16 @@ def prepare(config: Config) -> Prepared:
         parts=parts,
         trained_on=seeds.trained_on(parts, (*wordings, *asked)),
     )
-    return Prepared(config=config, model=model, judge=judge, validator=validator, inputs=inputs, left_out=left_out)
+    return Prepared(
+        config=config,
+        drawn=drawn,
+        model=model,
+        judge=judge,
+        validator=validator,
+        inputs=inputs,
+        left_out=left_out,
+        repeated=repeated,
+    )
 
 
 def _parts(config: Config) -> seeds.Parts | None:
@@ -183,7 +222,7 @@ def _other(config: Config, who: Judge | Validator, encoder: ChatEncoder) -> tupl
     folder = folder_of(model)
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
     check_tokenizer(tokenizer, who.model)
-    return folder, ChatEncoder(tokenizer)
+    return folder, ChatEncoder(tokenizer, encoder.date)
 
 
 def planned(prepared: Prepared) -> planning.Plan:
@@ -468,8 +507,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
     config = prepared.config
     lock = store.lock()
     store.remove_scratch()
-    if prepared.left_out:
-        report.line(f"{len(prepared.left_out)} prompts are too long and left out: {', '.join(prepared.left_out[:5])}")
+    for remark in prepared.remarks:
+        report.line(remark)
     write_summary(store, "running")
     status, code, reason = "completed", EXIT_OK, ""
     try:
@@ -494,8 +533,9 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
 
 
 def check_inputs(prepared: Prepared, store: RunFolder) -> None:
-    """Raises ConfigError when prompts, templates or model are no longer those that the run started with; records how
-    the ranked data was divided."""
+    """Raises ConfigError when prompts, templates or model are no longer those that the run started with; records what
+    the start drew, and how the ranked data was divided."""
+    store.fix("drawn", prepared.drawn)  # before any other fact: see `started`
     inputs = prepared.inputs
     hands = (inputs.heldout, inputs.validation, *(step.prompts for step in inputs.steps))
     dealt = [[(prompt.id, prompt.text) for prompt in hand] for hand in hands]

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,17 @@ def on_engines(
         return launch.interruptible(main())
 
 
-def loaded(model: Model) -> tuple[Path, ChatEncoder]:
-    """The model's folder and its encoder. Raises ConfigError."""
+def started(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
+    """The config with its fence salt, and what was drawn when a command began in `folder` (see `launch.started`)."""
+    return launch.started(config, RunFolder(folder).note("start"))
+
+
+def loaded(model: Model, drawn: Mapping[str, str] | None = None) -> tuple[Path, ChatEncoder]:
+    """The model's folder and its encoder, with the date that was drawn. Raises ConfigError."""
     folder = folder_of(model)
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
     check_tokenizer(tokenizer, model.path)
-    return folder, ChatEncoder(tokenizer)
+    return folder, ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]) if drawn else None)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -82,9 +88,9 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_whole(path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
-def begun_with(folder: Path, name: str, settings: dict[str, Any]) -> None:
+def begun_with(folder: Path, name: str, settings: dict[str, Any], drawn: dict[str, str] | None = None) -> None:
     """Note the settings under which answers in `folder` are made. Raises ConfigError where it was begun with others:
-    journals of one question are no answers to another."""
+    journals of one question are no answers to another. `drawn` is noted before, in start.json."""
     path = folder / f"{name}.settings.json"
     plain = json.loads(json.dumps(settings))
     if path.exists():
@@ -97,12 +103,19 @@ def begun_with(folder: Path, name: str, settings: dict[str, Any]) -> None:
                 "another with --out"
             )
     else:
+        if drawn:
+            folder.mkdir(parents=True, exist_ok=True)
+            RunFolder(folder).fix("drawn", drawn)
         write_json(path, plain)
 
 
 def asked_of(config: Config, *sections: str) -> dict[str, Any]:
     """What answers depend on, apart from what they answer, by dotted key."""
-    found: dict[str, Any] = {"seed": config.seed, "engine.max_model_len": config.engine.max_model_len}
+    found: dict[str, Any] = {
+        "seed": config.seed,
+        "engine.max_model_len": config.engine.max_model_len,
+        "judge.fence_salt": config.judge.fence_salt,
+    }
     keys = {
         "judge": "model read template function judgements temperature top_p top_k max_tokens min_mass",
         "evaluate": "temperature top_p top_k max_tokens",
@@ -164,7 +177,7 @@ def data_ift(config: Config, out: Path, report: Report) -> None:
     chosen, counts = ranked.ift_examples(parts.ift)
     chosen = sorted(chosen, key=lambda pair: pair[0].id)[: config.data.max_ift]
     rows = [
-        {"id": f"ift/{reply.id}", "prompt": prompt.text, "target": reply.text, "tree": prompt.id}
+        {"id": f"ift-{reply.id}", "prompt": prompt.text, "target": reply.text, "tree": prompt.id}
         for prompt, reply in chosen
     ]
     enough(len(rows), config.data, {**parts.counts, **counts}, report)
@@ -177,7 +190,8 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
     if config.judge.read not in ("text", "structured"):
         raise ConfigError(f"judge.read={config.judge.read}: EFT targets are written judgements; use text or structured")
     parts = parts_of(config)
-    folder, encoder = loaded(config.model)
+    config, drawn = started(config, beside(out))
+    folder, encoder = loaded(config.model, drawn)
     other, judge_encoder = launch.judge_of(config, encoder)
     judge = Judging(config, judge_encoder)
     each = config.data.eft_judgements
@@ -191,6 +205,7 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
             "data.eft_judgements": each,
             "what is judged (data.*)": digest_of(parts.eft),
         },
+        drawn,
     )
     replies = sum(reply.rank is not None for prompt in parts.eft for reply in prompt.replies)
     journal = Journal(beside(out) / "journal.jsonl")
@@ -226,9 +241,10 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
 def data_prompts(config: Config, number: int, out: Path, report: Report) -> None:
     """New prompts in the manner of Self-Instruct, as a prompt file that says where each one came from."""
     rule = config.self_instruct
-    known = prompt_files.read(prompt_files.file_of(config.prompts))
+    known, repeated = prompt_files.distinct(prompt_files.read(prompt_files.file_of(config.prompts)))
+    if repeated:
+        report.line(f"{len(repeated)} prompts are repeats of another's wording and left out: {', '.join(repeated[:5])}")
     folder, encoder = loaded(config.model)
-    tokenizer = encoder.tokenizer
     filters = self_instruct.Filters(min_words=rule.min_words, max_words=rule.max_words)
     work_folder = beside(out)
     work_folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +279,7 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
                 from_seeds=rule.from_seeds,
                 from_generated=rule.from_generated,
             )
-            asked = tokenizer.encode(self_instruct.request_text([texts[name] for name in shown]))
+            asked = encoder.bare(self_instruct.request_text([texts[name] for name in shown]))
             room = config.engine.max_model_len - rule.max_tokens
             if len(asked) > room:
                 raise ConfigError(
@@ -274,7 +290,7 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
             completion = await pools.samplers.generate(
                 Request(
                     id=f"prompts/{request}",
-                    prompt_token_ids=tuple(asked),
+                    prompt_token_ids=asked,
                     sampling=sampling_of(rule, seed_of(config.seed, 0, str(request), "prompter", "0")),
                     priority=SAMPLE_PRIORITY,
                 )
@@ -423,7 +439,8 @@ def eval_judge(
     if pairwise:
         config = by_validator(config)
     first = next(iter(models.values()))
-    _, encoder = loaded(replace_path(config.model, first))
+    config, drawn = started(config, out)
+    _, encoder = loaded(replace_path(config.model, first), drawn)
     found: dict[str, Any] = {}
     other, judge_encoder = launch.judge_of(config, encoder)
     judge, comparing = Judging(config, judge_encoder), duel_judge(config, judge_encoder) if pairwise else None
@@ -442,6 +459,7 @@ def eval_judge(
             "template's text": digest([comparing.source if comparing else judge.source]),
             "--data and data.*": digest_of(data.all),
         },
+        drawn,
     )
 
     async def work(pools: launch.Pools) -> Any:
@@ -522,10 +540,11 @@ def eval_duel(
     if judge:
         update = {"model": None, "endpoint": None, "replicas": 0}
         config = config.model_copy(update={"judge": config.judge.model_copy(update=update)})
+    config, drawn = started(config, out)
     by = judge or config.judge.external or config.model.path
-    models = {name: loaded(replace_path(config.model, Path(name))) for name in dict.fromkeys((first, second))}
+    models = {name: loaded(replace_path(config.model, Path(name)), drawn) for name in dict.fromkeys((first, second))}
     endpoint = config.judge.endpoint
-    folder, encoder = loaded(replace_path(config.model, Path(config.model.path if endpoint else by)))
+    folder, encoder = loaded(replace_path(config.model, Path(config.model.path if endpoint else by)), drawn)
     # The pool that compares is the only one of its stage: no engines of another judge beside it.
     alone = config.model_copy(update={"judge": config.judge.model_copy(update={"model": None, "replicas": 0})})
     comparing = duel_judge(config, encoder)
@@ -537,10 +556,10 @@ def eval_duel(
     if long:
         report.line(f"{len(long)} prompts are too long and left out: {', '.join(long[:5])}")
     asked = digest(text for prompt in kept for text in (prompt.id, prompt.text))
-    sampling = {key: value for key, value in asked_of(config, "evaluate").items() if "endpoint" not in key}
+    sampling = {key: value for key, value in asked_of(config, "evaluate").items() if "judge" not in key}
     sides = []
     for side, name in (("a", first), ("b", second)):
-        begun_with(out, f"answers-{side}", {**sampling, "model": name, "prompts": asked})
+        begun_with(out, f"answers-{side}", {**sampling, "model": name, "prompts": asked}, drawn)
         journal = Journal(out / f"answers-{side}.jsonl")
         where, own = models[name]
 
