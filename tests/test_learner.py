@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from rsrlm.config import ConfigError, Train
-from rsrlm.runtime.learner import newest_checkpoint, set_dropout, share_of, steps_of
+from rsrlm.config import Train
+from rsrlm.runtime.learner import newest_checkpoint, share_of, steps_of
 
 SCRIPT = Path(__file__).parent / "learner_rank.py"
 OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
@@ -172,22 +172,6 @@ def test_steps_use_every_pair_once_per_epoch() -> None:
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
     assert steps_of(pairs_of(10), train, 0, 0) == steps
-
-
-def test_dropout_is_set_or_refused() -> None:
-    class WithDropout:
-        model_type = "llama"
-        attention_dropout = 0.0
-
-    class Without:
-        model_type = "plain"
-
-    config = WithDropout()
-    set_dropout(config, 0.1)
-    assert config.attention_dropout == 0.1
-    set_dropout(Without(), 0.0)
-    with pytest.raises(ConfigError, match=r"train.dropout=0.1: the architecture plain has no dropout"):
-        set_dropout(Without(), 0.1)
 
 
 def test_the_newest_checkpoint_of_the_iteration_counts(tmp_path: Path) -> None:

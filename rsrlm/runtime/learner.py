@@ -24,7 +24,14 @@ Item = PreferencePair | Example
 Emit = Callable[[dict[str, Any]], None]
 FULL_BYTES = 64 << 20  # less free space than this explains a failed write
 CHUNK_TOKENS = 512  # response tokens whose logits exist at a time
-DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout")
+# How transformers' causal language models call the shares that they drop of activations and attention weights.
+DROPOUT_KEYS = frozenset(
+    {
+        *("dropout", "dropout_p", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"),
+        *("hidden_dropout", "hidden_dropout_prob", "residual_dropout", "resid_dropout", "resid_pdrop", "mlp_dropout"),
+        *("activation_dropout", "embedding_dropout", "embed_dropout", "embd_pdrop", "emb_pdrop"),
+    }
+)
 
 
 class TrainingFailed(RuntimeError):
@@ -82,16 +89,31 @@ def share_of(batch: Sequence[Any], rank: int, world_size: int, micro_batch: int)
 
 
 def set_dropout(model_config: Any, dropout: float) -> None:
-    """Set the dropout that the architecture has. Raises ConfigError where it has none."""
-    if not dropout:
-        return
-    keys = [key for key in DROPOUT_KEYS if hasattr(model_config, key)]
-    if not keys:
+    """Set the dropout that the architecture has, nested configs such as text_config included.
+
+    0 means that nothing is dropped, layers neither, whatever the names. Raises ConfigError for another value where the
+    architecture has no dropout.
+    """
+    found = [
+        (part, key)
+        for part in _parts(model_config)
+        for key, value in vars(part).items()
+        if "drop" in key and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not dropout or key in DROPOUT_KEYS
+    ]
+    if dropout and not found:
         raise ConfigError(
             f"train.dropout={dropout}: the architecture {model_config.model_type} has no dropout; set train.dropout=0"
         )
-    for key in keys:
-        setattr(model_config, key, dropout)
+    for part, key in found:
+        setattr(part, key, dropout)
+
+
+def _parts(model_config: Any) -> list[Any]:
+    """A config and those within it."""
+    parts = [value for key, value in vars(model_config).items() if key.endswith("_config")]
+    inside = [part for part in parts if hasattr(part, "to_dict")]
+    return [model_config, *(part for value in inside for part in _parts(value))]
 
 
 def load_policy(folder: str, model: Model, train: Train) -> Any:
@@ -509,12 +531,18 @@ def candidate_path(output: str | Path, step: int) -> Path:
 
 def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model, folder: Path | None = None) -> None:
     """A Hugging Face folder with tokenizer and chat template; it appears under its name only when it is whole."""
+    from transformers import AutoConfig
+
     from rsrlm.model import load_tokenizer
 
     output = folder or Path(job.output)
     scratch = output.with_name(output.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch, state_dict=state)
+    # Its own config has what training set: this stage's dropout, which is none of the next one's, and no cache.
+    source = AutoConfig.from_pretrained(job.model, trust_remote_code=config.trust_remote_code)
+    source.architectures, source.dtype = model.config.architectures, model.dtype
+    source.save_pretrained(scratch)
     load_tokenizer(Path(job.model), config.trust_remote_code).save_pretrained(scratch)
     generation = Path(job.model) / "generation_config.json"
     if generation.is_file():
