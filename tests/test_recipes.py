@@ -48,7 +48,7 @@ def folder(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "model": str(tiny_chat_model),
         "prompts": {"path": "builtin", "per_iteration": 8, "heldout": 2},
         "sample": {"responses": 3, "max_tokens": 20, "temperature": 0.8},
-        "judge": {"read": "structured", "judgements": 3, "max_tokens": 40, "temperature": 1.0},
+        "judge": {"read": "structured", "judgements": 3, "max_tokens": 40, "temperature": 1.0, "fence_salt": ""},
         "meta": {"read": "structured", "max_tokens": 40, "temperature": 1.0},
         "data": {
             "trees": str(folder / "ranked.jsonl"), "ift_share": 0.4, "eft_share": 0.4, "accept": "pairs", "minimum": 2,

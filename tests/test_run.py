@@ -33,7 +33,7 @@ def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory)
         "model": str(tiny_chat_model),
         "prompts": {"path": "builtin", "per_iteration": 10, "heldout": 3},
         "sample": {"responses": 3, "max_tokens": 24, "temperature": 0.8},
-        "judge": {"read": "digits", "min_mass": 0},
+        "judge": {"read": "digits", "min_mass": 0, "fence_salt": ""},  # runs are compared
         "train": {"lr": 1e-3, "lr_final": 1e-4, "pairs_per_step": 3, "micro_batch": 2, "checkpoint_every_steps": 2},
         "evaluate": {"max_tokens": 16},
         "engine": {"max_model_len": 768, "max_num_seqs": 4, "kv_cache_gib": 0.25},
