@@ -12,7 +12,7 @@ from rsrlm.ask import Judging, duel_judge
 from rsrlm.chat import ChatEncoder
 from rsrlm.model import load_tokenizer
 from rsrlm.ranked import RankedPrompt, Reply
-from rsrlm.records import Completion, Prompt, Request, Response, Sampling
+from rsrlm.records import Completion, Prompt, Request, Response, Sampling, Scored
 from rsrlm.runtime import tools
 from rsrlm.store import Journal
 
@@ -25,17 +25,21 @@ def longer(prompt: str, response: str) -> float | None:
 
 
 class Scripted:
-    """Answers a comparison by what it is shown; counts how often it is asked."""
+    """Answers a comparison by what it is shown."""
 
     slots = 4
 
+    @property
+    def asked(self) -> int:
+        return len(self.requests)
+
     def __init__(self, decide: Callable[[str], tuple[float, float]], tokenizer: Any) -> None:
-        self.asked = 0
+        self.requests: list[Request] = []
         self._decide = decide
         self._tokenizer = tokenizer
 
     async def generate(self, request: Request) -> Completion:
-        self.asked += 1
+        self.requests.append(request)
         shown = self._tokenizer.decode(request.prompt_token_ids)
         return Completion(
             request_id=request.id, token_ids=(5,), text="A", finish_reason="length", weight_version="M0",
@@ -161,3 +165,56 @@ def test_answers_of_another_question_are_not_taken(tmp_path: Path) -> None:
     tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "text"}})
     with pytest.raises(ConfigError, match=r"begun with other settings \(judge=.*text.*, now .*digits.*\); restore"):
         tools.begun_with(tmp_path, "judge", {"seed": 1, "judge": {"read": "digits"}})
+
+
+def test_what_a_judge_that_compares_is_asked(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    """Both orders share a fence and nothing else; a run that is resumed, or made again, asks the same."""
+    config = make_config()
+    engine, ticks = Scripted(likes_good, encoder.tokenizer), []
+    journal = Journal(tmp_path / "journal.jsonl")
+    work = judge_eval.verdicts(
+        [ranked("tea", ("good", 0), ("bad", 1))], duel_judge(config, encoder), engine, journal,
+        lambda *tick: ticks.append(tick), 5,
+    )  # fmt: skip
+    asyncio.run(work)
+    asked = {request.id: request for request in engine.requests}
+    assert {name: request.sampling.seed for name, request in asked.items()} == {
+        "tea/0>1": 1025022962275589269,
+        "tea/1>0": 7081499708531921076,
+    }
+    for name, first, second in (("tea/0>1", "good", "bad"), ("tea/1>0", "bad", "good")):
+        shown = encoder.tokenizer.decode(asked[name].prompt_token_ids)
+        assert "about tea?" in shown
+        assert f"<response A 415f4a85>\n{first}\n</response A 415f4a85>" in shown
+        assert f"<response B 415f4a85>\n{second}\n</response B 415f4a85>" in shown
+    assert ticks == [("compare", 1, 1)] * 2
+    for name in asked:
+        found = journal.judgements[name]
+        assert (found.prompt_id, found.response_id, found.index, found.role) == ("tea", name, 0, "duel")
+        assert found.verdict == Scored(points=1.0 if name == "tea/0>1" else 0.0)
+
+
+def test_two_models_answer_with_the_same_luck(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    """One answer to each prompt, in their order, with the seed of the prompt; what the journal holds is not asked."""
+    config = make_config(evaluate={"temperature": 0.3, "max_tokens": 17})
+    prompts = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk")]
+    ticks: list[tuple[str, int, int]] = []
+
+    def of(engine: Scripted, name: str) -> list[Response]:
+        journal = Journal(tmp_path / name)
+        work = judge_eval.answers(prompts, engine, encoder, config, journal, lambda *tick: ticks.append(tick))
+        return asyncio.run(work)
+
+    one, other, none = (Scripted(lambda shown: (0.0, 0.0), encoder.tokenizer) for _ in range(3))
+    answers = of(one, "one")
+    assert [(found.id, found.prompt_id, found.index, found.role) for found in answers] == [
+        ("tea/0", "tea", 0, "actor"), ("milk/0", "milk", 0, "actor"),
+    ]  # fmt: skip
+    assert ticks == [("answers", 1, 1)] * 2
+    assert [request.prompt_token_ids for request in one.requests] == [encoder.user(prompt.text) for prompt in prompts]
+    assert {(r.sampling.temperature, r.sampling.max_tokens) for r in one.requests} == {(0.3, 17)}
+    assert [request.sampling.seed for request in one.requests] == [3951183676720834804, 412244639712059126]
+    of(other, "other")
+    assert other.requests == one.requests
+    assert of(none, "one") == answers
+    assert none.requests == []

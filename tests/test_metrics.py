@@ -113,6 +113,25 @@ def test_five_best(ranks: list[float], scores: list[float | None], best: int, n:
     assert (found["count"], found["n"]) == (30 * best, 30 * n)
 
 
+def test_prompts_that_can_say_nothing_are_not_counted() -> None:
+    """No pair can be made of one reply, and equal lengths or scores have no correlation."""
+    found = judge_metrics(
+        [
+            *(Rated(id=f"a{i}", ranks=(0.0, 1.0), scores=(2.0, 4.0), lengths=(10, 20)) for i in range(30)),
+            *(Rated(id=f"b{i}", ranks=(0.0, 1.0), scores=(2.0, 4.0), lengths=(10, 10)) for i in range(7)),
+            *(Rated(id=f"c{i}", ranks=(0.0, 1.0), scores=(2.0, 2.0), lengths=(10, 20)) for i in range(5)),
+            *(Rated(id=f"d{i}", ranks=(0.0,), scores=(2.0,), lengths=(10,)) for i in range(3)),
+        ],
+        readable=0,
+        judgements=0,
+        points=[],
+        bootstrap=20,
+    )
+    within = found["score_length_within"]
+    assert (within["value"], within["n"], within["prompts"]) == (pytest.approx(1.0), 30, 30)
+    assert (found["pair_yield"]["count"], found["pair_yield"]["n"]) == (37, 42)
+
+
 def test_rounding_makes_no_order() -> None:
     found = measured((30, [0, 1], [0.1 + 0.2, 0.3]))
     assert found["tie_share"]["value"] == 1
