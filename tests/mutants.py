@@ -11,6 +11,7 @@ dataclasses.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -41,8 +42,9 @@ def all_modules() -> list[str]:
 def fingerprint() -> str:
     """Of all that a verdict depends on in the project."""
     found = hashlib.sha256()
-    for path in sorted([*(ROOT / "rsrlm").rglob("*"), *(ROOT / "tests").glob("*.py"), ROOT / "pyproject.toml"]):
-        if path.is_file() and "__pycache__" not in path.parts:
+    folders = ((ROOT / name).rglob("*") for name in ("rsrlm", "tests", "configs", "benchmarks"))
+    for path in sorted([*itertools.chain.from_iterable(folders), ROOT / "pyproject.toml"]):
+        if path.is_file() and path != ACCEPTED and "__pycache__" not in path.parts:
             found.update(f"{path}\0".encode() + path.read_bytes())
     return found.hexdigest()
 

@@ -590,6 +590,8 @@ def test_cosine_and_linear_by_hand() -> None:
         assert rates[0] == 1e-6
         assert rates[5] == pytest.approx(5.5e-7)
         assert rates[10] == rates[11] == pytest.approx(1e-7)
+        # two steps: the first and the last
+        assert lr_at(1, 2, lr=1e-6, lr_final=1e-7, warmup_steps=0, schedule=schedule) == pytest.approx(1e-7)
     # a quarter of the way: linear 1 - 1/4; cosine (1 + cos 45 degrees) / 2 = 0.8535534
     options = {"lr": 1.0, "lr_final": 0.0, "warmup_steps": 0}
     assert lr_at(2, 9, **options, schedule="linear") == pytest.approx(0.75)
