@@ -488,6 +488,33 @@ def test_sums_by_hand() -> None:
     assert not any(value.requires_grad for value in by_hand(LOGPS.clone().requires_grad_()).sums.values())
 
 
+def test_each_pair_by_hand() -> None:
+    """Log-ratios of the first pair +1 and -1, so h = 2; of the second +0.5 and +0.25, so h = 0.25."""
+    batch = pack_pairs([((5, 6), (7, 8), (9,)), ((5,), (10,), (11, 12))])
+    logps = torch.tensor([-1.0, -2.0, -4.0, -0.5, -2.0, -1.0], dtype=torch.float64)
+    ref = torch.tensor([-1.5, -2.5, -3.0, -1.0, -2.0, -1.25], dtype=torch.float64)
+    result = pair_loss(logps, ref, batch, torch.ones(2), beta=0.5, nll_scale=2.0)
+    expected = {
+        # ln(1 + e^-1) + 2 * 1.5, ln(1 + e^-0.125) + 2 * 0.5
+        "loss": [0.3132616875 + 3, 0.6325990353 + 1],
+        "pairs": [1, 1],
+        "accuracy": [1, 1],
+        "margin": [1, 0.125],
+        "chosen_logp": [-3, -0.5],
+        "rejected_logp": [-4, -3],
+        "nll": [1.5, 0.5],
+    }
+    assert list(result.each) == list(expected)
+    for name, values in expected.items():
+        assert result.each[name].tolist() == pytest.approx(values, abs=1e-9)
+        assert result.sums[name].item() == pytest.approx(sum(values), abs=1e-9)
+    assert result.loss.item() == pytest.approx(result.sums["loss"].item(), abs=1e-12)
+    left_out = pair_loss(logps, ref, batch, torch.tensor([0.0, 1.0]), beta=0.5, nll_scale=2.0)
+    for name, values in expected.items():
+        assert left_out.each[name].tolist() == pytest.approx([0, values[1]], abs=1e-9)
+    assert left_out.sums["kl_tokens"] == 3
+
+
 def test_ties_and_lost_pairs_are_not_accurate() -> None:
     assert by_hand(ref=LOGPS).sums["accuracy"] == 0
     assert by_hand(ref=LOGPS + torch.tensor([1.0, 1.0, 0.0])).sums["accuracy"] == 0
