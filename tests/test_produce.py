@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, meta_judge, sampling_of
 from rsrlm.config import Config, ConfigError, resolve
-from rsrlm.meta_judging import most_uncertain
-from rsrlm.produce import Producer, mean_verdicts
-from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Scored, Unparsed
+from rsrlm.meta_judging import EVEN, most_uncertain
+from rsrlm.produce import Producer, judge_pairs, mean_verdicts
+from rsrlm.records import Completion, Group, Judgement, PreferencePair, Prompt, Request, Response, Scored, Unparsed
 from rsrlm.store import Journal
 
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "t", "1", "water")]
@@ -476,15 +476,20 @@ class Shown(Encoder):
         return tuple(map(ord, "|".join(fields[name] for name in names)))
 
 
-def compare(journal: Path, engines: Any, ticks: list[tuple[str, int, int]], meta: bool = True) -> list[Group]:
-    """Two prompts, each with two responses that get three judgements each."""
-    made_by = resolve(
-        {
-            **config(TEXT, responses=2, seed=5).model_dump(mode="json", exclude_defaults=True),
-            "pair": {"kinds": ["judge"]},
-        }
-    )
-    encoder: Any = Shown()
+def judge_pair_config(**meta: Any) -> Config:
+    plain = config(TEXT, responses=2, seed=5).model_dump(mode="json", exclude_defaults=True)
+    return resolve({**plain, "pair": {"kinds": ["judge"]}, "meta": meta})
+
+
+def compare(
+    journal: Path,
+    engines: Any,
+    ticks: list[tuple[str, int, int]],
+    meta: bool = True,
+    prompts: list[Prompt] = PROMPTS[:2],
+) -> list[Group]:
+    """Two responses to each prompt, with three judgements each."""
+    made_by, encoder = judge_pair_config(), cast(Any, Shown())
 
     async def put(group: Group) -> None:
         pass
@@ -493,7 +498,7 @@ def compare(journal: Path, engines: Any, ticks: list[tuple[str, int, int]], meta
         made_by, encoder, engines, engines, Judging(made_by, encoder), Journal(journal), 1,
         lambda *tick: ticks.append(tick), meta_judge(made_by, encoder) if meta else None,
     )  # fmt: skip
-    return asyncio.run(asyncio.wait_for(producer.all(PROMPTS[:2], put), 20))
+    return asyncio.run(asyncio.wait_for(producer.all(prompts, put), 20))
 
 
 def test_judgements_are_compared_in_both_orders(journal: Path) -> None:
@@ -536,6 +541,44 @@ def test_without_a_meta_judge_nothing_is_compared(journal: Path) -> None:
     engines = Engines()
     assert [group.comparisons for group in compare(journal, engines, [], meta=False)] == [(), ()]
     assert not [request for request in engines.requests if "~" in request.id]
+
+
+class Opinionated(Engines):
+    """Scores 1, 3 and 5 for every response, and judgements 1 and 2 beat judgement 0. Nothing about milk is readable."""
+
+    async def generate(self, request: Request) -> Completion:
+        own = request.id.rpartition("#")[2]
+        text = {"0": "Score: 1", "1": "Score: 3", "2": "Score: 5"}.get(own, "")
+        if "~" in own:
+            text = {"0": "Winner: B", "1": "Winner: A", "2": "Winner: A"}[own[0]] if "0" in own else "Neither."
+        made = await super().generate(request)
+        return replace(made, text="" if "milk" in request.id else text or made.text, finish_reason="stop")
+
+
+@pytest.mark.parametrize("weights", ["iteration", "prompt", "none"])
+def test_judge_pairs_are_of_the_judgements_that_were_compared(weights: str, journal: Path) -> None:
+    """All responses are as uncertain as each other: which one is taken, and which judgement wins, is the seed's say."""
+    engines = Opinionated()
+    groups = compare(journal, engines, [], prompts=PROMPTS)
+    made_by, encoder = judge_pair_config(weights=weights), cast(Any, Shown())
+    found, over_all = judge_pairs(groups, Judging(made_by, encoder), made_by)
+    assert list(found) == [f"01/{prompt.id}#judge" for prompt in PROMPTS]
+    assert found.pop("01/milk#judge") == "no response with two readable judgements"
+    asked = {request.id: request for request in engines.requests}
+    winners, responses = set(), set()
+    for name, pair in found.items():
+        group = next(group for group in groups if group.id == name.removesuffix("#judge"))
+        compared = {one.response_id for one in group.comparisons}
+        assert isinstance(pair, PreferencePair)
+        winner, _, loser = pair.id.rpartition("#")[2].partition(">")
+        assert compared == {pair.id.rpartition("#")[0]}
+        assert (pair.chosen_id, loser) == (f"{compared.pop()}#{winner}", "0")
+        assert pair.prompt_token_ids == asked[pair.chosen_id].prompt_token_ids  # what the judge itself was shown
+        winners.add(winner)
+        responses.add(pair.chosen_id[-3])
+    assert (winners, responses) == ({"1", "2"}, {"0", "1"})
+    assert judge_pairs(groups, Judging(made_by, encoder), made_by)[0].items() >= found.items()
+    assert over_all == EVEN  # each win was seen in both orders
 
 
 def test_a_resumed_run_asks_as_before(journal: Path) -> None:
