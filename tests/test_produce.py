@@ -476,9 +476,10 @@ class Shown(Encoder):
         return tuple(map(ord, "|".join(fields[name] for name in names)))
 
 
-def judge_pair_config(**meta: Any) -> Config:
-    plain = config(TEXT, responses=2, seed=5).model_dump(mode="json", exclude_defaults=True)
-    return resolve({**plain, "pair": {"kinds": ["judge"]}, "meta": meta})
+def judge_pair_config(judgements: int = 3, **meta: Any) -> Config:
+    plain = config({**TEXT, "judgements": judgements}, responses=2, seed=5)
+    changed = plain.model_dump(mode="json", exclude_defaults=True)
+    return resolve({**changed, "pair": {"kinds": ["judge"]}, "meta": meta})
 
 
 def compare(
@@ -487,9 +488,10 @@ def compare(
     ticks: list[tuple[str, int, int]],
     meta: bool = True,
     prompts: list[Prompt] = PROMPTS[:2],
+    made_by: Config | None = None,
 ) -> list[Group]:
-    """Two responses to each prompt, with three judgements each."""
-    made_by, encoder = judge_pair_config(), cast(Any, Shown())
+    """Two responses to each prompt, with three judgements each unless `made_by` says otherwise."""
+    made_by, encoder = made_by or judge_pair_config(), cast(Any, Shown())
 
     async def put(group: Group) -> None:
         pass
@@ -535,6 +537,14 @@ def test_judgements_are_compared_in_both_orders(journal: Path) -> None:
     again = Engines()
     assert compare(journal, again, ticks) == groups
     assert again.requests == []
+
+
+def test_who_meets_whom_is_the_seeds_say(tmp_path: Path) -> None:
+    """Of seven judgements each meets two; the same ones in a run that is made again."""
+    made_by = judge_pair_config(judgements=7, opponents=2)
+    one, other = (compare(tmp_path / name, Engines(), [], prompts=PROMPTS, made_by=made_by) for name in "ab")
+    assert one == other
+    assert max(len(group.comparisons) for group in one) > 6
 
 
 def test_without_a_meta_judge_nothing_is_compared(journal: Path) -> None:
