@@ -21,12 +21,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rsrlm.buffer import PreferenceBuffer
 from rsrlm.config import Config
 from rsrlm.records import Completion, Request, Sampling
-from rsrlm.runtime.engine import EngineDead, cpu_environment, make_engine
+from rsrlm.runtime.engine import EngineDead, RequestFailed, cpu_environment, make_engine
 from rsrlm.runtime.learner import BroadcastJob, TrainJob, serve
 from rsrlm.runtime.mailbox import Mailbox
 from rsrlm.runtime.weights import WeightSet
 
-MAX_ATTEMPTS = 3  # of one request, over as many engines that died under it
+MAX_ATTEMPTS = 3  # of one request: engines died under it, or gave an answer that is none
 # Ways in which a replica is gone and can be replaced; Ray's memory monitor has one of its own.
 GONE = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDead)
 
@@ -173,7 +173,10 @@ class EnginePool:
                 await self._freed.wait()
 
     async def generate(self, request: Request) -> Completion:
-        """The completion, from whichever replica; done again when an engine dies under it."""
+        """The completion, from whichever replica; done again when an engine dies under it or gives no usable answer.
+
+        Raises PoolFailed after MAX_ATTEMPTS.
+        """
         work = _work(request)
         for attempt in range(MAX_ATTEMPTS):
             replica = await self._pick()
@@ -186,10 +189,12 @@ class EnginePool:
                 completion = await replica.actor.generate.remote(sent)
                 replica.last_answer = time.monotonic()
                 return replace(completion, request_id=request.id)
-            except GONE as error:
-                self._lost(replica, generation, error)
+            except (RequestFailed, *GONE) as error:
+                if not isinstance(error, RequestFailed):  # that engine is well and keeps its other requests
+                    self._lost(replica, generation, error)
                 if attempt == MAX_ATTEMPTS - 1:
-                    raise PoolFailed(f"request {request.id} failed on {MAX_ATTEMPTS} engines: {error}") from error
+                    cause = getattr(error, "cause", error)  # without the actor's stack trace
+                    raise PoolFailed(f"request {request.id} failed {MAX_ATTEMPTS} times; last: {cause}") from error
             finally:
                 if replica.generation == generation:
                     replica.outstanding -= work
@@ -208,29 +213,42 @@ class EnginePool:
             error=(str(error) or repr(error)).splitlines()[0][:300],
         )
         if self._restarts > 5 * len(self._replicas):
-            self._failure = PoolFailed(f"pool {self._name}: engines died {self._restarts} times; last: {error}")
-            self._spawn(self._wake())
+            self._fail(PoolFailed(f"pool {self._name}: engines died {self._restarts} times; last: {error}"))
             return
         with contextlib.suppress(Exception):
             ray.kill(replica.actor)
         self._spawn(self._revive(replica))
+
+    def _fail(self, error: PoolFailed) -> None:
+        """Every request ends with this error, those in flight too: nobody watches their engines any more."""
+        self._failure = error
+        for replica in self._replicas:
+            replica.ready.clear()
+            with contextlib.suppress(Exception):
+                ray.kill(replica.actor)
+        self._spawn(self._wake())
 
     async def _revive(self, replica: Replica) -> None:
         try:
             await self._bring_up(replica)
             self._note("engine_restarted", pool=self._name, replica=replica.index, version=replica.version)
         except Exception as error:
-            self._failure = error if isinstance(error, PoolFailed) else PoolFailed(repr(error))
-            await self._wake()
+            self._fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
 
     async def _watch(self, every_s: float = 15.0, silence_s: float = 60.0) -> None:
-        """A replica that has work and makes no step between two looks, or does not even say so, is replaced."""
-        while True:
-            await asyncio.sleep(every_s)
-            now = time.monotonic()
-            busy = [replica for replica in self._replicas if replica.ready.is_set() and replica.outstanding]
-            silent = [replica for replica in busy if now - replica.last_answer > silence_s]
-            await asyncio.gather(*(self._check(replica, silence_s) for replica in silent))
+        """A replica that has work and makes no step between two looks, or does not even say so, is replaced.
+
+        Nobody looks at this task: where it cannot go on, the pool fails.
+        """
+        try:
+            while True:
+                await asyncio.sleep(every_s)
+                now = time.monotonic()
+                busy = [replica for replica in self._replicas if replica.ready.is_set() and replica.outstanding]
+                silent = [replica for replica in busy if now - replica.last_answer > silence_s]
+                await asyncio.gather(*(self._check(replica, silence_s) for replica in silent))
+        except Exception as error:
+            self._fail(PoolFailed(f"pool {self._name}: its engines cannot be watched any more: {error!r}"))
 
     async def _check(self, replica: Replica, patience_s: float) -> None:
         generation = replica.generation
@@ -238,7 +256,7 @@ class EnginePool:
             before = await asyncio.wait_for(replica.actor.progress.remote(), patience_s)
             await asyncio.sleep(patience_s)
             after = await asyncio.wait_for(replica.actor.progress.remote(), patience_s)
-        except (*GONE, TimeoutError) as error:
+        except Exception as error:  # dead, silent, or unable to say what it does
             self._lost(replica, generation, error)
             return
         if after == before and replica.outstanding and replica.generation == generation:
@@ -249,15 +267,19 @@ class EnginePool:
 
         Returns the seconds of each replica. `broadcast` sends the files where the transport is gloo.
         """
+        if self._failure:
+            raise self._failure
         self._weights = weights
         deadline = self._config.weights.deadline_s
         replicas = [replica for replica in self._replicas if replica.ready.is_set()]
+        # Before the update: a request in flight may be the first to see that a replica is dead, and replace it.
+        generations = [replica.generation for replica in replicas]
         for replica in replicas:
             replica.ready.clear()
         if self._config.weights.transport == "gloo" and replicas:
-            return await self._publish_gloo(replicas, weights, broadcast)
+            return await self._publish_gloo(replicas, generations, weights, broadcast)
         reports = await asyncio.gather(*(self._update(r, weights) for r in replicas), return_exceptions=True)
-        return await self._settle(replicas, reports, weights, deadline)
+        return await self._settle(replicas, generations, reports, weights, deadline)
 
     async def _update(self, replica: Replica, weights: WeightSet) -> dict[str, float]:
         report = await asyncio.wait_for(
@@ -267,7 +289,11 @@ class EnginePool:
         return report
 
     async def _publish_gloo(
-        self, replicas: list[Replica], weights: WeightSet, broadcast: Callable[[WeightSet, str, int, int], Any]
+        self,
+        replicas: list[Replica],
+        generations: list[int],
+        weights: WeightSet,
+        broadcast: Callable[[WeightSet, str, int, int], Any],
     ) -> list[Any]:
         """A new group for every version: replicas may have come and gone. Rank 0 is the sender."""
         deadline = self._config.weights.deadline_s
@@ -293,16 +319,23 @@ class EnginePool:
             await asyncio.wait_for(sending, deadline)
         except Exception as error:
             raise PoolFailed(f"weights {weights.version}: the sender failed: {error!r}") from error
-        return await self._settle(replicas, reports, weights, deadline)
+        return await self._settle(replicas, generations, reports, weights, deadline)
 
     async def _settle(
-        self, replicas: list[Replica], reports: list[Any], weights: WeightSet, deadline: float
+        self,
+        replicas: list[Replica],
+        generations: list[int],
+        reports: list[Any],
+        weights: WeightSet,
+        deadline: float,
     ) -> list[Any]:
         """Replicas that hold the version serve again; dead ones are replaced; any other failure fails the update."""
         good = []
-        for replica, report in zip(replicas, reports, strict=True):
+        for replica, generation, report in zip(replicas, generations, reports, strict=True):
+            if replica.generation != generation:
+                continue  # replaced meanwhile, by one that comes up with this version
             if isinstance(report, GONE):
-                self._lost(replica, replica.generation, report)
+                self._lost(replica, generation, report)
             elif isinstance(report, TimeoutError):
                 raise PoolFailed(
                     f"weights {weights.version} did not reach replica {replica.index} of pool {self._name} within "

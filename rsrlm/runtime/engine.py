@@ -24,6 +24,10 @@ class EngineDead(RuntimeError):
     """The engine cannot serve any more; the actor that holds it must be replaced."""
 
 
+class RequestFailed(RuntimeError):
+    """An engine that goes on serving gave no usable answer to this request."""
+
+
 class Engine(Protocol):
     async def generate(self, request: Request) -> Completion: ...
 
@@ -117,20 +121,26 @@ def sampling_params(request: Request) -> Any:
 
 
 def completion_of(request: Request, output: Any, replica: int) -> Completion:
-    """The record of a finished vLLM output. The oldest token's weight version counts."""
+    """The record of a finished vLLM output. The oldest token's weight version counts.
+
+    Raises RequestFailed where the engine gave up on the request or left out a log-probability that it asked for.
+    """
     answer = output.outputs[0]
     if answer.finish_reason not in ("stop", "length"):
-        raise EngineDead(f"request {request.id} ended with finish reason {answer.finish_reason!r}")
+        raise RequestFailed(f"request {request.id} ended with finish reason {answer.finish_reason!r}")
     label_logprobs: tuple[float, ...] = ()
-    if request.label_ids:
-        first = answer.logprobs[0]
-        label_logprobs = tuple(float(first[token].logprob) for token in request.label_ids)
     prompt_logprobs: tuple[float, ...] = ()
-    if request.score_from is not None:
-        places = range(request.score_from, len(request.prompt_token_ids))
-        prompt_logprobs = tuple(
-            float(output.prompt_logprobs[place][request.prompt_token_ids[place]].logprob) for place in places
-        )
+    try:
+        if request.label_ids:
+            first = answer.logprobs[0]
+            label_logprobs = tuple(float(first[token].logprob) for token in request.label_ids)
+        if request.score_from is not None:
+            places = range(request.score_from, len(request.prompt_token_ids))
+            prompt_logprobs = tuple(
+                float(output.prompt_logprobs[place][request.prompt_token_ids[place]].logprob) for place in places
+            )
+    except (LookupError, TypeError) as error:
+        raise RequestFailed(f"request {request.id} came back without a log-probability: {error!r}") from None
     spans = answer.weight_versions or []
     return Completion(
         request_id=request.id,
@@ -154,7 +164,6 @@ class InProcessEngine:
         self._engine: Any = None
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._waiting: dict[str, tuple[Request, Future[Completion]]] = {}
-        self._dead: Exception | None = None
         self._steps = 0
         made: Future[None] = Future()
         self._thread = threading.Thread(
@@ -198,16 +207,23 @@ class InProcessEngine:
                 for output in self._engine.step():
                     if output.finished and output.request_id in self._waiting:
                         request, answer = self._waiting.pop(output.request_id)
-                        answer.set_result(completion_of(request, output, self._replica))
+                        try:
+                            answer.set_result(completion_of(request, output, self._replica))
+                        except Exception as error:  # of this request: the engine goes on
+                            answer.set_exception(error)
         except Exception as error:
-            self._dead = error
+            dead = EngineDead(f"replica {self._replica}: {error!r}")
             for _, answer in self._waiting.values():
-                answer.set_exception(EngineDead(f"replica {self._replica}: {error!r}"))
+                answer.set_exception(dead)
+            # This thread stays to tell whoever has asked or will ask: none of them may wait for ever.
+            while (item := self._inbox.get()) is not None:
+                item[1].set_exception(dead)
 
     async def _between_steps(self, call: Callable[[], Any]) -> Any:
-        if self._dead is not None or not self._thread.is_alive():
-            raise EngineDead(f"replica {self._replica}: {self._dead!r}")
+        if not self._thread.is_alive():
+            raise EngineDead(f"replica {self._replica} is closed")
         done: Future[Any] = Future()
+        done.set_running_or_notify_cancel()  # whoever stops waiting must not take the engine's answer back
         self._inbox.put((call, done))
         return await asyncio.wrap_future(done)
 
@@ -215,6 +231,7 @@ class InProcessEngine:
         from vllm.inputs import tokens_input
 
         answer: Future[Completion] = Future()
+        answer.set_running_or_notify_cancel()
 
         def add() -> None:
             self._engine.add_request(

@@ -1,0 +1,43 @@
+"""An engine actor without an engine, for tests of what the pool does about faults. Ray's workers import it."""
+
+import asyncio
+import os
+from typing import Any
+
+from rsrlm.records import Completion, Request
+
+
+class SlowEngine:
+    """Answers after two seconds, updates in one and a half."""
+
+    def __init__(self, config: Any, folder: str, version: str, replica: int) -> None:
+        self._replica = replica
+        self._version = version
+
+    async def generate(self, request: Request) -> Completion:
+        if not request.id.startswith("health"):
+            await asyncio.sleep(2)
+        return Completion(
+            request_id=request.id,
+            token_ids=(1,),
+            text="a",
+            finish_reason="stop",
+            weight_version=self._version,
+            prompt_tokens=1,
+            cached_tokens=0,
+            replica=self._replica,
+        )
+
+    async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
+        await asyncio.sleep(1.5)
+        self._version = version
+        return {"total": 0.0}
+
+    async def version(self) -> str:
+        return self._version
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def close(self) -> None:
+        pass
