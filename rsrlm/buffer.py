@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from rsrlm.files import whole_lines
+from rsrlm.files import read_lines
 from rsrlm.records import PreferencePair
 
 _PAIR = TypeAdapter(PreferencePair)
@@ -21,40 +21,56 @@ _PAIR = TypeAdapter(PreferencePair)
 class PreferenceBuffer:
     """Groups of all iterations of one run, keyed by group id.
 
-    Raises ValueError for a group id that is there with another pair, and for marks on pairs that are not there.
+    Raises ValueError for marks on pairs that are not there.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._groups: dict[str, tuple[int, PreferencePair | None, str]] = {}
+        self._pair_ids: set[str] = set()
         self._trained: dict[str, set[int]] = {}  # steps that used a pair: one for each epoch
+        self._warning = ""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             self._restore()
         self._file = self._path.open("ab")
 
     def _restore(self) -> None:
-        for line in whole_lines(self._path):
-            entry = json.loads(line)
-            if "trained" in entry:
-                self._train(entry["trained"], entry["step"])
-            elif "untrained_after" in entry:
-                self._untrain(entry["iteration"], entry["untrained_after"])
-            else:
-                pair = None if entry["pair"] is None else _PAIR.validate_python(entry["pair"])
-                self._groups[entry["group"]] = (entry["iteration"], pair, entry["no_pair_reason"])
+        # To go on without a line is safe: a group of an unfinished iteration is put again, from a journal that was on
+        # disk before it; of finished iterations nobody reads the pairs, and marks only count.
+        self._warning = read_lines(self._path, self._take)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "trained" in entry:
+            self._train(entry["trained"], entry["step"])
+        elif "untrained_after" in entry:
+            self._untrain(entry["iteration"], entry["untrained_after"])
+        else:
+            pair = None if entry["pair"] is None else _PAIR.validate_python(entry["pair"])
+            self._keep(entry["group"], entry["iteration"], pair, entry["no_pair_reason"])
+
+    def _keep(self, group: str, iteration: int, pair: PreferencePair | None, no_pair_reason: str) -> None:
+        self._groups[group] = (iteration, pair, no_pair_reason)
+        if pair is not None:
+            self._pair_ids.add(pair.id)
+
+    def warning(self) -> str:
+        """What the user should know about the file that the buffer was opened on; "" for nothing."""
+        return self._warning
 
     def _append(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def put(self, group: str, iteration: int, pair: PreferencePair | None, no_pair_reason: str) -> None:
-        """Add a finished group; returns when it is on disk. The same group again changes nothing."""
+    def put(self, group: str, iteration: int, pair: PreferencePair | None, no_pair_reason: str) -> bool:
+        """Add a finished group; returns when it is on disk. A group that is there already stays as it is.
+
+        True where that one has another pair: records that were lost have been made again, and differently. The first
+        pair counts, since the learner may have trained on it, and it carries its own tokens.
+        """
         if group in self._groups:
-            if self._groups[group] != (iteration, pair, no_pair_reason):
-                raise ValueError(f"group {group} is in the buffer with another pair")
-            return
+            return _trained_on(self._groups[group][1]) != _trained_on(pair)
         self._append(
             {
                 "group": group,
@@ -63,7 +79,8 @@ class PreferenceBuffer:
                 "no_pair_reason": no_pair_reason,
             }
         )
-        self._groups[group] = (iteration, pair, no_pair_reason)
+        self._keep(group, iteration, pair, no_pair_reason)
+        return False
 
     def pairs(self, iteration: int, seed: int) -> list[PreferencePair]:
         """The iteration's pairs in training order, which depends on ids and seed alone."""
@@ -74,8 +91,7 @@ class PreferenceBuffer:
 
     def mark_trained(self, pair_ids: list[str], step: int) -> None:
         """Note that optimizer step `step` (0 is the first of its iteration) used these pairs."""
-        known = {pair.id for _, pair, _ in self._groups.values() if pair is not None}
-        unknown = [pair for pair in pair_ids if pair not in known]
+        unknown = [pair for pair in pair_ids if pair not in self._pair_ids]
         if unknown:
             raise ValueError(f"pair {unknown[0]} is not in the buffer")
         self._append({"trained": pair_ids, "step": step})
@@ -110,3 +126,8 @@ class PreferenceBuffer:
         """Counts, to look at while the run goes on."""
         pairs = sum(pair is not None for _, pair, _ in self._groups.values())
         return {"groups": len(self._groups), "pairs": pairs, "trained": len(self._trained)}
+
+
+def _trained_on(pair: PreferencePair | None) -> tuple[Any, ...]:
+    """Which pair it is. Scores are left out: one judgement made anew moves those of a whole iteration's judge pairs."""
+    return () if pair is None else (pair.id, pair.chosen_token_ids, pair.rejected_token_ids)

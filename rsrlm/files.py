@@ -1,7 +1,10 @@
 """Files that survive a kill: whole or not there, and append-only ones whose cut-off last line does not count."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -23,3 +26,31 @@ def whole_lines(path: Path) -> list[bytes]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     return whole.splitlines()
+
+
+def read_lines(path: Path, take: Callable[[Any], None]) -> str:
+    """Give `take` what the JSON of each whole line says; returns a message for the user, "" where all went well.
+
+    A power cut or a failing disk leaves lines that are no JSON, or none that `take` knows (ValueError, KeyError,
+    TypeError). They are moved to a file beside, `<name>.bad`: for files of what can be made again.
+    """
+    good, bad, first = [], [], ""
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            take(json.loads(line))
+            good.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            first = (
+                first
+                or f"line {number} cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            )
+            bad.append(line)
+    if not bad:
+        return ""
+    aside = path.with_name(f"{path.name}.bad")
+    with aside.open("ab") as file:
+        file.writelines(line + b"\n" for line in bad)
+        file.flush()
+        os.fsync(file.fileno())
+    write_whole(path, b"".join(line + b"\n" for line in good))
+    return f"{path}: {first}; {len(bad)} such lines are set aside in {aside.name}, and what they held is made again"

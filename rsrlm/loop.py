@@ -254,7 +254,7 @@ async def collect(
         found, weights = await asyncio.to_thread(judge_pairs, groups, step.judging, config)
         for key, pair in found.items():
             reason = pair if isinstance(pair, str) else ""
-            await ports.buffer.call("put", key, iteration, None if reason else pair, reason)
+            await put(ports, key, iteration, None if isinstance(pair, str) else pair, reason)
             store.event("judge_pair", g=key, pair=None if isinstance(pair, str) else pair.id, reason=reason or None)
         reasons += Counter(f"judge: {pair}" for pair in found.values() if isinstance(pair, str))
         meta = {
@@ -278,6 +278,12 @@ async def collect(
     )
 
 
+async def put(ports: Ports, key: str, iteration: int, pair: PreferencePair | None, reason: str) -> None:
+    """Into the buffer; an event tells where it keeps another pair, which was put before records were lost."""
+    if await ports.buffer.call("put", key, iteration, pair, reason):
+        ports.store.event("pair_kept", g=key, instead_of=pair.id if pair else None)
+
+
 async def produce(iteration: int, step: Step, inputs: Inputs, ports: Ports) -> tuple[list[Group], float | None]:
     """The iteration's groups, each in the buffer; and the share of prompt tokens that the prefix cache held."""
     config, store = step.config, ports.store
@@ -291,9 +297,9 @@ async def produce(iteration: int, step: Step, inputs: Inputs, ports: Ports) -> t
             "are done already"
         )
 
-    async def put(group: Group) -> None:
+    async def finished(group: Group) -> None:
         if config.train.method == "dpo":
-            await ports.buffer.call("put", group.id, iteration, group.pair, group.no_pair_reason)
+            await put(ports, group.id, iteration, group.pair, group.no_pair_reason)
         store.event(
             "group", g=group.id, pair=group.pair.id if group.pair else None, reason=group.no_pair_reason or None
         )
@@ -314,7 +320,7 @@ async def produce(iteration: int, step: Step, inputs: Inputs, ports: Ports) -> t
                 tick,
                 step.meta,
             )
-            groups = await producer.all(step.prompts, put)
+            groups = await producer.all(step.prompts, finished)
     finally:
         journal.close()
     after = await ports.pools.stats()

@@ -154,7 +154,8 @@ class Producer:
         )
 
     async def all(self, prompts: Sequence[Prompt], put: Callable[[Group], Any]) -> list[Group]:
-        """All groups, in the order of the prompts. `put` is awaited with each as it is finished.
+        """All groups, in the order of the prompts. `put` is awaited with each as it is finished and its records are on
+        disk: what rests on a group must not outlive it.
 
         Enough groups are open at a time to keep the engines' queues filled, and no more.
         """
@@ -163,6 +164,7 @@ class Producer:
         async def one(prompt: Prompt) -> Group:
             async with open_groups:
                 group = await self.group(prompt)
+                await self._journal.sync()
                 await put(group)
                 return group
 

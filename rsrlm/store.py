@@ -4,8 +4,10 @@ A journal per iteration takes each response and judgement as it finishes, so tha
 when the iteration's pairs are complete it becomes Parquet files that `datasets.load_dataset` reads.
 """
 
+import asyncio
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from rsrlm.config import Config, ConfigError, dump, load
-from rsrlm.files import whole_lines, write_whole
+from rsrlm.files import read_lines, write_whole
 from rsrlm.records import Example, Judgement, PreferencePair, Prompt, Response, Scored
 
 _RESPONSE = TypeAdapter(Response)
@@ -163,6 +165,9 @@ class RunFolder:
     ) -> None:
         """Parquet of a complete iteration; `pairs` keeps training order, the others are ordered by id.
 
+        A pair carries the tokens and scores that are trained on. Those of the responses that it names can differ, where
+        a response was lost after the buffer had the pair and was sampled anew (event "pair_kept").
+
         `comparisons` are the meta-judge's, and have a file only where there are any.
         """
         folder = self.iteration(iteration)
@@ -231,11 +236,21 @@ def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> N
 
 
 class StepLog:
-    """Metrics of an iteration's optimizer steps, in order: `steps.jsonl`."""
+    """Metrics of an iteration's optimizer steps, in order: `steps.jsonl`.
+
+    To go on without a line that cannot be read is safe: steps before the checkpoint come back with it, and later ones
+    are replayed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole_lines(path)] if path.exists() else []
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            _tell(read_lines(path, self._take))
+
+    def _take(self, row: dict[str, Any]) -> None:
+        _ = row["step"]  # KeyError or TypeError where this is no row
+        self.rows.append(row)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -244,24 +259,34 @@ class StepLog:
             file.write(json.dumps(row).encode() + b"\n")
 
     def keep_before(self, step: int) -> None:
-        """Forget the steps from `step` on: they were lost and come again."""
-        kept = [row for row in self.rows if row["step"] < step]
-        if len(kept) < len(self.rows):
+        """Forget the steps from `step` on: they were lost and come again. Those before are put in order."""
+        kept = sorted((row for row in self.rows if row["step"] < step), key=lambda row: row["step"])
+        if kept != self.rows:
             self.rows = kept
             write_whole(self._path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
 
 
+def _tell(warning: str) -> None:
+    if warning:
+        logging.getLogger("rsrlm").warning(warning)
+
+
 class Journal:
-    """Append-only JSON lines of responses and judgements. A line that a kill cut off is dropped when it is opened."""
+    """Append-only JSON lines of responses and judgements.
+
+    When it is opened, a last line that a kill cut off is dropped, and lines that cannot be read are set aside.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.responses: dict[str, Response] = {}
         self.judgements: dict[str, Judgement] = {}
         if path.exists():
-            for line in whole_lines(path):
-                self._take(json.loads(line))
+            _tell(read_lines(path, self._take))
         self._file = path.open("ab")
+        # What was there may be no further than in the memory of this machine, as after a kill.
+        self._added, self._synced = len(self.responses) + len(self.judgements), 0
+        self._syncing = asyncio.Lock()
 
     def _take(self, entry: dict[str, Any]) -> None:
         if "response" in entry:
@@ -272,7 +297,7 @@ class Journal:
             self.judgements[judgement.id] = judgement
 
     def add(self, record: Response | Judgement) -> None:
-        """Write a finished record; it survives the death of this process."""
+        """Write a finished record; it survives the death of this process, and with `sync` that of the machine."""
         if isinstance(record, Response):
             self.responses[record.id] = record
             entry = {"response": _RESPONSE.dump_python(record, mode="json")}
@@ -281,6 +306,16 @@ class Journal:
             entry = {"judgement": _JUDGEMENT.dump_python(record, mode="json")}
         self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
+        self._added += 1
+
+    async def sync(self) -> None:
+        """Returns when all that was added before is on disk. Of those who wait meanwhile, one does it for all."""
+        wanted = self._added
+        async with self._syncing:
+            if self._synced < wanted:
+                added = self._added
+                await asyncio.to_thread(os.fsync, self._file.fileno())
+                self._synced = added
 
     def close(self) -> None:
         self._file.flush()

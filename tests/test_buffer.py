@@ -83,21 +83,30 @@ def test_the_same_group_again_changes_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "told"),
     [
-        (0, pair("a", chosen=2), ""),
-        (0, replace(pair("a"), chosen_token_ids=(3, 4)), ""),
-        (0, replace(pair("a"), chosen_score=4.0), ""),
-        (1, pair("a"), ""),
-        (0, None, "equal scores"),
+        ((pair("a", chosen=2), ""), True),
+        ((replace(pair("a"), chosen_token_ids=(3, 4)), ""), True),  # the same response, sampled anew
+        ((None, "equal scores"), True),
+        ((replace(pair("a"), chosen_score=4.0), ""), False),
+        ((pair("a"), ""), False),
     ],
 )
-def test_another_pair_for_a_group_is_an_error(path: Path, other: tuple) -> None:
+def test_the_first_pair_of_a_group_stays_and_another_one_is_told(path: Path, other: tuple, told: bool) -> None:
+    """Refused, it would end every resume of a run that lost records."""
     for buffer in (filled(path, "a"), PreferenceBuffer(path)):
-        with pytest.raises(ValueError, match="group 00/a is in the buffer with another pair"):
-            buffer.put("00/a", *other)
+        assert buffer.put("00/a", 0, *other) is told
         assert buffer.pairs(0, 0) == [pair("a")]
     assert path.read_bytes().count(b"\n") == 1
+
+
+def test_a_reason_in_other_words_is_no_other_pair(path: Path) -> None:
+    buffer = PreferenceBuffer(path)
+    assert buffer.put("00/a", 0, None, "equal scores") is False
+    assert buffer.put("00/a", 0, None, "all scores are equal") is False
+    assert buffer.put("00/a", 0, pair("a"), "") is True
+    assert buffer.groups(0) == {"00/a": "equal scores"}
+    assert buffer.pairs(0, 0) == []
 
 
 def test_marks(path: Path) -> None:
@@ -151,6 +160,38 @@ def test_marks_on_pairs_that_are_not_there_are_errors(path: Path) -> None:
         buffer.mark_trained(["00/a/1>0", "00/z/1>0"], 0)
     assert buffer.trained(0) == {}  # all or nothing
     assert path.read_bytes() == written
+
+
+def test_a_mark_does_not_go_through_all_groups(path: Path) -> None:
+    """One per optimizer step: with a million groups that would take longer than the step."""
+
+    class Whole(dict):
+        def values(self) -> Any:
+            raise AssertionError("went through all groups")
+
+    buffer = filled(path, "ab")
+    buffer._groups = Whole(buffer._groups)
+    buffer.mark_trained(["00/a/1>0"], 0)
+    assert buffer._trained == {"00/a/1>0": {0}}
+
+
+# -- bad lines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [b"\0" * 9, b"{", b"7", b'{"group": "00/b"}', b'{"trained": ["00/a/1>0"]}'])
+def test_a_bad_line_is_set_aside_and_told(path: Path, bad: bytes) -> None:
+    filled(path, "abc")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + bad + b"\n" + lines[2])
+    buffer = PreferenceBuffer(path)
+    assert buffer.warning().startswith(f"{path}: line 2 cannot be read (")
+    assert "1 such lines are set aside in buffer.jsonl.bad" in buffer.warning()
+    assert path.with_name("buffer.jsonl.bad").read_bytes() == bad + b"\n"
+    assert path.read_bytes() == lines[0] + lines[2]
+    assert sorted(ids(buffer)) == ["a", "c"]
+    assert buffer.put("00/b", 0, pair("b"), "") is False  # its group comes again
+    again = PreferenceBuffer(path)
+    assert (again.warning(), sorted(ids(again))) == ("", ["a", "b", "c"])
 
 
 # -- training order ----------------------------------------------------------------------------------------------------

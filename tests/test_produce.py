@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import math
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rsrlm import loop
 from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, meta_judge, sampling_of
+from rsrlm.buffer import PreferenceBuffer
 from rsrlm.config import Config, ConfigError, resolve
 from rsrlm.meta_judging import EVEN, most_uncertain
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.records import Completion, Group, Judgement, PreferencePair, Prompt, Request, Response, Scored, Unparsed
-from rsrlm.store import Journal
+from rsrlm.store import Journal, RunFolder
 
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "t", "1", "water")]
 TEXT = {"read": "text", "judgements": 3}
@@ -365,6 +368,78 @@ def test_a_function_that_judged_is_not_called_again(journal: Path) -> None:
     # The journal's verdict counts, even where the function would say something else today.
     again = produce(config({**FUNCTION, "function": f"{__name__}:failing"}), Engines(), journal)
     assert again == groups
+
+
+# -- power cuts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_handed_on_when_its_records_are_on_disk(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And many groups for one fsync."""
+    safe, syncs = [b""], 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal syncs
+        data = journal.read_bytes()
+        time.sleep(0.01)  # others finish meanwhile
+        safe[0] = data
+        syncs += 1
+
+    monkeypatch.setattr("rsrlm.store.os.fsync", fsync)
+    lost: list[str] = []
+
+    async def put(group: Group) -> None:
+        kept = safe[0].decode()
+        lost.extend(one.id for one in (*group.responses, *group.judgements) if f'"{one.id}"' not in kept)
+
+    prompts = [Prompt(id=f"p{number}", text="x") for number in range(40)]
+    groups = produce(config(TEXT), Engines(slots=60), journal, put, prompts)
+    assert len(groups) == 40
+    assert lost == []
+    assert 0 < syncs < 40
+
+
+def test_a_resume_that_samples_otherwise_keeps_the_pairs_of_the_buffer(tmp_path: Path) -> None:
+    """The journal lost its end and the engines answer differently, as on GPUs: the run goes on all the same."""
+
+    class Others(Engines):
+        async def generate(self, request: Request) -> Completion:
+            found = await super().generate(replace(request, sampling=replace(request.sampling, seed=1)))
+            return replace(found, text=f"{found.text}{request.id}", token_ids=(9, 9, 9))
+
+    def start(engines: Engines) -> tuple[list[Group], dict[str, bool], PreferenceBuffer]:
+        buffer = PreferenceBuffer(tmp_path / "buffer.jsonl")
+        told = {}
+
+        async def put(group: Group) -> None:
+            told[group.id] = buffer.put(group.id, 0, group.pair, group.no_pair_reason)
+
+        return produce(config(TEXT, responses=4), engines, tmp_path / "journal", put), told, buffer
+
+    groups, told, buffer = start(Engines())
+    assert not any(told.values())
+    first = buffer.pairs(0, 0)
+    assert first
+    path = tmp_path / "journal"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+    groups, told, buffer = start(Others())
+    assert any(told.values())
+    assert buffer.pairs(0, 0) == first
+    there = {response.id for group in groups for response in group.responses}
+    assert all({pair.chosen_id, pair.rejected_id} <= there for pair in first)  # the records have what pairs name
+
+
+def test_a_pair_that_the_buffer_keeps_is_an_event(tmp_path: Path) -> None:
+    store = RunFolder(tmp_path)
+
+    async def call(method: str, key: str, *_: Any) -> bool:
+        return key == "00/tea"
+
+    ports: Any = SimpleNamespace(buffer=SimpleNamespace(call=call), store=store)
+    for key in ("00/tea", "00/milk"):
+        asyncio.run(loop.put(ports, key, 0, None, "equal scores"))
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert '"event": "pair_kept", "g": "00/tea", "instead_of": null' in line
 
 
 # -- failures and bounds -----------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """Files that are whole or not there, journals that survive a cut, and Parquet that others read."""
 
+import asyncio
 import json
+import os
 import resource
+import threading
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -163,6 +166,92 @@ def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(
     assert [*opened.judgements.values()] == [one for one in survivors if isinstance(one, Judgement)]
     opened.add(JUDGEMENTS[3])
     assert Journal(path).judgements == opened.judgements
+
+
+@pytest.mark.parametrize("bad", [b"\0\0\0", b'{"resp', b"[1]", b'{"response": {"id": "00/tea/7"}}', b"\xff"])
+def test_bad_lines_of_a_journal_are_set_aside(tmp_path: Path, bad: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """What they held is made again; the others are not."""
+    path = tmp_path / "journal.jsonl"
+    for record in [response(0), JUDGEMENTS[0], response(1)]:
+        Journal(path).add(record)
+    first, _, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + bad + b"\n" + third + bad + b"\n")
+    opened = Journal(path)
+    assert [*opened.responses.values()] == [response(0), response(1)]
+    assert opened.judgements == {}
+    assert path.with_name("journal.jsonl.bad").read_bytes() == (bad + b"\n") * 2
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{path}: line 2 cannot be read (")
+    assert warning.endswith("2 such lines are set aside in journal.jsonl.bad, and what they held is made again")
+    opened.add(JUDGEMENTS[0])
+    caplog.clear()
+    again = Journal(path)
+    assert (again.responses, again.judgements) == (opened.responses, opened.judgements)
+    assert not caplog.messages
+
+
+class Disk:
+    """Stands in for os.fsync: what a power cut leaves of each file. `gate` holds a sync up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        self.safe: dict[str, bytes] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        monkeypatch.setattr("rsrlm.store.os.fsync", self.fsync)
+
+    def fsync(self, descriptor: int) -> None:
+        self.calls += 1
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        data = path.read_bytes()
+        assert self.gate.wait(10)
+        self.safe[path.name] = data
+
+
+def test_a_sync_covers_all_that_was_added_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+
+    async def work() -> None:
+        await journal.sync()
+        assert disk.calls == 0  # an empty one has nothing to lose
+        journal.add(response(0))
+        await journal.sync()
+        await journal.sync()
+        assert disk.calls == 1
+        assert disk.safe["journal.jsonl"] == path.read_bytes()
+        # A process that was killed had not synced: its records count as much.
+        await Journal(path).sync()
+        assert disk.calls == 2
+
+    asyncio.run(work())
+
+
+def test_one_sync_serves_all_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    disk.gate.clear()
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    found = []
+
+    async def one(index: int) -> None:
+        journal.add(response(index))
+        await journal.sync()
+        found.append(disk.safe["journal.jsonl"].count(b"\n") > index)  # its own record is safe
+
+    async def work() -> None:
+        first = asyncio.ensure_future(one(0))
+        while not disk.calls:
+            await asyncio.sleep(0.001)
+        others = [asyncio.ensure_future(one(index)) for index in range(1, 20)]
+        await asyncio.sleep(0)  # all of them wait behind the first, which does not cover their records
+        disk.gate.set()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(work())
+    assert found == [True] * 20
+    assert disk.calls == 2
 
 
 # -- Parquet -----------------------------------------------------------------------------------------------------------
@@ -340,3 +429,14 @@ def test_a_step_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
     assert log.rows == [{"step": 0}]
     log.add({"step": 1})
     assert StepLog(path).rows == [{"step": 0}, {"step": 1}]
+
+
+def test_a_bad_line_of_the_steps_comes_again_in_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(b'{"step": 0}\n\0\0\n{"step": 2}\n[]\n')
+    log = StepLog(path)
+    assert log.rows == [{"step": 0}, {"step": 2}]
+    assert f"{path}: line 2 cannot be read" in caplog.text
+    log.add({"step": 1})  # from the checkpoint
+    log.keep_before(3)
+    assert StepLog(path).rows == log.rows == [{"step": 0}, {"step": 1}, {"step": 2}]

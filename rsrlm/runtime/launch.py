@@ -475,6 +475,8 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
         await group.start()
         await pools.start()
         report.line(f"engines are up after {time.perf_counter() - started:.0f} s")
+        if warning := await buffer.call("warning"):
+            report.line(warning)
         ports = Ports(
             pools=pools,
             buffer=buffer,

@@ -5,6 +5,7 @@ Each writes its answers to a journal beside its result as they come, so that the
 
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from rsrlm import prompts as prompt_files
 from rsrlm.ask import SAMPLE_PRIORITY, Judging, duel_judge, gather, sampling_of
 from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.config import Config, ConfigError, Data, Model
-from rsrlm.files import write_whole
+from rsrlm.files import read_lines, write_whole
 from rsrlm.model import folder_of, load_tokenizer
 from rsrlm.progress import Report
 from rsrlm.ranked import RankedPrompt
@@ -337,13 +338,14 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
 
 
 def _continuations(path: Path) -> dict[int, self_instruct.Continuation]:
-    from rsrlm.files import whole_lines
-
     found = {}
-    for line in whole_lines(path) if path.exists() else ():
-        entry = json.loads(line)
-        entry["demonstrations"] = tuple(entry["demonstrations"])
-        found[entry["request"]] = self_instruct.Continuation(**entry)
+
+    def take(entry: dict[str, Any]) -> None:
+        made = self_instruct.Continuation(**{**entry, "demonstrations": tuple(entry["demonstrations"])})
+        found[made.request] = made
+
+    if path.exists() and (warning := read_lines(path, take)):
+        logging.getLogger("rsrlm").warning(warning)
     return found
 
 
