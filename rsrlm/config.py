@@ -251,7 +251,11 @@ class Train(Section):
     early_stop: bool = Field(
         False, description="judge each candidate when it is there, and end training at the first that is not better"
     )
-    pairs_per_step: int = Field(gt=0, description="pairs (or examples) of one optimizer step, over all ranks")
+    pairs_per_step: int = Field(
+        gt=0,
+        description="pairs (or examples) of one optimizer step, over all ranks; the last step of an epoch may have "
+        "fewer, of which each then weighs more",
+    )
     micro_batch: int = Field(1, gt=0, description="pairs (or examples) of one forward pass of one rank")
     packed: bool = Field(
         True, description="chosen and rejected in one row behind their shared prompt; examples likewise"

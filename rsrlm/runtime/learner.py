@@ -66,7 +66,11 @@ class BroadcastJob:
 
 
 def steps_of(items: Sequence[Item], config: Train, seed: int, iteration: int) -> list[list[Item]]:
-    """The items of every optimizer step. The first epoch keeps the given order, later ones shuffle it by seed."""
+    """The items of every optimizer step. The first epoch keeps the given order, later ones shuffle it by seed.
+
+    The last step of an epoch takes what is left, be it a single pair: every pair counts once in every epoch, and in a
+    small step for more, since a step's loss is the mean over its pairs.
+    """
     steps = []
     for epoch in range(config.epochs):
         order = list(items)
