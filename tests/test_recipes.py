@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def folder(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "runs": str(folder / "runs"),
         "iterations": 3,
         "model": str(tiny_chat_model),
-        "prompts": {"path": "builtin", "per_iteration": 8, "heldout": 2},
+        "prompts": {"path": "builtin", "per_iteration": 8, "heldout": 2, "validation": 30},
         "sample": {"responses": 3, "max_tokens": 20, "temperature": 0.8},
         "judge": {"read": "structured", "judgements": 3, "max_tokens": 40, "temperature": 1.0, "fence_salt": ""},
         "meta": {"read": "structured", "max_tokens": 40, "temperature": 1.0},
@@ -145,20 +144,27 @@ def test_the_last_iteration_chose_among_candidates(run: Path) -> None:
     assert {pair["kind"] for pair in rows(run, 2, "pairs")} == {"actor"}
     assert row["comparisons"] == 0
     choice = row["choice"]
-    means = [found["mean"] for found in choice["found"].values()]
-    best = means.index(max(means))
-    assert choice["chosen"] == list(choice["found"])[best]
-    assert all(later > earlier for earlier, later in pairwise(means[: best + 1]))
+    best, gained = "M1", []  # the model before is the first to beat
+    for name, gain in choice["found"].items():
+        assert (gain["over"], gain["by"], gain["judge"]) == (best, "score", "M1")
+        gained.append(gain["estimable"] and gain["low"] > 0)
+        best = name if gained[-1] else best
+    assert choice["chosen"] == best
     # Training ended at the first candidate that was not better; nothing was asked about what came after.
-    assert row["optimizer_steps"] < -(-row["pairs"] // 2)
+    assert all(gained[:-1])
     assert choice["candidates"] == [*(f"M2@{step}" for step in range(1, row["optimizer_steps"] + 1)), "M2"]
-    assert list(choice["found"]) == choice["candidates"][: best + 2] == choice["candidates"][:-1]
+    assert list(choice["found"]) == choice["candidates"][: len(gained)]
+    assert (row["optimizer_steps"] < -(-row["pairs"] // 2)) == (len(gained) < len(choice["candidates"]))
     assert sorted(path.name for path in (run / "models").iterdir()) == ["M1", "M2", "SFT"]
-    # What is measured afterwards is the chosen model: its own answers, not those of the last candidate.
-    answers = run / "evaluation"
-    found = {name if "@" in name else f"{name}@last" for name in choice["found"]}
-    assert {path.stem for path in answers.glob("M2@*")} == found
-    lines = [json.loads(line) for line in (answers / "M2.jsonl").read_text().splitlines()]
+    weights = [(run / "models" / name / "model.safetensors").read_bytes() for name in ("M1", "M2")]
+    assert (weights[0] == weights[1]) == (best == "M1")
+    # They answer prompts of their own; what is measured afterwards is the chosen model on those that report.
+    answers = {path.stem: path for path in (run / "iterations/02/validation").iterdir()}
+    assert set(answers) == {"M1", *choice["found"]}
+    for path in answers.values():
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len([one for one in entries if "response" in one]) == 30
+    lines = [json.loads(line) for line in (run / "evaluation/M2.jsonl").read_text().splitlines()]
     assert {one["response"]["weight_version"] for one in lines if "response" in one} == {"M2"}
     assert row["signs"]["n_responses"] == 24
     assert row["heldout"]["model"] == "M2"
@@ -269,36 +275,41 @@ class Api(BaseHTTPRequestHandler):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", ["model", "endpoint"])
+@pytest.mark.parametrize("who", ["model", "endpoint", "validator"])
 def test_another_judge(who: str, folder: Path, tiny_model: Path) -> None:
-    """External rewards: other weights in a pool of their own, or a server; and what the server cost."""
+    """External rewards: other weights in a pool of their own, or a server; and what the server cost. And a server that
+    validates while the rewards stay the model's own."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    judge = {
+    api = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "price_in": 1.0}
+    judge: dict[str, Any] = {
         "model": {"read": "structured", "judgements": 2, "max_tokens": 40, "model": str(tiny_model), "replicas": 1},
-        "endpoint": {
-            "read": "text",
-            "judgements": 2,
-            "endpoint": {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "price_in": 1.0},
-        },
+        "endpoint": {"read": "text", "judgements": 2, "endpoint": api},
+        "validator": {"read": "structured", "judgements": 2, "max_tokens": 40},
     }[who]
+    validator = {"read": "text", **({"endpoint": api} if who == "validator" else {})}
     try:
         done = rsrlm(
             "run", str(folder / "config.yaml"), f"name=external-{who}", "schedule=[]", "iterations=1",
-            f"judge={json.dumps(judge)}", "evaluate.judge.read=text",
+            f"judge={json.dumps(judge)}", f"evaluate.judge={json.dumps(validator)}",
         )  # fmt: skip
     finally:
         server.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / "runs" / f"external-{who}"
     versions = {one["weight_version"] for one in rows(run, 0, "judgements")}
-    assert versions == {{"model": "judge", "endpoint": "endpoint:m"}[who]}
+    assert versions == {{"model": "judge", "endpoint": "endpoint:m", "validator": "M0"}[who]}
     assert {one["weight_version"] for one in rows(run, 0, "responses")} == {"M0"}
     row = json.loads((run / "summary.json").read_text())["iterations"][0]
     assert row["pairs"] >= 1
-    name = {"model": str(tiny_model), "endpoint": "m"}[who]
-    assert row["heldout"]["score_by_current"]["judge"] == row["heldout"]["score_by_first"]["judge"] == name
-    if who == "endpoint":
-        # 48 judgements, held-out ones of M0 and M1, and duels: 100 prompt tokens each at 1 per million
-        assert row["endpoint"]["requests"] >= 48 + 8
-        assert row["endpoint"]["cost"] == pytest.approx(row["endpoint"]["requests"] * 1e-4)
+    name = {"model": str(tiny_model), "endpoint": "m", "validator": "m"}[who]
+    assert row["heldout"]["score_by_first"]["judge"] == name
+    assert row["heldout"]["score_by_current"]["judge"] == ("M1" if who == "validator" else name)
+    assert f"by {name}, both orders" in row["heldout"]["duel_with_M0"]["judge"]
+    if who != "model":
+        # 48 judgements (none by who only validates), those of 2 held-out answers of M0 and M1, and duels, where answers
+        # differ: 100 prompt tokens each at 1 per million
+        used = row["endpoints"][{"endpoint": "judge", "validator": "validator"}[who]]
+        assert list(row["endpoints"]) == [{"endpoint": "judge", "validator": "validator"}[who]]
+        assert {"endpoint": 48 + 8, "validator": 8}[who] <= used["requests"] <= {"endpoint": 60, "validator": 12}[who]
+        assert used["cost"] == pytest.approx(used["requests"] * 1e-4)
