@@ -546,11 +546,19 @@ async def best_of(
             await answer(name)
         figure = metrics.mean_figure(await gain(name, best), seed=step.config.seed)
         found[name] = {"over": best, "by": rule.choose, "judge": judge, **figure}
+        ports.report.line(f"{name} over {best} by {judge} ({rule.choose}): {shown_gain(figure)}")
         if is_better(figure):
             best = name
         elif rule.early_stop:
             break
     return best, found
+
+
+def shown_gain(gain: metrics.Figure) -> str:
+    """A mean gain with its interval and denominator."""
+    if not gain["estimable"]:
+        return f"not estimable (n={gain['n']})"
+    return f"gain {gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f}, n={gain['n']})"
 
 
 async def goes_on(choosing: Evaluation, iteration: int, before: str, step: Step, steps: int, ports: Ports) -> bool:

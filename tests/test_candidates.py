@@ -81,10 +81,12 @@ def scene(make_config: Any, encoder: ChatEncoder) -> Callable[..., Any]:
             name.mkdir(parents=True)
             (name / "weights").write_text(name.name)
         forgotten: list[str] = []
+        said: list[str] = []
         return SimpleNamespace(
             engines=engines,
             outside=outside,
             forgotten=forgotten,
+            said=said,
             choosing=Evaluation(
                 config, encoder, Judging(config, encoder), PROMPTS, validating(config, encoder)
             ),
@@ -98,7 +100,7 @@ def scene(make_config: Any, encoder: ChatEncoder) -> Callable[..., Any]:
                 ),
                 store=store,
                 report=SimpleNamespace(
-                    line=lambda text: None, stage=lambda name, totals: nullcontext(lambda what, done, tokens: None)
+                    line=said.append, stage=lambda name, totals: nullcontext(lambda what, done, tokens: None)
                 ),
             ),
         )  # fmt: skip
@@ -152,6 +154,7 @@ def test_a_gain_within_its_interval_is_none(scene: Callable[..., Any], way: str)
     made = scene(2, 2, 2, 2, worth=lambda m, p, x: x + (m != "M0") * (1 if p < 34 else -1), choose=way)
     found = asyncio.run(best_of(NAMES[:1], made.choosing, 0, "M0", made.step, made.ports))
     assert found[0] == "M1@2"
+    assert re.fullmatch(rf"M1@2 over M0 by M0 \({way}\): gain 0.700 \(0\.\d+ to 0\.\d+, n=40\)", made.said[0])
     figure = found[1]["M1@2"]
     assert (figure["value"], figure["n"], figure["over"], figure["by"]) == (pytest.approx(0.7), 40, "M0", way)
     assert 0.7 - 4 * 0.115 < figure["low"] < 0.7 < figure["high"] < 0.7 + 4 * 0.115
@@ -168,6 +171,7 @@ def test_only_prompts_that_are_readable_for_both_are_compared(scene: Callable[..
     assert [found[name]["n"] for name in NAMES] == [1, 1, 1, 40]
     assert [found[name]["estimable"] for name in NAMES] == [False, False, False, True]
     assert chosen == "M1"
+    assert made.said[0] == "M1@2 over M0 by M0 (score): not estimable (n=1)"
 
     def weak(model: str, prompt: int, points: float) -> Any:
         """M0 has 0 points where the candidate cannot be read and 4 elsewhere: its own mean would be 3."""

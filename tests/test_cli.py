@@ -404,6 +404,28 @@ def test_a_question_is_not_both_held_out_and_trained_on(
     assert sorted(prompt.id for prompt in dealt) == sorted(one["id"] for one in PROMPTS)
 
 
+def test_whatever_is_sampled_can_be_judged(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path) -> None:
+    """Of prompts of 10 to 200 tokens, those are left out whose longest responses the judge could not read."""
+    prompts = [{"id": f"p{n}", "prompt": "tea " * n} for n in range(10, 201, 10)]
+    write_prompts(tmp_path / "prompts.jsonl", prompts)
+    options = ("model=smollm2-135m-instruct", "judge.read=text", "judge.max_tokens=60", "sample.max_tokens=300")
+    with pytest.raises(Started) as started:
+        rsrlm("run", config_file, *options, "engine.max_model_len=850", "evaluate.duel=false")
+    prepared = started.value.arguments[0]
+    assert 0 < len(prepared.left_out) < len(prompts)
+    judge, tokenizer = prepared.inputs.steps[0].judging, prepared.inputs.encoder.tokenizer
+    text = tokenizer.decode(tokenizer.encode(" word" * 400)[:300])
+    response = reply_as_response(Reply(id="r", text=text, rank=0), "p", "00/p", 0)
+
+    def asked(prompt: dict[str, str]) -> int:
+        shown = Prompt(id=prompt["id"], text=prompt["prompt"])
+        return len(judge.prompt_of(shown, response, group=f"00/{shown.id}", iteration=0)) + 60
+
+    room = {prompt["id"]: 850 - asked(prompt) for prompt in prompts}
+    assert all((room[name] < 0) == (name in prepared.left_out) for name in room if abs(room[name]) > 16)
+    assert all(room[prompt["id"]] >= 0 for prompt in prompts if prompt["id"] not in prepared.left_out)
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
