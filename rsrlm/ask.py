@@ -4,12 +4,13 @@ Every request has a seed of its own, so neither the order of requests nor the lo
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rsrlm import judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError, Judge, Meta, SamplingParams, Validator
+from rsrlm.functions import FunctionJudge
 from rsrlm.records import (
     Completion,
     Judgement,
@@ -96,7 +97,7 @@ class Judging:
         self._seed = config.seed
         self._salt = config.judge.fence_salt
         self.encoder = encoder
-        self._function: Callable[[str, str], float] | None = None
+        self._function: FunctionJudge | None = None
         self._template = ""
         self.form = judging.SCORE
         self._labels: tuple[int, ...] = ()
@@ -104,7 +105,7 @@ class Judging:
         judge = config.judge
         if judge.read == "function":
             assert judge.function is not None
-            self._function = judging.load_function(judge.function)
+            self._function = FunctionJudge(judge.function, judge.timeout_s)
             self.name = judge.function
             return
         template = judge.template
@@ -157,7 +158,7 @@ class Judging:
         """Judgement `index` of a response."""
         identifier = f"{response.id}#{index}"
         if self._function is not None:
-            verdict = judging.call_function(self._function, prompt.text, response.text)
+            verdict = await self._function(prompt.text, response.text)
             return self._record(identifier, response, index, verdict, None, None)
         own = f"{group}/{response.index}"
         token_ids = self.prompt_of(prompt, response, group=group, iteration=iteration)

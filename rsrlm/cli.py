@@ -1,8 +1,13 @@
 """The command line: `rsrlm run | resume | plan | doctor | data | eval`."""
 
-import logging
 import os
 import sys
+
+if __name__ == "__main__" and sys.path[0] == os.getcwd():
+    # `python -m rsrlm.cli` puts the working directory first: a file in it would run in the place of a library.
+    del sys.path[0]
+
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -261,7 +266,6 @@ def main() -> None:
     if not Path("/proc/driver/nvidia").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for a GPU
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    sys.path.insert(0, os.getcwd())  # judges of the user's own, by dotted path
     try:
         app()
     except ConfigError as error:

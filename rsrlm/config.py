@@ -97,6 +97,7 @@ class Judge(Section):
     )
     template: str = Field("additive", description="name of a template of rsrlm, or path of a Jinja2 file")
     function: str | None = Field(None, description="module:name, called with (prompt, response) and returning a number")
+    timeout_s: Number = Field(60.0, gt=0, description="function: a call that takes longer gives no score")
     judgements: int | None = Field(None, gt=0, description="per response, averaged over the readable ones (N)")
     temperature: Number = Field(0.7, ge=0)
     top_p: Number = Field(1.0, gt=0, le=1)

@@ -15,6 +15,7 @@ import numbers
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,18 +330,23 @@ def combine_orders(first: Winner | Unparsed, second: Winner | Unparsed) -> Prefe
 
 
 def load_function(dotted: str) -> Callable[[str, str], float]:
-    """The function that `module:name` or `pkg.module.name` names, to be called with (prompt, response)."""
+    """The function that `module:name` or `pkg.module.name` names, to be called with (prompt, response).
+
+    Its module may be in the working directory, which is searched last. Raises ConfigError.
+    """
     module, colon, name = dotted.partition(":")
     if not colon:
         module, _, name = dotted.rpartition(".")
     if not module or not name:
         raise ConfigError(f"judge.function={dotted!r}: write module:name, such as my_judges:shorter")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
         raise ConfigError(
-            f"judge.function={dotted}: cannot be imported: {_described(error)}; put the folder of its module on "
-            "PYTHONPATH, on every machine"
+            f"judge.function={dotted}: cannot be imported: {type(error).__name__}: {error}; put the folder of its "
+            "module on PYTHONPATH"
         ) from error
     try:
         inspect.signature(function).bind("prompt", "response")
@@ -352,15 +358,8 @@ def load_function(dotted: str) -> Callable[[str, str], float]:
 
 
 def call_function(function: Callable[[str, str], float], prompt: str, response: str) -> Verdict:
-    """A verifiable reward: any finite number, where True and False are 1 and 0. ConfigError if the function raises."""
-    try:
-        value = function(prompt, response)
-    except Exception as error:
-        name = getattr(function, "__qualname__", repr(function))
-        raise ConfigError(
-            f"judge.function {name} raised {_described(error)} for the prompt {prompt[:200]!r}; correct it, or let it "
-            "return None for a response that it cannot judge"
-        ) from error
+    """A verifiable reward: any finite number, where True and False are 1 and 0. Raises what the function raises."""
+    value = function(prompt, response)
     if not isinstance(value, numbers.Real):
         return NO_NUMBER
     try:
@@ -368,7 +367,3 @@ def call_function(function: Callable[[str, str], float], prompt: str, response: 
     except OverflowError:
         return NO_NUMBER
     return Scored(points=points) if math.isfinite(points) else NO_NUMBER
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

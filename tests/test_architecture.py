@@ -14,12 +14,12 @@ HEAVY = {"ray", "vllm", "deepspeed", "torch", "transformers"}
 LAYERS = {
     "records": 0, "config": 0, "files": 0,
     "chat": 1, "judging": 1, "pairing": 1, "prompts": 1, "buffer": 1, "losses": 1, "packing": 1, "model": 1,
-    "progress": 1, "ranked": 1, "self_instruct": 1, "metrics": 1, "endpoint": 1, "meta_judging": 2, "watch": 2,
-    "ask": 2, "store": 2, "plan": 3, "doctor": 4, "produce": 3, "evaluate": 4, "seeds": 4, "judge_eval": 5, "loop": 5,
-    "runtime.weights": 6, "runtime.mailbox": 6, "runtime.vllm_worker": 7, "runtime.engine": 7, "runtime.learner": 7,
-    "runtime.actors": 8, "runtime.launch": 9, "runtime.tools": 10, "cli": 11,
+    "functions": 1, "progress": 1, "ranked": 1, "self_instruct": 1, "metrics": 1, "endpoint": 1, "meta_judging": 2,
+    "watch": 2, "ask": 2, "store": 2, "plan": 3, "doctor": 4, "produce": 3, "evaluate": 4, "seeds": 4, "judge_eval": 5,
+    "loop": 5, "runtime.weights": 6, "runtime.mailbox": 6, "runtime.vllm_worker": 7, "runtime.engine": 7,
+    "runtime.learner": 7, "runtime.actors": 8, "runtime.launch": 9, "runtime.tools": 10, "cli": 11,
 }  # fmt: skip
-SIDEWAYS = {("judging", "chat"), ("losses", "packing"), ("ranked", "chat"),
+SIDEWAYS = {("judging", "chat"), ("functions", "judging"), ("losses", "packing"), ("ranked", "chat"),
             ("runtime.engine", "runtime.vllm_worker")}  # fmt: skip
 # Who may import what that is heavy, anywhere in the module.
 ALLOWED = {
@@ -31,7 +31,7 @@ ALLOWED = {
 }
 LIGHT = ["records", "config", "files", "chat", "judging", "pairing", "prompts", "buffer", "model", "store",
          "plan", "doctor", "produce", "evaluate", "loop", "progress", "cli", "ranked", "self_instruct",
-         "metrics", "watch", "meta_judging", "ask", "seeds", "judge_eval", "endpoint"]  # fmt: skip
+         "metrics", "watch", "meta_judging", "ask", "seeds", "judge_eval", "endpoint", "functions"]  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

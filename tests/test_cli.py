@@ -59,7 +59,7 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise Started(*arguments)
 
     monkeypatch.setattr(launch, "execute", execute)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # main() puts the working directory there
+    monkeypatch.setattr(sys, "path", list(sys.path))  # judges of one's own put the working directory there
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -612,6 +612,17 @@ def test_a_function_beside_the_working_directory_is_found(
     monkeypatch.delitem(sys.modules, "my_judge", raising=False)
     (tmp_path / "my_judge.py").write_text("def shorter(prompt, response):\n    return -len(response)\n")
     assert rsrlm("plan", config_file, "judge.read=function", "judge.function=my_judge:shorter").code == 0
+
+
+@pytest.mark.parametrize("command", [[str(Path(sys.executable).parent / "rsrlm")], [sys.executable, "-m", "rsrlm.cli"]])
+def test_a_file_of_the_working_directory_is_no_library(command: list[str], config_file: Path, tmp_path: Path) -> None:
+    """A judge of one's own comes last too: it does not stand in for what is installed."""
+    for name in ("psutil", "typer", "logging", "yaml"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working directory')\n")
+    (tmp_path / "my_judge.py").write_text("def shorter(prompt, response):\n    return -len(response)\n")
+    arguments = ["plan", str(config_file), "judge.read=function", "judge.function=my_judge:shorter"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------

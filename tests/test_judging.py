@@ -736,14 +736,6 @@ def test_call_function_passes_prompt_and_response() -> None:
     assert call_function(lambda prompt, response: len(prompt) * 10 + len(response), "ab", "xyz") == Scored(points=23)
 
 
-def test_a_function_that_raises_is_the_users_mistake() -> None:
-    def broken(prompt: str, response: str) -> float:
-        return {}[response]
-
-    with pytest.raises(ConfigError, match=r"broken raised KeyError: 'r' for the prompt 'What is tea\?'; correct it"):
-        call_function(broken, "What is tea?", "r")
-
-
 @pytest.fixture
 def my_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_test_judges.py").write_text(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rsrlm import loop
 from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, meta_judge, sampling_of
 from rsrlm.buffer import PreferenceBuffer
-from rsrlm.config import Config, ConfigError, resolve
+from rsrlm.config import Config, resolve
 from rsrlm.meta_judging import EVEN, most_uncertain
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.records import Completion, Group, Judgement, PreferencePair, Prompt, Request, Response, Scored, Unparsed
@@ -28,15 +28,8 @@ PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "t",
 TEXT = {"read": "text", "judgements": 3}
 # The digits "0", "4" and "5" have half of the probability; the other half is on other tokens.
 DIGITS = (math.log(0.3), -math.inf, -math.inf, -math.inf, math.log(0.1), math.log(0.1))
-FUNCTION = {"read": "function", "function": f"{__name__}:by_length"}
-
-
-def by_length(prompt: str, response: str) -> float:
-    return float(len(response))
-
-
-def failing(prompt: str, response: str) -> float:
-    raise RuntimeError("no such judge")
+FUNCTION = {"read": "function", "function": "judge_functions:by_length"}
+FAILING = {**FUNCTION, "function": "judge_functions:failing"}
 
 
 class Encoder:
@@ -110,7 +103,7 @@ def produce(
     producer = Producer(
         made_by, encoder, engines, engines, Judging(made_by, encoder), Journal(journal), iteration, tick
     )
-    return asyncio.run(asyncio.wait_for(producer.all(prompts, put or nothing), 20))
+    return asyncio.run(asyncio.wait_for(producer.all(prompts, put or nothing), 60))
 
 
 @pytest.fixture
@@ -314,7 +307,7 @@ def test_a_function_judges_without_an_engine(journal: Path) -> None:
     for group in groups:
         assert [j.verdict for j in group.judgements] == [Scored(points=len(r.text)) for r in group.responses]
         assert {(j.sampling, j.weight_version, j.judge) for j in group.judgements} == {
-            (None, "", f"{__name__}:by_length")
+            (None, "", "judge_functions:by_length")
         }
 
 
@@ -366,7 +359,7 @@ def test_what_the_journal_holds_is_not_generated_again(
 def test_a_function_that_judged_is_not_called_again(journal: Path) -> None:
     groups = produce(config(FUNCTION), Engines(), journal)
     # The journal's verdict counts, even where the function would say something else today.
-    again = produce(config({**FUNCTION, "function": f"{__name__}:failing"}), Engines(), journal)
+    again = produce(config(FAILING), Engines(), journal)
     assert again == groups
 
 
@@ -490,12 +483,13 @@ def test_a_put_that_fails_ends_the_production(journal: Path) -> None:
     assert {type(error) for error in leaves(caught.value)} == {Broken}
 
 
-def test_a_judge_that_raises_is_the_users_mistake(journal: Path) -> None:
-    with pytest.raises(ExceptionGroup) as caught:
-        produce(config({**FUNCTION, "function": f"{__name__}:failing"}), Engines(), journal)
-    error = leaves(caught.value)[0]
-    assert isinstance(error, ConfigError)
-    assert "failing raised RuntimeError: no such judge" in str(error)
+def test_a_judge_that_raises_gives_no_score(journal: Path) -> None:
+    groups = produce(config(FAILING), Engines(), journal)
+    verdicts = {judgement.verdict for group in groups for judgement in group.judgements}
+    assert verdicts == {Unparsed(reason="function raised RuntimeError")}
+    assert [group.pair for group in groups] == [None] * len(PROMPTS)
+    # It is a verdict like any other: kept, and not asked for again.
+    assert produce(config(FUNCTION), Engines(), journal) == groups
 
 
 def test_gather_keeps_order_and_takes_nothing() -> None:
