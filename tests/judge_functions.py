@@ -36,3 +36,7 @@ def by_order(prompt: str, response: str) -> float:
         while not Path(prompt).exists():
             time.sleep(0.01)
     return float(len(response))
+
+
+def long_or_short(prompt: str, response: str) -> float:
+    return 1.0 if len(response) > 12 else 0.0

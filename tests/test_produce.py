@@ -20,6 +20,7 @@ from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, meta_jud
 from rsrlm.buffer import PreferenceBuffer
 from rsrlm.config import Config, resolve
 from rsrlm.meta_judging import EVEN, most_uncertain
+from rsrlm.pairing import best_against_worst
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.records import Completion, Group, Judgement, PreferencePair, Prompt, Request, Response, Scored, Unparsed
 from rsrlm.store import Journal, RunFolder
@@ -196,6 +197,18 @@ def test_the_pair_is_made_of_mean_scores(journal: Path) -> None:
         assert pair.rejected_score == pytest.approx(sum(points[pair.rejected_id]) / len(points[pair.rejected_id]))
 
 
+def test_ties_between_responses_are_drawn_by_the_seed_of_the_run(journal: Path) -> None:
+    plain = config({"read": "function", "function": "judge_functions:long_or_short"}, responses=8, seed=3)
+    made_by = resolve({**plain.model_dump(mode="json", exclude_defaults=True), "pair": {"ties": "random"}})
+    groups = produce(made_by, Engines(), journal, iteration=2)
+    expected = [
+        best_against_worst(group.responses, mean_verdicts(group.responses, group.judgements), made_by.pair, 2, seed=3)
+        for group in groups
+    ]
+    assert [group.pair or group.no_pair_reason for group in groups] == expected
+    assert len({group.pair.id.rpartition("/")[2] for group in groups if group.pair}) > 1
+
+
 def test_mean_verdicts_by_hand(journal: Path) -> None:
     group = produce(config(TEXT), Engines(), journal)[0]
     verdicts = [
@@ -322,7 +335,7 @@ def test_ticks_add_up(journal: Path) -> None:
     # 5 prompts, 3 responses, 3 judgements; two tokens each.
     assert counts == {"respond": [15, 30], "judge": [45, 90]}
     produce(config(TEXT), Engines(), journal, tick=tick)  # all of it from the journal: the bars are filled again
-    assert (counts["respond"][0], counts["judge"][0]) == (30, 90)
+    assert counts == {"respond": [30, 30], "judge": [90, 90]}  # but no token was generated
 
 
 # -- after a kill ------------------------------------------------------------------------------------------------------
