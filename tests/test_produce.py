@@ -184,6 +184,7 @@ def test_the_pair_is_made_of_mean_scores(journal: Path) -> None:
     groups = produce(config(TEXT, responses=4), Engines(), journal, prompts=PROMPTS)
     pairs = [(group, group.pair) for group in groups if group.pair]
     assert pairs
+    assert {group.no_pair_reason for group, _ in pairs} == {""}
     for group, pair in pairs:
         points = {
             response.id: [
