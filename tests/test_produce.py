@@ -19,7 +19,7 @@ from rsrlm import loop
 from rsrlm.ask import JUDGE_PRIORITY, SAMPLE_PRIORITY, Judging, gather, meta_judge, sampling_of
 from rsrlm.buffer import PreferenceBuffer
 from rsrlm.config import Config, resolve
-from rsrlm.meta_judging import EVEN, most_uncertain
+from rsrlm.meta_judging import EVEN, comparison_id, matches, most_uncertain, readable
 from rsrlm.pairing import best_against_worst
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.records import Completion, Group, Judgement, PreferencePair, Prompt, Request, Response, Scored, Unparsed
@@ -627,6 +627,11 @@ def test_who_meets_whom_is_the_seeds_say(tmp_path: Path) -> None:
     made_by = judge_pair_config(judgements=7, opponents=2)
     one, other = (compare(tmp_path / name, Engines(), [], prompts=PROMPTS, made_by=made_by) for name in "ab")
     assert one == other
+    for group in one:
+        response = most_uncertain(group.responses, group.judgements, 5)
+        assert response is not None
+        met = matches(readable(group.judgements, response), made_by.meta, 5)
+        assert [comparison.id for comparison in group.comparisons] == [comparison_id(a, b) for a, b in met]
     assert max(len(group.comparisons) for group in one) > 6
 
 
@@ -670,6 +675,8 @@ def test_judge_pairs_are_of_the_judgements_that_were_compared(weights: str, jour
         winners.add(winner)
         responses.add(pair.chosen_id[-3])
     assert (winners, responses) == ({"1", "2"}, {"0", "1"})
+    ids = [pair.id for pair in found.values() if isinstance(pair, PreferencePair)]
+    assert ids == ["01/tea/1#1>0", "01/t/0#1>0", "01/1/1#1>0", "01/water/0#2>0"]  # resumed runs rely on it
     assert judge_pairs(groups, Judging(made_by, encoder), made_by)[0].items() >= found.items()
     assert over_all == EVEN  # each win was seen in both orders
 
