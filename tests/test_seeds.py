@@ -237,9 +237,16 @@ def test_eft_is_thinned_and_capped() -> None:
     # 8 of score 4, 6 of 3, 2 of 1: a share of 0.4 leaves 5 of the 4s beside the 8 others
     found, counts = seeds.accepted(prompts, judgements, Data(most_common=0.4), seed=0)
     assert Counter(seeds.points_of(one.judgement) for one in found) == {4.0: 5, 3.0: 6, 1.0: 2}
-    assert counts["thinned as the most common score"] == 3
+    assert (counts["thinned as the most common score"], counts["prompts accepted"]) == (3, 8)
+    drawn = [seeds.accepted(prompts, judgements, Data(most_common=0.4), seed=seed)[0] for seed in (0, *range(5))]
+    assert drawn[0] == drawn[1] == found
+    assert any(one != found for one in drawn)
     capped, counts = seeds.accepted(prompts, judgements, Data(max_eft=7), seed=0)
     assert (len(capped), counts["over data.max_eft"], counts["kept"]) == (7, 9, 7)
+    assert seeds.accepted(prompts, judgements, Data(max_eft=7), seed=0)[0] == capped
+    everything, counts = seeds.accepted(prompts, judgements, Data(max_eft=16), seed=0)
+    assert everything == seeds.accepted(prompts, judgements, Data(), seed=0)[0]
+    assert "over data.max_eft" not in counts
 
 
 def example(name: str) -> Example:
