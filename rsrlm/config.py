@@ -79,7 +79,7 @@ class Endpoint(Section):
     max_concurrent: int = Field(16, gt=0, le=1000)
     requests_per_minute: Number | None = Field(None, gt=0)
     max_retries: int = Field(5, ge=0)
-    timeout_s: Number = Field(120.0, gt=0, description="of silence")
+    timeout_s: Number = Field(120.0, gt=0, description="for the whole answer to one attempt")
     price_in: Number = Field(0.0, ge=0, description="per million prompt tokens, in any currency")
     price_out: Number = Field(0.0, ge=0, description="per million generated tokens")
     max_cost: Number | None = Field(None, ge=0, description="no request is sent once it has cost this much")

@@ -5,8 +5,10 @@ library's, which waits as long as the server's Retry-After says (up to two minut
 """
 
 import asyncio
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,9 +20,11 @@ from rsrlm.config import Endpoint as EndpointConfig
 from rsrlm.records import Completion, Sampling
 
 KEY = "judge.endpoint"
+MOST_BYTES = 16 << 20  # of an answer; those of judges have some kilobytes
 SHORTEST_SECRET = 8  # shorter keys, such as EMPTY, are placeholders, and may well be words of a message
 # Statuses that the library tries again: the server's state and not the request's fault.
 PASSING = frozenset({408, 409, 429})
+OF_THE_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})  # and not of the answer
 # A refusal of this one text, in the words of OpenAI, Azure, Anthropic, vLLM and llama.cpp.
 ABOUT_THE_TEXT = re.compile(
     r"(?i)context[ _](length|size|window)|prompt is too long|content[ _](filter|management|policy)|invalid_prompt"
@@ -94,15 +98,20 @@ class Endpoint:
         self._running = asyncio.Semaphore(config.max_concurrent)
         self._next_turn = 0.0
         self._limit = "max_tokens"  # the name that every server knows; OpenAI's newer models refuse it
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key or "EMPTY",  # without one, the library would send OPENAI_API_KEY to any server
-            base_url=config.url,
-            timeout=config.timeout_s,
-            max_retries=config.max_retries,
-            http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"request": [self._before], "response": [self._after]}
-            ),
-        )
+        attempt = self._attempt
+
+        class Client(openai.DefaultAsyncHttpxClient):
+            async def send(self, request: Any, **options: Any) -> Any:
+                return await attempt(super().send, request)
+
+        with _no_openai_variables():
+            self._client = openai.AsyncOpenAI(
+                api_key=self._key or "EMPTY",
+                base_url=config.url,
+                timeout=config.timeout_s,
+                max_retries=config.max_retries,
+                http_client=Client(),
+            )
 
     @property
     def slots(self) -> int:
@@ -137,7 +146,7 @@ class Endpoint:
                 self.usage.withheld += 1
                 return self._completion(identifier, "", "length", _Tokens())
             except openai.APITimeoutError:
-                raise self._failed(f"silent for {KEY}.timeout_s={self._config.timeout_s:g} seconds") from None
+                raise self._failed(f"no whole answer in {KEY}.timeout_s={self._config.timeout_s:g} seconds") from None
             except openai.APIConnectionError as error:
                 cause = error.__cause__
                 raise self._failed(str(cause) or type(cause).__name__ if cause else error.message) from None
@@ -194,22 +203,39 @@ class Endpoint:
         self.usage.requests += 1
         self.usage.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
 
-    async def _after(self, response: Any) -> None:
-        """After every response: one that succeeded but is no chat completion counts as a failed transfer.
+    async def _attempt(self, send: Any, request: Any) -> Any:
+        """One request and its whole answer, within timeout_s from its turn on, however slowly the bytes come.
 
-        Gateways answer like this when the server behind them fails, and the library then tries again.
+        An answer that succeeded but is no chat completion, or is too long, counts as a failed transfer: gateways
+        answer like this when the server behind them fails. The library tries again after these.
         """
         import httpx2
 
-        if response.is_success:
-            await response.aread()
+        await self._before(request)
+        try:
+            async with asyncio.timeout(self._config.timeout_s):
+                response = await send(request, stream=True)
+                try:
+                    body = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > MOST_BYTES:
+                            raise httpx2.DecodingError(f"an answer of over {MOST_BYTES} bytes", request=request)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            raise httpx2.ReadTimeout("no whole answer", request=request) from None
+        headers = [(name, value) for name, value in response.headers.multi_items() if name not in OF_THE_TRANSFER]
+        whole = httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
+        if whole.is_success:
             try:
-                _Answer.model_validate_json(response.content)
+                _Answer.model_validate_json(whole.content)
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"]) or "body"
-                message = f"no chat completion ({where}: {first['msg']}): {self._masked(response.text)[:200]!r}"
-                raise httpx2.DecodingError(message, request=response.request) from None
+                message = f"no chat completion ({where}: {first['msg']}): {self._masked(whole.text)[:200]!r}"
+                raise httpx2.DecodingError(message, request=request) from None
+        return whole
 
     def _charge(self, tokens: _Tokens, text: str, sampling: Sampling) -> None:
         prompt, completion = tokens.prompt_tokens, tokens.completion_tokens
@@ -237,7 +263,7 @@ class Endpoint:
         """What to raise for a status that is no success."""
         config, status = self._config, error.status_code
         # The library's message leaves out bodies in another format than OpenAI's.
-        said = self._masked(
+        said = self._shown(
             f"{error.message} {error.body or ''}" if error.message.endswith(str(status)) else error.message
         )
         said = said[:400]
@@ -263,12 +289,27 @@ class Endpoint:
         config = self._config
         return EndpointFailed(
             f"{KEY}.url={config.url}: no usable answer with {KEY}.max_retries={config.max_retries}: "
-            f"{self._masked(reason)}; check the server, then resume"
+            f"{self._shown(reason)}; check the server, then resume"
         )
+
+    def _shown(self, text: str) -> str:
+        """What a server said, for a terminal: neither the key nor characters that control it."""
+        return "".join(character if character.isprintable() else " " for character in self._masked(text))
 
     def _masked(self, text: str) -> str:
         """`text` without the key. Mask before cutting: a part of a key is hard to find."""
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
+
+
+@contextlib.contextmanager
+def _no_openai_variables() -> Iterator[None]:
+    """The library would send the organization, project and headers in them (and the key, without another) to any
+    server; what is sent is what the config says."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _check(config: EndpointConfig) -> None:

@@ -1,7 +1,9 @@
 """An endpoint against a real HTTP server on this machine that answers by a script."""
 
 import asyncio
+import contextlib
 import json
+import os
 import socket
 import time
 import traceback
@@ -243,7 +245,8 @@ def test_a_server_that_stays_down() -> None:
         (error(429, "You exceeded your quota"), "quota; if this is its rate limit, lower judge.endpoint.requests_per"),
         (Say("<html>bad gateway", 502), "502 <html>bad gateway"),
         (Say("", 0), "disconnected"),
-        (chat(delay=5.0), "silent for judge.endpoint.timeout_s=1 seconds"),
+        (error(500, "a\x1b[2Jb\x07\u202ec\r\n"), "a [2Jb  c"),
+        (chat(delay=5.0), "no whole answer in judge.endpoint.timeout_s=1 seconds"),
         (Say(""), "no chat completion"),
         (Say("<html>welcome"), "<html>welcome"),
         (Say('"a string"'), "no chat completion"),
@@ -260,6 +263,56 @@ def test_no_usable_answer(say: Say, reason: str) -> None:
     with pytest.raises(EndpointFailed) as raised:
         talk([say], one, max_retries=0, timeout_s=1.0)
     assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_has_a_longest_length(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsrlm.endpoint.MOST_BYTES", 1000)
+    assert talk([chat("Score: 4" + " " * 500)], one)[0].finish_reason == "stop"
+    with pytest.raises(EndpointFailed, match="an answer of over 1000 bytes"):
+        talk([replace(chat("Score: 4" + " " * 1000), status=status)], one, max_retries=0)
+
+
+def test_an_answer_that_drips_has_a_deadline() -> None:
+    """A byte comes within every timeout_s; the answer never does."""
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+
+    async def main() -> str:
+        async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            endpoint = Endpoint(EndpointConfig(url=url, model="m", max_retries=1, timeout_s=0.5))
+            with pytest.raises(EndpointFailed) as raised:
+                await asyncio.wait_for(endpoint.ask("a", "hi", PLAIN), 20)
+            assert endpoint.stats()["requests"] == 2
+            await endpoint.close()
+            return str(raised.value)
+
+    assert "no whole answer in judge.endpoint.timeout_s=0.5 seconds" in asyncio.run(main())
+
+
+def test_the_wait_for_a_turn_is_no_part_of_the_deadline() -> None:
+    async def work(endpoint: Endpoint, server: Server) -> int:
+        await asyncio.gather(*(endpoint.ask(str(number), "hi", PLAIN) for number in range(4)))
+        return len(server.requests)
+
+    # The last one waits for 1.5 seconds.
+    assert talk([chat()], work, requests_per_minute=120, timeout_s=1.0, max_retries=0) == 4
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_a_server_does_not_control_the_terminal(status: int) -> None:
+    with pytest.raises((ConfigError, EndpointFailed)) as raised:
+        talk([Say("\x1b]0;title\x07\x1b[31mred\x9b2J", status)], one, max_retries=0)
+    assert "red" in str(raised.value)
+    assert str(raised.value).isprintable()
 
 
 def test_nobody_listens() -> None:
@@ -337,6 +390,21 @@ def test_without_key_env_no_other_key_is_sent(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     _, _, server = talk([chat()], one, key_env=None)
     assert SECRET not in str(server.requests[0].headers)
+
+
+def test_nothing_of_openais_variables_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are for OpenAI's own server, and the library reads them for all."""
+    private = "of-another-server"
+    for name in ("ORG_ID", "PROJECT_ID", "ADMIN_KEY", "WEBHOOK_SECRET"):
+        monkeypatch.setenv(f"OPENAI_{name}", private)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"X-Gateway: {private}\nAuthorization: Bearer {private}")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://{private}/v1")
+    _, _, server = talk([chat()], one)
+    headers = server.requests[0].headers
+    assert headers["Authorization"] == f"Bearer {SECRET}"
+    assert private not in str(headers)
+    assert not {name for name in headers if name.lower().startswith("openai-")}
+    assert os.environ["OPENAI_ORG_ID"] == private  # for others in this process
 
 
 def test_a_key_file_ends_in_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
