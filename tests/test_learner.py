@@ -1,17 +1,23 @@
 """The learner with real DeepSpeed ranks: the loss and the gradients do not depend on how pairs are split."""
 
+import errno
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rsrlm.config import Train
+from rsrlm.runtime import launch, learner
+from rsrlm.runtime.actors import LearnerFailed
 from rsrlm.runtime.learner import newest_checkpoint, share_of, steps_of
 
 SCRIPT = Path(__file__).parent / "learner_rank.py"
@@ -179,6 +185,72 @@ def test_the_newest_checkpoint_of_the_iteration_counts(tmp_path: Path) -> None:
     for name in ("i00-s000008", "i01-s000002", "i01-s000010", "i01-s000012.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest_checkpoint(tmp_path, 1) == (tmp_path / "checkpoints" / "i01-s000010", 10)
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 80 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=80m", "none", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mount is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def serve_one(folder: Path, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a rank says when `work` is its training job."""
+    events: list[dict[str, Any]] = []
+    # The second answer is for the rank's look at what waits beside its job.
+    jobs = iter([(0, "a job"), (0, None), (1, "stop")])
+    names = {"next": lambda *_: next(jobs), "emit": lambda number, event: events.append(event)}
+    remote = {name: SimpleNamespace(remote=call) for name, call in names.items()}
+    monkeypatch.setattr("ray.get", lambda value: value)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr(learner, "run_job", lambda *_: work())
+    train = Train(lr=1e-3, pairs_per_step=1)
+    learner.serve({"model": None, "train": train, "mailbox": SimpleNamespace(**remote), "folder": str(folder)})
+    return events
+
+
+def test_an_export_on_a_full_disk_is_the_users_to_mend(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors removes what it wrote: afterwards there is room again."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    (event,) = serve_one(
+        small_disk, lambda: save_file({"a": np.zeros(120 << 20, np.uint8)}, small_disk / "m"), monkeypatch
+    )
+    assert shutil.disk_usage(small_disk).free > learner.FULL_BYTES
+    status, code, reason = launch.failure(LearnerFailed(event["message"]))
+    assert (event["event"], status, code) == ("failed", "failed", 2)
+    assert reason.startswith("the disk is full (No space left on device (")
+
+
+def test_a_checkpoint_on_a_full_disk_is_the_users_to_mend(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    (event,) = serve_one(
+        small_disk, lambda: torch.save({"a": torch.zeros(120 << 20, dtype=torch.uint8)}, small_disk / "m"), monkeypatch
+    )
+    assert launch.failure(LearnerFailed(event["message"]))[1] == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), OSError(errno.EIO, "Input/output error"), KeyError("x")])
+def test_another_failure_rebuilds_the_group(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+    with pytest.raises(type(error)):
+        serve_one(tmp_path, fail, monkeypatch)
 
 
 @pytest.mark.parametrize(

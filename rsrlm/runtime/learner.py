@@ -5,6 +5,7 @@ update, trains, exports M_{t+1} and forgets everything, so a resumed run takes t
 A rank waits for its next job outside of any collective.
 """
 
+import errno
 import gc
 import math
 import os
@@ -576,6 +577,16 @@ def send(job: BroadcastJob) -> None:
         vllm_worker.broadcast(group, bytes_of(path))
 
 
+def disk_is_full(error: Exception, folder: str | Path) -> bool:
+    """Whether a write failed for want of space, so that a rebuilt group would fail in the same way.
+
+    safetensors raises an error of its own with the system's words, and takes away what it has written. torch says
+    nothing of the reason, and leaves the disk full.
+    """
+    said = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return said or (isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free <= FULL_BYTES)
+
+
 # -- the life of a rank ------------------------------------------------------------------------------------------------
 
 
@@ -632,9 +643,8 @@ def serve(settings: dict[str, Any]) -> None:
         except (TrainingFailed, ConfigError) as error:
             # The user's to mend: a rebuilt group would fail in the same way.
             emit({"event": "failed", "message": str(error)})
-        except (OSError, RuntimeError) as error:
-            # torch and safetensors say in words of their own that a disk is full.
-            if shutil.disk_usage(settings["folder"]).free > FULL_BYTES:
+        except Exception as error:
+            if not disk_is_full(error, settings["folder"]):
                 raise
             emit({"event": "failed", "message": f"No space left on device ({error})"})
         done = number
