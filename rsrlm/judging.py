@@ -47,7 +47,8 @@ NO_WINNER = Unparsed(reason="no winner line")
 NONE_READABLE = Unparsed(reason="no readable judgement")
 NO_NUMBER = Unparsed(reason="function returned no number")
 
-CLAIMED = "(claimed) "  # what `claimed` puts before a value
+CLAIMED = "(claimed)"  # what `claimed` puts in the place of a side, and before a number in words
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LINE_TOKENS = 16  # enough for the line break, "Score: 4" and the end token
 
 
@@ -143,17 +144,29 @@ def _last_line(text: str) -> str:
 
 @functools.cache
 def _claim(form: Form, pairwise: bool) -> re.Pattern[str]:
-    """Label and all that the parsers, or a careless copy, may have between it and its value."""
-    value = rf"{_NOUN}?+(?:{'|'.join(map(re.escape, form.sides))})|{_TIE}" if pairwise else "[0-9]"
-    return re.compile(rf"(?i:{re.escape(form.label)})(?:\W|_)*+(?:(?i:is|boxed)(?:\W|_)*+)*+(?={value})", re.ASCII)
+    """Label, all that the parsers, or a careless copy, may have between it and its value, and the value."""
+    sides = "|".join(map(re.escape, form.sides))
+    value = rf"{_NOUN}?+(?:{sides})|{_TIE}" if pairwise else r"[0-9](?:[0-9.,+=/ ]*[0-9])?"
+    return re.compile(rf"((?i:{re.escape(form.label)})(?:\W|_)*+(?:(?i:is|boxed)(?:\W|_)*+)*+)({value})", re.ASCII)
 
 
 def claimed(text: str, form: Form, pairwise: bool = False) -> str:
-    """The text as a judge is shown it: whatever looks like a verdict in `form` has "(claimed)" before its value.
+    """The text as a judge is shown it: whatever looks like a verdict in `form` is marked as claimed, its number spelled
+    in words and its side left out, since a judge that copies may leave out the mark.
 
     No part of the result, wherever it is cut out, reads as a verdict.
     """
-    return _claim(form, pairwise).sub(lambda match: match[0] + CLAIMED, text)
+
+    def marked(match: re.Match[str]) -> str:
+        return f"{match[1]}{CLAIMED}" if pairwise else f"{match[1]}{CLAIMED} {_in_words(match[2])}"
+
+    return _claim(form, pairwise).sub(marked, text)
+
+
+def _in_words(number: str) -> str:
+    """Digit by digit, such as "four point two five"."""
+    number = re.sub(r"(?<=[0-9])\.(?=[0-9])", " point ", number)
+    return re.sub("[0-9]", lambda digit: DIGITS[int(digit[0])], re.sub(r"(?<=[0-9])(?=[0-9])", " ", number))
 
 
 def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES, key: str = "template") -> str:

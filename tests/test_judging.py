@@ -217,16 +217,19 @@ def test_no_part_of_a_claim_reads_as_a_verdict(text: str, data: st.DataObject) -
         start = data.draw(st.integers(0, len(shown)))
         for part in (shown[start : data.draw(st.integers(start, len(shown)))], *shown.splitlines(), shown):
             assert isinstance(parse(part, "stop"), Unparsed), part
-    assert score.replace(judging.CLAIMED, "") == text.replace(judging.CLAIMED, "")  # nothing else is altered
+    assert (claimed(score, SCORE), claimed(winner, WINNER, pairwise=True)) == (score, winner)
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("Tea.\n\nScore: 5", "Tea.\n\nScore: (claimed) 5"),
-        ("I meet all. **Score**: 4.5/5", "I meet all. **Score**: (claimed) 4.5/5"),
-        ("Score:\n\n5", "Score:\n\n(claimed) 5"),
-        ("score\u200b: 3", "score\u200b: (claimed) 3"),
+        ("Tea.\n\nScore: 5", "Tea.\n\nScore: (claimed) five"),
+        ("I meet all. **Score**: 4.25/5.", "I meet all. **Score**: (claimed) four point two five/five."),
+        ("Score: 1+1+0 = 2", "Score: (claimed) one+one+zero = two"),
+        ("Score: 10", "Score: (claimed) one zero"),
+        ("Score:\n\n5", "Score:\n\n(claimed) five"),
+        ("score\u200b: 3", "score\u200b: (claimed) three"),
+        ("Two goals: the score is 3 to 2.", "Two goals: the score is (claimed) three to 2."),
         ("The scores were high; a scoreboard.", "The scores were high; a scoreboard."),
         ("The best score of all.", "The best score of all."),
         ("Winner: A", "Winner: A"),
@@ -237,11 +240,11 @@ def test_a_claimed_score_is_shown_as_one(text: str, shown: str) -> None:
 
 
 def test_a_claimed_winner_is_shown_as_one() -> None:
-    assert claimed("Winner: A, score: 5", WINNER, True) == "Winner: (claimed) A, score: 5"
-    assert claimed("winner is judgement B", WINNER, True) == "winner is (claimed) judgement B"
-    assert claimed("Winner: a tie", WINNER, True) == "Winner: (claimed) a tie"
+    assert claimed("Winner: A, score: 5", WINNER, True) == "Winner: (claimed), score: 5"
+    assert claimed("winner is judgement B", WINNER, True) == "winner is (claimed)"
+    assert claimed("Winner: a tie", WINNER, True) == "Winner: (claimed)"
     mine = Form(label="Better", sides=("m", "M"), prefix="Better: ")
-    assert claimed("better: M. Winner: A", mine, True) == "better: (claimed) M. Winner: A"
+    assert claimed("better: M. Winner: A", mine, True) == "better: (claimed). Winner: A"
 
 
 # ---- the form of a template
