@@ -89,6 +89,7 @@ class Judge(Section):
     model: str | None = Field(
         None, description="another model that judges, frozen, in a pool of its own (judge.replicas): external rewards"
     )
+    trust_remote_code: bool = Field(False, description="execute Python code that comes with judge.model")
     endpoint: Endpoint | None = Field(None, description="a model behind an OpenAI-compatible API that judges")
     read: Literal["text", "structured", "digits", "function"] = Field(
         "text",
@@ -129,6 +130,11 @@ class Judge(Section):
             raise ValueError(
                 f"judge.model={self.model} needs engines of its own and a judge that asks them: set judge.replicas=1 "
                 "or more, and judge.read to text, structured or digits"
+            )
+        if self.trust_remote_code and not self.model:
+            raise ValueError(
+                "judge.trust_remote_code=true is for the code of judge.model, which is not set; set it, or use "
+                "model.trust_remote_code"
             )
         if self.endpoint and (self.read != "text" or self.replicas):
             raise ValueError(
@@ -409,6 +415,7 @@ class Validator(Section):
     does; where that is the model itself, M0 reports and the model before decides on candidates."""
 
     model: str | None = Field(None, description="other weights, frozen, in engines of their own (replicas)")
+    trust_remote_code: bool = Field(False, description="execute Python code that comes with evaluate.judge.model")
     endpoint: Endpoint | None = Field(None, description="a model behind an OpenAI-compatible API, as in the paper")
     replicas: int = Field(1, gt=0, description="engines of evaluate.judge.model")
     read: Literal["letters", "text"] = Field(
@@ -427,6 +434,11 @@ class Validator(Section):
     def _fits(self) -> Self:
         if self.model and self.endpoint:
             raise ValueError(f"evaluate.judge.model={self.model} and evaluate.judge.endpoint: remove one of them")
+        if self.trust_remote_code and not self.model:
+            raise ValueError(
+                "evaluate.judge.trust_remote_code=true is for the code of evaluate.judge.model, which is not set; set "
+                "it, or use model.trust_remote_code"
+            )
         return self
 
     @property
@@ -600,6 +612,12 @@ class Config(Section):
             return [(self, self.iterations)]
         return [(self.at(iteration), 1) for iteration in range(self.iterations)]
 
+    def model_at(self, path: str) -> Model:
+        """Another model, loaded like the config's own. Code that comes with it is run only where its key says so."""
+        own = path == self.model.path and self.model.trust_remote_code
+        others = any(path == who.model and who.trust_remote_code for who in (self.judge, self.evaluate.judge))
+        return self.model.model_copy(update={"path": path, "trust_remote_code": own or others})
+
     def model_name(self, index: int) -> str:
         """M0, which the run starts from, and from 1 on what each iteration trains."""
         return str(self.schedule[index - 1].get("name", f"M{index}")) if index and self.schedule else f"M{index}"
@@ -654,7 +672,7 @@ SCHEDULED = ("prompts", "sample", "judge", "meta", "pair", "sft", "train")
 # The learner group, the pools and the prompts that are set aside live as long as the run.
 FIXED = (
     *(f"train.{key}" for key in ("workers", "threads", "cpus", "gpus", "max_restarts")),
-    *(f"judge.{key}" for key in ("replicas", "model", "endpoint")),
+    *(f"judge.{key}" for key in ("replicas", "model", "trust_remote_code", "endpoint")),
     *(f"prompts.{key}" for key in ("path", "heldout", "validation", "reuse", "overlong")),
 )
 

@@ -206,7 +206,7 @@ def _unusable(folder: Path, what: str, error: Exception) -> ConfigError:
     if "trust_remote_code" in str(error):
         return ConfigError(
             f"model.path={folder}: the model brings Python code of its own; read it, then set "
-            "model.trust_remote_code=true to run it"
+            "model.trust_remote_code=true to run that of model.path, or judge.trust_remote_code=true for judge.model"
         )
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     return ConfigError(

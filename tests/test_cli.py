@@ -23,7 +23,7 @@ import yaml
 
 from rsrlm import cli, prompts
 from rsrlm import config as configs
-from rsrlm.config import Config, ConfigError, Model
+from rsrlm.config import Config, ConfigError, Model, load
 from rsrlm.loop import NoPairs
 from rsrlm.model import folder_of
 from rsrlm.progress import Report
@@ -509,6 +509,7 @@ def marker(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 CONFIG_MAP = {"AutoConfig": "remote.Config"}
+TOKENIZER_MAP = {"AutoTokenizer": ["remote.Tokenizer", None]}
 MODEL_MAP = {"AutoModelForCausalLM": "remote.Model"}
 
 
@@ -516,8 +517,7 @@ MODEL_MAP = {"AutoModelForCausalLM": "remote.Model"}
 def needing(request: pytest.FixtureRequest, model: Path, marker: Path) -> Path:
     """The model cannot be used without its code."""
     if request.param == "tokenizer":
-        changes = {"tokenizer_class": "RemoteTokenizer", "auto_map": {"AutoTokenizer": ["remote.Tokenizer", None]}}
-        edit(model / "tokenizer_config.json", **changes)
+        with_code_of_its_own(model)
     elif request.param == "model":
         # An encoder's config, which transformers knows, with a language model's class.
         edit(model / "config.json", model_type="vit", auto_map=MODEL_MAP)
@@ -530,8 +530,77 @@ def needing(request: pytest.FixtureRequest, model: Path, marker: Path) -> Path:
 def test_code_of_a_model_is_not_executed(needing: Path, marker: Path, refused: Callable[..., str]) -> None:
     assert refused(f"model={needing}") == (
         f"rsrlm: model.path={needing}: the model brings Python code of its own; read it, then set "
-        "model.trust_remote_code=true to run it\n"
+        "model.trust_remote_code=true to run that of model.path, or judge.trust_remote_code=true for judge.model\n"
     )
+    assert not marker.exists()
+
+
+def with_code_of_its_own(folder: Path) -> Path:
+    edit(folder / "tokenizer_config.json", tokenizer_class="RemoteTokenizer", auto_map=TOKENIZER_MAP)
+    return folder
+
+
+def test_trust_in_the_model_is_none_in_its_judge(
+    rsrlm: Callable[..., Ended], config_file: Path, model: Path, marker: Path
+) -> None:
+    judge = [f"judge.model={with_code_of_its_own(model)}", "judge.replicas=1"]
+    ended = rsrlm("plan", config_file, *judge, "model.trust_remote_code=true")
+    assert (ended.code, "brings Python code of its own" in ended.err) == (2, True)
+    assert not marker.exists()
+    ended = rsrlm("plan", config_file, *judge, "judge.trust_remote_code=true")
+    assert marker.exists(), ended.err
+
+
+def test_engines_run_the_code_of_the_model_that_is_trusted(
+    config_file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rsrlm.runtime import actors
+
+    made = {}
+
+    def pool(config: Config, weights: Any, name: str, *_: Any) -> Any:
+        made[name] = (config.model.path, config.model.trust_remote_code)
+
+    monkeypatch.setattr(actors, "EnginePool", pool)
+    for own, judges in ((True, False), (False, True)):
+        config = load(
+            config_file,
+            [
+                *(f"judge.model={model}", "judge.replicas=1"),
+                *(f"model.trust_remote_code={own}".lower(), f"judge.trust_remote_code={judges}".lower()),
+            ],
+        )
+        launch.Pools(config, RunFolder(tmp_path / "run"), model, "M0", None, model)
+        assert made == {"engines": (config.model.path, own), "judges": (str(model), judges)}
+
+
+def test_trust_in_the_model_is_none_in_those_of_a_duel(
+    rsrlm: Callable[..., Ended],
+    config_file: Path,
+    small_model: Path,
+    model: Path,
+    marker: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def on_engines(config: Config, *_: Any, **__: Any) -> None:
+        asked.append((config.model.path, config.model.trust_remote_code))
+        raise Started
+
+    monkeypatch.setattr(tools, "on_engines", on_engines)
+    other = Path(shutil.copytree(small_model, tmp_path / "other"))
+    command = ("eval", "duel", config_file)
+    with pytest.raises(Started):
+        rsrlm(*command, other, small_model, "--out", tmp_path / "a", "model.trust_remote_code=true")
+    with pytest.raises(Started):
+        rsrlm(*command, small_model, other, "--out", tmp_path / "b", "model.trust_remote_code=true")
+    assert asked == [(str(other), False), (str(small_model), True)]
+    with_code_of_its_own(model)
+    for duel in ([model, small_model], [small_model, model], [small_model, other, "--judge", model]):
+        ended = rsrlm(*command, *duel, "--out", tmp_path / "c", "model.trust_remote_code=true")
+        assert (ended.code, "brings Python code of its own" in ended.err) == (2, True)
     assert not marker.exists()
 
 

@@ -218,7 +218,7 @@ def _other(config: Config, who: Judge | Validator, encoder: ChatEncoder) -> tupl
         Endpoint(who.endpoint)  # refuses what it cannot use
     if who.model is None:
         return None, encoder
-    model = config.model.model_copy(update={"path": who.model})
+    model = config.model_at(who.model)
     folder = folder_of(model)
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
     check_tokenizer(tokenizer, who.model)
@@ -298,15 +298,17 @@ class Pools:
             self._endpoints[name] = (made, before)
             return BehindEndpoint(made, self.endpoint_usage)
 
-        def frozen(folder: Path, name: str, replicas: int) -> EnginePool:
+        def frozen(folder: Path, name: str, who: Judge | Validator) -> EnginePool:
+            assert who.model is not None
+            its_own = config.model_copy(update={"model": config.model_at(who.model)})
             weights = WeightSet(version=name, folder=str(folder), files=describe(weight_files(folder)))
-            self._frozen.append(EnginePool(config, weights, f"{name}s", replicas, store.event))
+            self._frozen.append(EnginePool(its_own, weights, f"{name}s", who.replicas, store.event))
             return self._frozen[-1]
 
         if config.judge.endpoint:
             self.judges = behind(config.judge.endpoint, "judge")
         elif judge:
-            self.judges = frozen(judge, "judge", config.judge.replicas)
+            self.judges = frozen(judge, "judge", config.judge)
         elif config.judge.replicas:
             self.judges = EnginePool(config, weights, "judges", config.judge.replicas, store.event)
             self._all.append(self.judges)
@@ -314,7 +316,7 @@ class Pools:
         if config.evaluate.judge.endpoint:
             self.validators = behind(config.evaluate.judge.endpoint, "validator")
         elif validator:
-            self.validators = frozen(validator, "validator", config.evaluate.judge.replicas)
+            self.validators = frozen(validator, "validator", config.evaluate.judge)
 
     def _exported(self, version: str, files: Any = None) -> Any:
         """The version as its model folder holds it; `files` are the learner's transfer files of the same weights."""

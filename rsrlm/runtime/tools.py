@@ -516,9 +516,9 @@ def by_validator(config: Config) -> Config:
     own = config.evaluate.judge
     if not own.external:
         return config
-    who = {"model": own.model, "endpoint": own.endpoint, "replicas": own.replicas if own.model else 0}
-    evaluate = config.evaluate.model_copy(update={"judge": own.model_copy(update={"model": None, "endpoint": None})})
-    return config.model_copy(update={"judge": config.judge.model_copy(update=who), "evaluate": evaluate})
+    who = {name: getattr(own, name) for name in ("model", "trust_remote_code", "endpoint")}
+    who["replicas"] = own.replicas if own.model else 0
+    return by_judge(config.model_copy(update={"judge": config.judge.model_copy(update=who)}))
 
 
 def by_judge(config: Config) -> Config:
@@ -539,14 +539,16 @@ def eval_duel(
     `judge` is a model that compares; None is the config's judge.model or judge.endpoint, else its model.
     """
     config = by_validator(config)
+    # Neither the models of the command line nor another judge are those that model.trust_remote_code speaks of.
+    of = {name: config.model_at(name) for name in (first, second, judge or config.judge.external or config.model.path)}
     if judge:
         update = {"model": None, "endpoint": None, "replicas": 0}
         config = config.model_copy(update={"judge": config.judge.model_copy(update=update)})
     config, drawn = started(config, out)
     by = judge or config.judge.external or config.model.path
-    models = {name: loaded(replace_path(config.model, Path(name)), drawn) for name in dict.fromkeys((first, second))}
+    models = {name: loaded(of[name], drawn) for name in dict.fromkeys((first, second))}
     endpoint = config.judge.endpoint
-    folder, encoder = loaded(replace_path(config.model, Path(config.model.path if endpoint else by)), drawn)
+    folder, encoder = loaded(config.model if endpoint else of[by], drawn)
     # The pool that compares is the only one of its stage: no engines of another judge beside it.
     alone = config.model_copy(update={"judge": config.judge.model_copy(update={"model": None, "replicas": 0})})
     comparing = duel_judge(config, encoder)
@@ -573,7 +575,8 @@ def eval_duel(
 
         try:
             missing = any(f"{prompt.id}/0" not in journal.responses for prompt in kept)
-            sides.append(on_engines(alone, out, {name: where}, answer, engines=missing))
+            with_its_code = alone.model_copy(update={"model": of[name]})
+            sides.append(on_engines(with_its_code, out, {name: where}, answer, engines=missing))
         finally:
             journal.close()
         outputs = [
@@ -596,7 +599,8 @@ def eval_duel(
             return await judge_eval.duel(kept, sides[0], sides[1], comparing, pools.judges, journal, tick, config.seed)
 
     try:
-        found = on_engines(config if endpoint else alone, out, {by: folder}, compare, engines=endpoint is None)
+        asking = config if endpoint else alone.model_copy(update={"model": of[by]})
+        found = on_engines(asking, out, {by: folder}, compare, engines=endpoint is None)
     finally:
         journal.close()
     result = {"a": first, "b": second, "judge": f"{comparing.name} by {by}", **found}
