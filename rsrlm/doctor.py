@@ -206,6 +206,19 @@ def check_ray(address: str, source: str) -> Finding:
     return Finding("ray", "fail", f"{joins}, which does not answer: {refusal}", mend)
 
 
+def check_ray_token(environ: Mapping[str, str]) -> Finding:
+    """The secret that lets a process into this user's clusters, whose ports are open to the network."""
+    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError:
+        return Finding("ray token", "ok", f"none in {path}: the first run makes one")
+    if not mode & 0o077:
+        return Finding("ray token", "ok", f"{path} is readable by its owner alone")
+    why = f"{path} has mode {mode:o}: others who read it can run code in a run's cluster"
+    return Finding("ray token", "warn", why, f"run `chmod 600 {shlex.quote(str(path))}`")
+
+
 def find_model(path: str) -> tuple[Path | None, Finding]:
     """The model's folder, None unless it is whole on this machine, and the finding. Uses no network."""
     folder = Path(os.path.expanduser(path))
@@ -386,6 +399,7 @@ def diagnose(config: Config | None = None) -> list[Finding]:
         check_shared_memory(SHM, shared, config.weights.transport),
         check_ports(joins),
         check_ray(address, source),
+        check_ray_token(environ),
         of_model,
         check_wandb(config.wandb.project, environ),
         check_threads(environ, max(config.engine.threads, config.train.threads)),

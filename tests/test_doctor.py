@@ -294,6 +294,18 @@ def test_threads(name: str) -> None:
     expect(doctor.check_threads({name: "1"}, 2), "warn", f"{name}=1", f"run `unset {name}`")
 
 
+def test_a_ray_token_that_others_can_read(tmp_path: Path) -> None:
+    path = tmp_path / "a token"
+    environ = {"RAY_AUTH_TOKEN_PATH": str(path)}
+    expect(doctor.check_ray_token(environ), "ok", "the first run makes one")
+    path.write_text("secret")
+    for mode in (0o644, 0o640, 0o604, 0o620):
+        path.chmod(mode)
+        expect(doctor.check_ray_token(environ), "warn", f"has mode {mode:o}", f"`chmod 600 '{path}'`")
+    path.chmod(0o600)
+    expect(doctor.check_ray_token(environ), "ok", "readable by its owner alone")
+
+
 def test_leftovers(tmp_path: Path) -> None:
     now = 1_000_000_000.0
     for name, age in (("rsrlm-1-v1.safetensors", 86_500), ("rsrlm 2", 90_000), ("rsrlm-3 v", 86_500), ("rsrlm-4", 100)):
@@ -309,7 +321,7 @@ def diagnose(config: Config | None = None) -> dict[str, Finding]:
     findings = doctor.diagnose(config)
     assert [finding.check for finding in findings] == [
         "versions", "setuptools", "cores", "memory", "accelerator", "disk", "runs folder", "shared memory", "ports",
-        "ray", "model", "wandb", "threads", "leftovers",
+        "ray", "ray token", "model", "wandb", "threads", "leftovers",
     ]  # fmt: skip
     return {finding.check: finding for finding in findings}
 

@@ -187,6 +187,33 @@ def test_the_newest_checkpoint_of_the_iteration_counts(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path, 1) == (tmp_path / "checkpoints" / "i01-s000010", 10)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_a_checkpoint_with_a_file_of_another_user_is_not_read(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "i00-s000002"
+    (path / "state").mkdir(parents=True)
+    file = path / "state" / "mp_rank_00_model_states.pt"
+    file.write_bytes(b"a pickle")
+    read: list[str] = []
+
+    def load_checkpoint(folder: str, tag: str) -> Any:
+        read.append(folder)
+        return None, {"rsrlm_reference": {}, "rsrlm_rows": []}
+
+    policy: Any = SimpleNamespace(
+        engine=SimpleNamespace(load_checkpoint=load_checkpoint), train=SimpleNamespace(zero_stage=0)
+    )
+    assert learner.load_checkpoint(policy, path) == ({}, [])
+    assert read == [str(path)]
+    if what == "link":
+        file.rename(tmp_path / "theirs")
+        file.symlink_to(tmp_path / "theirs")
+    os.chown(path if what == "folder" else file, 65534, 65534)
+    with pytest.raises(learner.TrainingFailed, match="belongs to another user"):
+        learner.load_checkpoint(policy, path)
+    assert read == [str(path)]
+
+
 # -- a full disk -------------------------------------------------------------------------------------------------------
 
 

@@ -423,11 +423,13 @@ def load_checkpoint(policy: Policy, path: Path) -> tuple[dict[str, list[float]],
     """Restore weights and optimizer; returns reference log-probabilities and step rows. Raises TrainingFailed."""
     import torch.distributed as dist
 
-    if os.stat(path).st_uid != os.getuid():
-        raise TrainingFailed(
-            f"checkpoint {path} belongs to another user and is not read, since DeepSpeed's format can run code; "
-            "delete it to start the iteration's training again"
-        )
+    # lstat as well: a link of one's own may lead to a file of another's.
+    for file in (path, *path.rglob("*")):
+        if {file.stat().st_uid, file.lstat().st_uid} != {os.getuid()}:
+            raise TrainingFailed(
+                f"checkpoint {path}: {file.name} belongs to another user, and is not read since DeepSpeed's format can "
+                "run code; delete the checkpoint to start the iteration's training again"
+            )
     ranks = len(list((path / "state").glob("*optim_states.pt"))) or 1
     if policy.train.zero_stage and ranks != dist.get_world_size():
         raise TrainingFailed(
