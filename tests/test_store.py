@@ -254,6 +254,15 @@ def test_one_sync_serves_all_who_wait(tmp_path: Path, monkeypatch: pytest.Monkey
     assert disk.calls == 2
 
 
+def test_a_closed_journal_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rests on held-out answers is written when their journal is closed."""
+    disk = Disk(monkeypatch)
+    journal = Journal(tmp_path / "M1.jsonl")
+    journal.add(response(0))
+    journal.close()
+    assert disk.safe["M1.jsonl"] == (tmp_path / "M1.jsonl").read_bytes() != b""
+
+
 # -- Parquet -----------------------------------------------------------------------------------------------------------
 
 
