@@ -19,7 +19,6 @@ from rsrlm.config import ConfigError
 from rsrlm.config import Endpoint as EndpointConfig
 from rsrlm.records import Completion, Sampling
 
-KEY = "judge.endpoint"
 MOST_BYTES = 16 << 20  # of an answer; those of judges have some kilobytes
 SHORTEST_SECRET = 8  # shorter keys, such as EMPTY, are placeholders, and may well be words of a message
 # Statuses that the library tries again: the server's state and not the request's fault.
@@ -87,13 +86,15 @@ class _Answer(BaseModel):
 class Endpoint:
     """Answers of one model. Use it in one event loop, and `close` it at the end."""
 
-    def __init__(self, config: EndpointConfig, spent: float = 0.0) -> None:
-        """`spent` is what earlier starts of the run have cost. Raises ConfigError; sends nothing."""
+    def __init__(self, config: EndpointConfig, spent: float = 0.0, name: str = "judge.endpoint") -> None:
+        """`spent` is what earlier starts of the run have cost, `name` the config's key, for messages. Raises
+        ConfigError; sends nothing."""
         import openai
 
         self._config = config
-        _check(config)
-        self._key = _key_of(config.key_env)
+        self._name = name
+        _check(config, name)
+        self._key = _key_of(config.key_env, name)
         self.usage = Usage(cost=spent)
         self._running = asyncio.Semaphore(config.max_concurrent)
         self._next_turn = 0.0
@@ -146,7 +147,9 @@ class Endpoint:
                 self.usage.withheld += 1
                 return self._completion(identifier, "", "length", _Tokens())
             except openai.APITimeoutError:
-                raise self._failed(f"no whole answer in {KEY}.timeout_s={self._config.timeout_s:g} seconds") from None
+                raise self._failed(
+                    f"no whole answer in {self._name}.timeout_s={self._config.timeout_s:g} seconds"
+                ) from None
             except openai.APIConnectionError as error:
                 cause = error.__cause__
                 raise self._failed(str(cause) or type(cause).__name__ if cause else error.message) from None
@@ -197,8 +200,9 @@ class Endpoint:
         limit = self._config.max_cost
         if limit is not None and self.usage.cost >= limit:
             raise BudgetSpent(
-                f"{KEY}.max_cost={limit:g}: {self.usage.cost:.6g} spent after {self.usage.requests} requests of this "
-                f"start, so no more are sent; raise {KEY}.max_cost and resume, which keeps every answer so far"
+                f"{self._name}.max_cost={limit:g}: {self.usage.cost:.6g} spent after {self.usage.requests} requests of "
+                f"this start, so no more are sent; raise {self._name}.max_cost and resume, which keeps every "
+                "answer so far"
             )
         self.usage.requests += 1
         self.usage.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
@@ -268,27 +272,29 @@ class Endpoint:
         )
         said = said[:400]
         if status >= 500 or status in PASSING:
-            hint = f"; if this is its rate limit, lower {KEY}.requests_per_minute" if status == 429 else ""
+            hint = f"; if this is its rate limit, lower {self._name}.requests_per_minute" if status == 429 else ""
             return self._failed(said + hint)
         if status in (401, 403):
             return ConfigError(
-                f"{KEY}.key_env={config.key_env or 'null'}: {config.url} refuses its key for {config.model!r}: {said}; "
-                f"set {KEY}.key_env to the name of an environment variable with a key for this server and model"
+                f"{self._name}.key_env={config.key_env or 'null'}: {config.url} refuses its key for {config.model!r}: "
+                f"{said}; set {self._name}.key_env to the name of an environment variable with a key for this server "
+                "and model"
             )
         if status == 404:
             return ConfigError(
-                f"{KEY}.model={config.model!r}: not found at {KEY}.url={config.url}: {said}; the url ends before "
-                "/chat/completions, such as http://localhost:8000/v1, and the model is one of those under url/models"
+                f"{self._name}.model={config.model!r}: not found at {self._name}.url={config.url}: {said}; the url "
+                "ends before /chat/completions, such as http://localhost:8000/v1, and the model is one of those under "
+                "url/models"
             )
         return ConfigError(
-            f"{KEY}: {config.url} refuses the request to {config.model!r}: {said}; change the judge's sampling "
+            f"{self._name}: {config.url} refuses the request to {config.model!r}: {said}; change the judge's sampling "
             "parameters or the model accordingly"
         )
 
     def _failed(self, reason: str) -> EndpointFailed:
         config = self._config
         return EndpointFailed(
-            f"{KEY}.url={config.url}: no usable answer with {KEY}.max_retries={config.max_retries}: "
+            f"{self._name}.url={config.url}: no usable answer with {self._name}.max_retries={config.max_retries}: "
             f"{self._shown(reason)}; check the server, then resume"
         )
 
@@ -312,7 +318,7 @@ def _no_openai_variables() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _check(config: EndpointConfig) -> None:
+def _check(config: EndpointConfig, name: str) -> None:
     try:
         url = urlsplit(config.url)
         _ = url.port  # raises where it is no number
@@ -320,19 +326,19 @@ def _check(config: EndpointConfig) -> None:
         url = urlsplit("")
     if url.username or url.password or url.query:
         raise ConfigError(
-            f"{KEY}.url: holds a user name, password or query, which would show in messages; write the bare url, and "
-            f"name an environment variable with the key in {KEY}.key_env"
+            f"{name}.url: holds a user name, password or query, which would show in messages; write the bare url, and "
+            f"name an environment variable with the key in {name}.key_env"
         )
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ConfigError(f"{KEY}.url={config.url!r}: no http url; write one such as http://localhost:8000/v1")
+        raise ConfigError(f"{name}.url={config.url!r}: no http url; write one such as http://localhost:8000/v1")
     if config.max_cost is not None and not config.price_in and not config.price_out:
         raise ConfigError(
-            f"{KEY}.max_cost={config.max_cost:g}: nothing has a price, so it would never be reached; set "
-            f"{KEY}.price_in and {KEY}.price_out (per million tokens), or leave {KEY}.max_cost out"
+            f"{name}.max_cost={config.max_cost:g}: nothing has a price, so it would never be reached; set "
+            f"{name}.price_in and {name}.price_out (per million tokens), or leave {name}.max_cost out"
         )
 
 
-def _key_of(variable: str | None) -> str:
+def _key_of(variable: str | None, name: str) -> str:
     """The key in an environment variable; "" without a variable."""
     if variable is None:
         return ""
@@ -341,11 +347,11 @@ def _key_of(variable: str | None) -> str:
         # A key in place of the name is a likely mistake, and must not be shown.
         shown = variable if re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) else "..."
         raise ConfigError(
-            f"{KEY}.key_env={shown}: this environment variable is not set or empty; export it where rsrlm starts, "
-            f"write its name and not the key itself, or set {KEY}.key_env=null for a server without keys"
+            f"{name}.key_env={shown}: this environment variable is not set or empty; export it where rsrlm starts, "
+            f"write its name and not the key itself, or set {name}.key_env=null for a server without keys"
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(
-            f"{KEY}.key_env={variable}: the key in it has characters that no HTTP header may have; correct it"
+            f"{name}.key_env={variable}: the key in it has characters that no HTTP header may have; correct it"
         )
     return key

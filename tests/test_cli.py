@@ -426,6 +426,13 @@ def test_whatever_is_sampled_can_be_judged(rsrlm: Callable[..., Ended], config_f
     assert all(room[prompt["id"]] >= 0 for prompt in prompts if prompt["id"] not in prepared.left_out)
 
 
+@pytest.mark.parametrize("key", ["judge", "evaluate.judge"])
+def test_an_endpoint_is_named_by_its_key(refused: Callable[..., str], key: str) -> None:
+    endpoint = 'endpoint={url: "ftp://host", model: m}'
+    options = ["judge.read=text", "evaluate.judge.read=text", f"{key}.{endpoint}"]
+    assert refused(*options).startswith(f"rsrlm: {key}.endpoint.url='ftp://host': no http url")
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 

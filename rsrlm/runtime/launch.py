@@ -205,17 +205,17 @@ def compares(step: Config) -> bool:
 
 def judge_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
     """The folder of another model that judges, and the encoder of its prompts; else None and the model's own."""
-    return _other(config, config.judge, encoder)
+    return _other(config, "judge", config.judge, encoder)
 
 
 def validator_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
     """The same for another model that validates."""
-    return _other(config, config.evaluate.judge, encoder)
+    return _other(config, "evaluate.judge", config.evaluate.judge, encoder)
 
 
-def _other(config: Config, who: Judge | Validator, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
+def _other(config: Config, key: str, who: Judge | Validator, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
     if who.endpoint:
-        Endpoint(who.endpoint)  # refuses what it cannot use
+        Endpoint(who.endpoint, name=f"{key}.endpoint")  # refuses what it cannot use
     if who.model is None:
         return None, encoder
     model = config.model_at(who.model)
@@ -294,7 +294,8 @@ class Pools:
 
         def behind(endpoint: EndpointConfig, name: str) -> BehindEndpoint:
             before = store.note(f"endpoint-{name}")
-            made = Endpoint(endpoint, spent=before.get("cost", 0.0))
+            key = {"judge": "judge.endpoint", "validator": "evaluate.judge.endpoint"}[name]
+            made = Endpoint(endpoint, spent=before.get("cost", 0.0), name=key)
             self._endpoints[name] = (made, before)
             return BehindEndpoint(made, self.endpoint_usage)
 
