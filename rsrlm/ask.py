@@ -4,6 +4,7 @@ Every request has a seed of its own, so neither the order of requests nor the lo
 """
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -88,6 +89,10 @@ async def respond(
     )
 
 
+# One pool of processes for all iterations that judge by the same function.
+function_judge = functools.cache(FunctionJudge)
+
+
 class Judging:
     """The judge of a config: what it asks an engine about a response, and how it reads the answer."""
 
@@ -105,7 +110,7 @@ class Judging:
         judge = config.judge
         if judge.read == "function":
             assert judge.function is not None
-            self._function = FunctionJudge(judge.function, judge.timeout_s)
+            self._function = function_judge(judge.function, judge.timeout_s)
             self.name = judge.function
             return
         template = judge.template
@@ -350,14 +355,8 @@ def duel_judge(config: Config, encoder: ChatEncoder) -> Comparing:
 
 
 def validating(config: Config, encoder: ChatEncoder) -> Judging:
-    """How the validator scores an answer: as the judge of the rewards does, but in text where it is behind an API."""
-    own = config.evaluate.judge
-    if not own.external:
-        return Judging(config, encoder)
-    update: dict[str, Any] = {"model": own.model, "endpoint": own.endpoint}
-    if own.endpoint and config.judge.read != "function":
-        update["read"] = "text"
-    return Judging(config.model_copy(update={"judge": config.judge.model_copy(update=update)}), encoder)
+    """How the validator scores an answer."""
+    return Judging(config.model_copy(update={"judge": config.validating}), encoder)
 
 
 async def gather(work: Sequence[Any]) -> list[Any]:

@@ -4,7 +4,8 @@ Such text never passes through Jinja2 or a chat template, and never becomes a sp
 placeholders, and the text goes in as token ids between the pieces that they leave. Whatever a response says, the
 tokens around it stay the same.
 
-The tokens are those of the model's own chat prompt, but for one thing that comes with this: no token reaches from a
+The tokens are those of the model's own chat prompt, but for two things that come with this: white space around a text
+stays, also where the template would trim it, and no token reaches from a
 piece into a text. A tokenizer that would join the end of a text with what follows it ("." and a line break in a judge's
 template) gives one token there, and here it is two.
 """

@@ -589,6 +589,18 @@ class Config(Section):
         return self.evaluate.judge if self.evaluate.judge.external else self.judge
 
     @property
+    def validating(self) -> Judge:
+        """How who validates scores an answer: as the judge of the rewards does, but in text where that is a function or
+        the validator stands behind an API."""
+        own = self.evaluate.judge
+        if not own.external:
+            return self.judge
+        update: dict[str, Any] = {"model": own.model, "endpoint": own.endpoint}
+        if own.endpoint or self.judge.read == "function":
+            update |= {"read": "text", "function": None}
+        return self.judge.model_copy(update=update)
+
+    @property
     def compares(self) -> bool:
         """Whether answers are compared two by two."""
         return self.evaluate.duel or self.train.choose == "duel"

@@ -131,7 +131,7 @@ class Evaluation:
         outcomes = await self.outcomes(engines, judge_model, new, old, journal)
         readable = [outcome for outcome in outcomes if not isinstance(outcome, Unparsed)]
         return {
-            "judge": f"{self._pairwise.name if self._pairwise else 'none'} by {judge_model}, both orders",
+            "judge": f"{self._pairwise.name if self._pairwise else 'none'} by {named(judge_model)}, both orders",
             "n": len(readable),
             "unreadable": len(outcomes) - len(readable),
             "win": share(readable, "first"),
@@ -238,6 +238,15 @@ def gain_of_duels(outcomes: Sequence[judging.Preferred | Unparsed]) -> list[floa
 def is_better(gain: metrics.Figure) -> bool:
     """Whether a mean gain is above 0 beyond its interval; one that cannot be estimated is not."""
     return bool(gain["estimable"]) and gain["low"] > 0
+
+
+def validates(name: str) -> str:
+    """In the ids of judgements: the validator is another judge than that of the rewards, though names be the same."""
+    return f"validator {name}"
+
+
+def named(judge_model: str) -> str:
+    return judge_model.removeprefix("validator ")
 
 
 def share(outcomes: Sequence[str], outcome: str) -> float | None:

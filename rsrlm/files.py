@@ -18,6 +18,16 @@ def write_whole(path: Path, data: bytes) -> None:
     scratch.replace(path)
 
 
+def sync_files(folder: Path) -> None:
+    """On disk before it is renamed: a power cut must not leave a folder that is whole by its name only."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def whole_lines(path: Path) -> list[bytes]:
     """The lines of an append-only file; a last one that a kill cut off was never acknowledged and is removed."""
     data = path.read_bytes()

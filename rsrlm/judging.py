@@ -113,9 +113,11 @@ def form_of(source: str, default: Form, key: str = "template") -> Form:
 
 
 # The possessive `*+` keep the time linear: with `*`, a judge that writes some hundred blanks would stop the run for
-# minutes. ASCII, so that a long s is no s and an Arabic digit no digit.
-_START = r"[\s*_`#\"'-]*+(?i:(?:my|your|the|total|final|overall)\s++)*+"
-_BETWEEN = r"[\s*_`]*+(?:[:=\uff1a][\s*_`]*+)?+(?i:is\b\s*+)?+[\s*_`<\[({\"'$]*+(?:\\boxed\{)?+"
+# minutes. ASCII, so that a long s is no s and an Arabic digit no digit. The words before a label are tried last: it may
+# begin with one of them.
+_START = r"[\s*_`#\"'-]*+(?i:(?:my|your|the|total|final|overall)\s++)*?"
+_MARKS = r"[\s*_`<\[({\"'$]*+(?:\\boxed\{)?+"
+_BETWEEN = rf"[\s*_`]*+(?:[:\uff1a]|(?i:is)\b){_MARKS}"
 _END = r"[\s*_`>\])}\"'$.!]*+"
 _NOUN = r"(?i:(?:the\s++)?(?:answer|response|judge?ment|assistant|model)\s++)"
 _TIE = r"(?i:(?:a\s++)?(?:tie|draw)\b)"
@@ -144,17 +146,19 @@ def _last_line(text: str) -> str:
 
 @functools.cache
 def _claim(form: Form, pairwise: bool) -> re.Pattern[str]:
-    """Label, all that the parsers, or a careless copy, may have between it and its value, and the value."""
+    """Label, what the parsers may have between it and its value, and the value; invisible characters hide nothing."""
+    hidden = r"\u200b-\u200d\u2060\ufeff"
+    between = rf"[ \t*_`{hidden}]*+(?:[:\uff1a]|(?i:is)\b)[{hidden}]*+{_MARKS}[{hidden}]*+{_MARKS}"
     sides = "|".join(map(re.escape, form.sides))
-    value = rf"{_NOUN}?+(?:{sides})|{_TIE}" if pairwise else r"[0-9](?:[0-9.,+=/ ]*[0-9])?"
-    return re.compile(rf"((?i:{re.escape(form.label)})(?:\W|_)*+(?:(?i:is|boxed)(?:\W|_)*+)*+)({value})", re.ASCII)
+    value = rf"{_NOUN}?+(?:(?:{sides})(?![A-Za-z0-9])|{_TIE})" if pairwise else r"[0-9](?:[0-9.,+=/ ]*[0-9])?"
+    return re.compile(rf"(?<![A-Za-z0-9])((?i:{re.escape(form.label)}){between})({value})", re.ASCII)
 
 
 def claimed(text: str, form: Form, pairwise: bool = False) -> str:
     """The text as a judge is shown it: whatever looks like a verdict in `form` is marked as claimed, its number spelled
     in words and its side left out, since a judge that copies may leave out the mark.
 
-    No part of the result, wherever it is cut out, reads as a verdict.
+    No part of the result reads as a verdict, wherever it begins and ends between two words.
     """
 
     def marked(match: re.Match[str]) -> str:
@@ -211,9 +215,9 @@ def fence_of(seed: int) -> str:
 def parse_points(text: str, finish_reason: FinishReason, form: Form = SCORE) -> Verdict:
     """The score on the last line of a judge's answer, decimals kept (format of 2401.10020v3, Fig. 2).
 
-    The line holds label and number, or a sum and its result, and at most marks, the top of the scale or "points"
-    besides: another scale, a range or a remark is no score. An answer that the length limit cut is not finished, so
-    that its last line is no verdict.
+    The line holds label, colon (or "is") and number, or a sum and its result, and at most marks, the top of the scale
+    or "points" besides: another scale, a range or a remark is no score. An answer that the length limit cut is not
+    finished, so that its last line is no verdict.
     """
     if finish_reason == "length":
         return CUT

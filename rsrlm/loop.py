@@ -27,6 +27,8 @@ from rsrlm.evaluate import (
     kl_per_token,
     lengths,
     mean_score,
+    named,
+    validates,
 )
 from rsrlm.meta_judging import most_comparisons, result
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
@@ -503,7 +505,7 @@ async def best_of(
     """
     rule, pools = step.config.train, ports.pools
     external = step.config.validator.external
-    judge = external or before
+    judge = validates(external) if external else before
     answers: dict[str, list[Response]] = {}
     judged: dict[str, list[Judgement]] = {}
 
@@ -545,8 +547,8 @@ async def best_of(
         if name not in answers:
             await answer(name)
         figure = metrics.mean_figure(await gain(name, best), seed=step.config.seed)
-        found[name] = {"over": best, "by": rule.choose, "judge": judge, **figure}
-        ports.report.line(f"{name} over {best} by {judge} ({rule.choose}): {shown_gain(figure)}")
+        found[name] = {"over": best, "by": rule.choose, "judge": named(judge), **figure}
+        ports.report.line(f"{name} over {best} by {named(judge)} ({rule.choose}): {shown_gain(figure)}")
         if is_better(figure):
             best = name
         elif rule.early_stop:
@@ -557,7 +559,7 @@ async def best_of(
 def shown_gain(gain: metrics.Figure) -> str:
     """A mean gain with its interval and denominator."""
     if not gain["estimable"]:
-        return f"not estimable (n={gain['n']})"
+        return f"cannot be told apart: {gain['n']} prompts are readable for both, {metrics.MIN_N} are needed"
     return f"gain {gain['value']:.3f} ({gain['low']:.3f} to {gain['high']:.3f}, n={gain['n']})"
 
 
@@ -581,6 +583,8 @@ async def evaluate(
     pools, heldout = ports.pools, config.prompts.heldout
     current = config.judge.external or model
     first = config.validator.external or "M0"
+    # The same judgements where the judge of the rewards validates.
+    by = validates(first) if config.evaluate.judge.external else first
     journal = ports.store.evaluation(model)
     try:
         duels = 2 * heldout if before and config.evaluate.duel else 0
@@ -600,19 +604,19 @@ async def evaluate(
             "score_by_current": {"judge": current, **mean_score(answers, own)},
             "score_by_first": {"judge": first, **mean_score(answers, own)},
         }
-        if before or first != current:
+        if before or by != current:
             scores = heldout * evaluation.validating.per_response
             with ports.report.stage(f"held-out {model} by {first}", {"judgements": scores + duels}) as tick:
                 if not config.validator.external:
                     await pools.hold(first)
-                frozen = await evaluation.scores(evaluation.validating, pools.validators, first, answers, journal)
+                frozen = await evaluation.scores(evaluation.validating, pools.validators, by, answers, journal)
                 tick("judgements", len(frozen), 0)
                 found["score_by_first"] = {"judge": first, **mean_score(answers, frozen)}
                 if before and config.evaluate.duel:
                     earlier = ports.store.evaluation(before)
                     by_prompt = {response.prompt_id: response for response in earlier.responses.values()}
                     found[f"duel_with_{before}"] = await evaluation.duel(
-                        pools.validators, first, answers, [by_prompt[a.prompt_id] for a in answers], journal
+                        pools.validators, by, answers, [by_prompt[a.prompt_id] for a in answers], journal
                     )
                     earlier.close()
                     tick("judgements", duels, 0)

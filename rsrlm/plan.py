@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from rsrlm.config import Config, ConfigError, dump
+from rsrlm.config import Config, ConfigError, Judge, dump
 from rsrlm.meta_judging import most_comparisons
 from rsrlm.model import num_parameters, weight_files
 from rsrlm.progress import Report
@@ -87,9 +87,8 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
     """Requests, prompt tokens, generated tokens, optimizer steps and bytes of the records of one iteration, at most."""
     prompts = config.prompts.per_iteration if answers(config) else 0
     heldout, k = config.prompts.heldout, config.sample.responses
-    per_response = config.judge.per_response
-    judge_tokens = {"digits": 1, "function": 0}.get(config.judge.read, config.judge.max_tokens)
-    judged = per_response if config.judge.read != "function" else 0
+    judged, judge_tokens = _asked(config.judge)
+    validated, validated_tokens = _asked(config.validating)
     first = number == 0  # before it begins, M0 answers too and judges itself
     compared = prompts * most_comparisons(config) if "judge" in config.pair.kinds else 0
     meta_tokens = 1 if config.meta.read == "letters" else config.meta.max_tokens
@@ -111,10 +110,12 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
         "judgements": (prompts * k * judged + seeds.replies * config.data.eft_judgements, judge_tokens),
         "comparisons": (compared, meta_tokens),
         "held-out answers": (heldout * (1 + first + config.evaluate.kl), config.evaluate.max_tokens),
-        # M0 by itself, the new model by itself and by M0; where somebody else validates, M0 too by that one
-        "held-out judgements": (
-            heldout * judged * (2 + first * (2 if validator.external else 1)),
-            judge_tokens,
+        # M0 by itself, and the new model by itself
+        "held-out judgements": (heldout * judged * (1 + first), judge_tokens),
+        # the new model by M0, or by another validator, who judges M0 too
+        "held-out judgements to report": (
+            heldout * validated * (1 + (first if validator.external else 0)),
+            validated_tokens,
         ),
         "held-out log-probabilities": (2 * heldout if config.evaluate.kl else 0, 1),  # under the new model and M0
         "held-out duels": (heldout * 2 * config.evaluate.duel, duel_tokens),
@@ -122,7 +123,7 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
     if validation:  # of the model before and of each candidate
         found |= {
             "validation answers": (validation * (candidates + 1) if candidates else 0, config.evaluate.max_tokens),
-            "validation judgements": (validation * judged * (by_score + 1) if by_score else 0, judge_tokens),
+            "validation judgements": (validation * validated * (by_score + 1) if by_score else 0, validated_tokens),
             "validation duels": (validation * 2 * by_duel, duel_tokens),
         }
     return (
@@ -135,6 +136,13 @@ def _iteration(config: Config, number: int, seeds: Seeds) -> tuple[dict[str, int
             for number, tokens in (found[name] for name in ("responses", "judgements", "comparisons"))
         ),
     )
+
+
+def _asked(judge: Judge) -> tuple[int, int]:
+    """Judgements of a response that an engine or a server is asked for, and the tokens of each, at most."""
+    if judge.read == "function":
+        return 0, 0
+    return judge.per_response, 1 if judge.read == "digits" else judge.max_tokens
 
 
 def _steps_at_most(config: Config) -> int:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from rsrlm.config import Config, ConfigError, dump, load
-from rsrlm.files import read_lines, write_whole
+from rsrlm.files import read_lines, sync_files, write_whole
 from rsrlm.records import Example, Judgement, PreferencePair, Prompt, Response, Scored
 
 _RESPONSE = TypeAdapter(Response)
@@ -110,6 +110,7 @@ class RunFolder:
             candidate = self.model(f"{name}.tmp")
             shutil.rmtree(candidate, ignore_errors=True)
             shutil.copytree(before, candidate)
+            sync_files(candidate)
         if chosen != name and candidate.exists():
             if path.exists() and not old.exists():
                 path.rename(old)

@@ -171,7 +171,7 @@ def test_only_prompts_that_are_readable_for_both_are_compared(scene: Callable[..
     assert [found[name]["n"] for name in NAMES] == [1, 1, 1, 40]
     assert [found[name]["estimable"] for name in NAMES] == [False, False, False, True]
     assert chosen == "M1"
-    assert made.said[0] == "M1@2 over M0 by M0 (score): not estimable (n=1)"
+    assert made.said[0].endswith("cannot be told apart: 1 prompts are readable for both, 30 are needed")
 
     def weak(model: str, prompt: int, points: float) -> Any:
         """M0 has 0 points where the candidate cannot be read and 4 elsewhere: its own mean would be 3."""
@@ -201,6 +201,11 @@ def test_a_validator_behind_an_api_scores_in_text(make_config: Any, encoder: Cha
     judge = validating(config, encoder)
     assert (judge.name, judge.per_response) == ("additive (text)", 3)
     assert validating(make_config(), encoder).name == "additive_digits (digits)"
+    # Another model scores in words where the rewards are a function's; nothing of the function is in its scores.
+    function = {"read": "function", "function": "judge_functions:by_length"}
+    own = validating(make_config(judge=function, evaluate={"judge": {"model": "x"}}), encoder)
+    assert (own.name, own.needs(9) > 0) == ("additive (text)", True)
+    assert validating(make_config(judge=function), encoder).name == "judge_functions:by_length"
 
 
 def test_the_model_before_is_kept_where_nothing_is_better(scene: Callable[..., Any]) -> None:
@@ -273,6 +278,21 @@ def test_the_validator_reports_in_the_place_of_the_first_model(scene: Callable[.
     assert "by some/judge" in found["duel_with_M0"]["judge"]
     assert len(made.outside.requests) == 2 * 40 + 2 * 40  # scores of M0 and M1, and both orders
     assert made.engines.holds == ["M1"]
+
+
+def test_a_validator_is_asked_though_the_judge_bears_its_name(scene: Callable[..., Any]) -> None:
+    """Servers of one's own are often called "default"."""
+    server = {"endpoint": {"url": "http://b:1/v1", "model": "M0"}, "read": "text"}
+    made = scene(2, 2, 2, 5, judge=server, evaluated={"kl": False, "duel": False})
+    config = made.config.model_copy(
+        update={"prompts": made.config.prompts.model_copy(update={"heldout": len(PROMPTS)})}
+    )
+    made.ports.store.event = lambda *_, **__: None
+    made.outside.answer = lambda shown, request, held: "Score: 5"
+    found = asyncio.run(evaluate(made.choosing, "M0", None, config, made.ports))
+    assert found["score_by_current"] == {"judge": "M0", "mean": 2.0, "n": 40}
+    assert found["score_by_first"] == {"judge": "M0", "mean": 5.0, "n": 40}
+    assert len(made.outside.requests) == 40
 
 
 def test_ranks_wait_for_a_decision() -> None:

@@ -79,8 +79,8 @@ def scored(points: float, variance: float | None = None) -> Verdict:
         ("Score: 2 out of 5.", 2),
         ("Score: <4>", 4),
         ("Score: 4.75", 4.75),
-        ("score = 3", 3),
-        ("SCORE 2", 2),
+        ("SCORE : 2", 2),
+        ("score is 3", 3),
         ("Score\uff1a2", 2),
         ("Score: [5]", 5),
         ("Score: (0)", 0),
@@ -135,6 +135,9 @@ def test_scores_that_are_read(text: str, points: float) -> None:
                 "Score: \u0664",
                 "\u017fcore: 4",
                 "Score - 4",
+                "score = 3",  # code
+                '"score": 3',
+                "Score 2",
                 # a sum without its result, and one among other figures
                 "Score: 1+1+1+1+0",
                 "Score: 1+1 = 2 = 2",
@@ -166,6 +169,15 @@ def test_an_answer_that_the_length_limit_cut_has_no_verdict(text: str) -> None:
 
 
 RATING = Form(label="Rating", scale=(1, 10), prefix="Rating: ")
+
+
+@pytest.mark.parametrize("label", ["Final score", "Total Score", "The Score", "Your grade", "Overall rating", "Score"])
+def test_a_label_may_begin_with_a_word_that_may_stand_before_it(label: str) -> None:
+    form = Form(label=label, prefix="")
+    assert parse_points(f"Good.\n{label}: 3", "stop", form) == Scored(points=3)
+    assert parse_points(f"Good.\nMy {label}: 3", "stop", form) == Scored(points=3)
+    assert re.fullmatch(points_regex(160, form), f"Good.\n{label}: 3")
+    assert parse_winner(f"{label}: B", "stop", form) == "B"
 
 
 @pytest.mark.parametrize(
@@ -202,9 +214,9 @@ def test_only_the_last_line_counts(prose: str, quoted: str, own: int, after: str
 # ---- verdicts that a text claims for itself
 
 
-WORDS = ["score", "Score", "SCORE:", "Winner", "winner:", "A", "B", "a tie", "answer ", "is", "5", "4.5", "0", "= 4"]
+WORDS = ["score", "Score: ", "SCORE:", "Winner", "winner:", "A", "B", "a tie", "draw", "answer ", " is ", "5", "4.5"]
 CLAIM = st.lists(
-    st.sampled_from([*WORDS, "\\boxed{", "(claimed) ", *" \n:=*_`<[($#-+/\"'.\u200b\uff1a"]), max_size=14
+    st.sampled_from([*WORDS, "\\boxed{", "(claimed) ", "0", "= 4", *" \n:=*_`<[($#-+/\"'.\u200b\uff1a"]), max_size=14
 ).map("".join)
 
 
@@ -214,8 +226,11 @@ def test_no_part_of_a_claim_reads_as_a_verdict(text: str, data: st.DataObject) -
     """A judge may repeat any part of what it was shown, on a line of its own."""
     score, winner = claimed(text, SCORE), claimed(text, WINNER, pairwise=True)
     for shown, parse in ((score, parse_points), (winner, parse_winner)):
-        start = data.draw(st.integers(0, len(shown)))
-        for part in (shown[start : data.draw(st.integers(start, len(shown)))], *shown.splitlines(), shown):
+        between = [
+            at for at in range(len(shown) + 1) if not re.fullmatch("[A-Za-z0-9]{2}", shown[max(0, at - 1) : at + 1])
+        ]
+        start, end = sorted((data.draw(st.sampled_from(between)), data.draw(st.sampled_from(between))))
+        for part in (shown[start:end], *shown.splitlines(), shown):
             assert isinstance(parse(part, "stop"), Unparsed), part
     assert (claimed(score, SCORE), claimed(winner, WINNER, pairwise=True)) == (score, winner)
 
@@ -230,8 +245,17 @@ def test_no_part_of_a_claim_reads_as_a_verdict(text: str, data: st.DataObject) -
         ("Score:\n\n5", "Score:\n\n(claimed) five"),
         ("score\u200b: 3", "score\u200b: (claimed) three"),
         ("Two goals: the score is 3 to 2.", "Two goals: the score is (claimed) three to 2."),
-        ("The scores were high; a scoreboard.", "The scores were high; a scoreboard."),
-        ("The best score of all.", "The best score of all."),
+        *(
+            (text, text)
+            for text in (
+                "The scores were high; a scoreboard: 5.",
+                "The best score of all, 5.",
+                "score = 0\nself.score += 10\nhighscore = 100",
+                '{"score": 5}',
+                "underscore: 4",
+                "What was the score?\n5 goals.",
+            )
+        ),
         ("Winner: A", "Winner: A"),
     ],
 )
@@ -243,8 +267,14 @@ def test_a_claimed_winner_is_shown_as_one() -> None:
     assert claimed("Winner: A, score: 5", WINNER, True) == "Winner: (claimed), score: 5"
     assert claimed("winner is judgement B", WINNER, True) == "winner is (claimed)"
     assert claimed("Winner: a tie", WINNER, True) == "Winner: (claimed)"
+    assert claimed("Winner: the answer draw", WINNER, True) == "Winner: (claimed)"
+    for text in ("The winner is Brazil.", "winner: Alice", "The winner takes it all.", "Winner of A: B"):
+        assert claimed(text, WINNER, True) == text
     mine = Form(label="Better", sides=("m", "M"), prefix="Better: ")
     assert claimed("better: M. Winner: A", mine, True) == "better: (claimed). Winner: A"
+    assert claimed("better memory and a better mood; it is better. Maybe.", mine, True) == (
+        "better memory and a better mood; it is better. Maybe."
+    )
 
 
 # ---- the form of a template
@@ -467,7 +497,7 @@ def test_unread_judgements_never_move_a_mean(points: list[float], unread: int) -
     [
         ("Both are fine.\nWinner: A", "A"),
         ("**Winner:** B", "B"),
-        ("winner = [B]", "B"),
+        ("winner: [B]", "B"),
         ("Winner: [[B]]", "B"),
         ("Winner: Answer A", "A"),
         ("Winner: response B.", "B"),
@@ -491,6 +521,8 @@ def test_winners_that_are_read(text: str, winner: str) -> None:
         "",
         "A",
         "Winner: C",
+        "Winner A",
+        "winner = A",
         "Winner: both",
         "Winner: a",
         "Winner: Alice",

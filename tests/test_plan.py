@@ -44,7 +44,8 @@ def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
         "judgements": 24,  # 8 * 3
         "comparisons": 0,  # no pairs of judgements are asked for
         "held-out answers": 6,  # 2 by the first model, 2 by the new one, and its 2 samples for the KL divergence
-        "held-out judgements": 18,  # 2 * 3 by the first on itself, by the new one on itself, by the first on the new
+        "held-out judgements": 12,  # 2 * 3 by the first on itself, by the new one on itself
+        "held-out judgements to report": 6,  # by the first on the new one
         "held-out log-probabilities": 4,  # of the 2 samples, under the new model and the first
         "held-out duels": 4,  # 2, in both orders
     }
@@ -57,7 +58,7 @@ def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
 def test_bounds_of_a_digits_judge(make_config: Any, model: Path) -> None:
     evaluate = {"duel": False, "max_tokens": 32, "kl": False}
     planned = plan(make_config(judge={"read": "digits"}, evaluate=evaluate), model)
-    assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (8, 6)
+    assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (8, 4)
     assert planned.requests["held-out duels"] == 0
     assert planned.generated_tokens == 8 * 24 + 14 * 1 + 4 * 32
     assert planned.prompt_tokens == 8 * 488 + 14 * 511 + 4 * 480
@@ -77,7 +78,7 @@ def test_bounds_of_candidates(make_config: Any, model: Path, choose: str, judgem
     assert planned.requests["validation answers"] == 30 * 5
     assert planned.requests["validation judgements"] == judgements
     assert planned.requests["validation duels"] == duels
-    assert (planned.requests["held-out answers"], planned.requests["held-out judgements"]) == (6, 6)
+    assert (planned.requests["held-out answers"], planned.requests["held-out judgements"]) == (6, 4)
     nobody = plan(make_config(prompts={"validation": 30}), model).requests
     assert [nobody[f"validation {what}"] for what in ("answers", "judgements", "duels")] == [0, 0, 0]
 
@@ -85,7 +86,14 @@ def test_bounds_of_candidates(make_config: Any, model: Path, choose: str, judgem
 def test_another_validator_has_engines_and_judges_the_first_model_too(make_config: Any, model: Path) -> None:
     config = make_config(evaluate={"judge": {"model": "x", "replicas": 2}})
     planned = plan(config, model)
-    assert planned.requests["held-out judgements"] == 2 * 4  # M0 and M1, each by itself and by the validator
+    # M0 and M1, each by itself and by the validator
+    assert (planned.requests["held-out judgements"], planned.requests["held-out judgements to report"]) == (4, 4)
+    server = {"endpoint": {"url": "http://a/v1", "model": "m"}, "read": "text"}
+    asked = plan(make_config(judge={"read": "digits", "max_tokens": 50}, evaluate={"judge": server}), model)
+    assert asked.requests["held-out judgements to report"] == 2 * 2 * 3  # in words, three of each answer
+    # instead of 2 judgements and 4 verdicts of duels of one token each
+    more = asked.generated_tokens - plan(make_config(judge={"read": "digits"}), model).generated_tokens
+    assert more == 12 * 50 - 2 + 4 * (300 - 1)
     assert ("engine (validates)", 2) in [(kind, number) for kind, number, _ in planned.actors]
     alone = plan(make_config(), model)
     engine = planned.memory["each of 2 validator engines"]
@@ -97,7 +105,7 @@ def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path)
     """It evaluates M0 before it begins, and M1 at its end, which M1 and M0 judge: see loop.run."""
     planned = plan(make_config(judge={"read": "digits"}), model)
     assert planned.requests["held-out answers"] >= 2 * 2
-    assert planned.requests["held-out judgements"] >= 2 + 2 * 2
+    assert planned.requests["held-out judgements"] + planned.requests["held-out judgements to report"] >= 2 + 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -348,7 +356,8 @@ def test_bounds_of_a_schedule(make_config: Any, model: Path) -> None:
         "judgements": 48,  # 12 * 4
         "comparisons": 48,  # 4 * 12 in the second
         "held-out answers": 4,
-        "held-out judgements": 24,
+        "held-out judgements": 16,
+        "held-out judgements to report": 8,
         "held-out log-probabilities": 0,
         "held-out duels": 0,
     }

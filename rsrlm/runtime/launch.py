@@ -635,14 +635,16 @@ def _heldout_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Every score says who gave it: the model itself and M0, or another model that judges in their place."""
     scores: dict[str, Any] = next((row["heldout"] for row in rows if row["heldout"]), {})
     judge = scores["score_by_first"]["judge"] if scores else "M0"
-    other = bool(scores) and scores["score_by_current"]["judge"] == judge
+    own = scores["score_by_current"]["judge"] if scores else ""
+    other = bool(scores) and own == judge
+    by = "itself" if not scores or own == scores["model"] else own
     return {
         "model": "model",
         "tokens": "tokens",
         "words": "words",
         "complete": "complete",
         **({"kl": "KL to M0"} if "kl_to_first" in scores else {}),
-        **({} if other else {"own": "score by itself"}),
+        **({} if other else {"own": f"score by {by}"}),
         "first": f"score by {judge}",
         "duel": f"win / tie / loss over the model before (judge: {judge})",
     }

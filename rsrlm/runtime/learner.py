@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm.config import ConfigError, Model, Train
+from rsrlm.files import sync_files
 from rsrlm.records import Example, PreferencePair, seed_of
 
 Item = PreferencePair | Example
@@ -557,16 +558,6 @@ def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model, fold
     sync_files(scratch)
     shutil.rmtree(output, ignore_errors=True)
     scratch.rename(output)
-
-
-def sync_files(folder: Path) -> None:
-    """On disk before it is renamed: a power cut must not leave a folder that is whole by its name only."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def send(job: BroadcastJob) -> None:
