@@ -27,9 +27,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 if "MUTANT_UNDER_TEST" in os.environ:
     # The processes of all mutants are forked from one that has loaded the tokenizer: half a second less for each.
-    from rsrlm import model
+    from rsrlm import ask, judging, model
+    from rsrlm.records import Unparsed
 
     model.load_tokenizer = functools.cache(model.load_tokenizer)
+
+    def function_judge(dotted: str, timeout_s: float) -> Any:
+        """In this process: others would be children that mutmut waits for, and cannot run its code."""
+        function = judging.load_function(dotted)
+
+        async def judge(prompt: str, response: str) -> Any:
+            try:
+                return judging.call_function(function, prompt, response)
+            except Exception as error:
+                return Unparsed(reason=f"function raised {type(error).__name__}")
+
+        return judge
+
+    ask.function_judge = function_judge
 
 ORDER = ("plain", "torch", "ray", "full", "gpu")
 
