@@ -13,11 +13,11 @@ import pytest
 from rsrlm.ask import SAMPLE_PRIORITY, Judging, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError
-from rsrlm.evaluate import Evaluation, kl_per_token, lengths, mean_score
+from rsrlm.evaluate import EVALUATION, Evaluation, kl_per_token, lengths, mean_score
 from rsrlm.judging import fence_of
 from rsrlm.model import load_tokenizer
 from rsrlm.produce import Producer
-from rsrlm.records import Completion, Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed
+from rsrlm.records import Completion, Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
 from rsrlm.store import Journal
 
 SAMPLING = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, seed=1)
@@ -532,7 +532,8 @@ def test_samples_for_the_kl_come_from_the_whole_distribution(evaluation: Callabl
     assert [response.prompt_id for response in drawn] == [prompt.id for prompt in PROMPTS]
     asked = [request.sampling for request in engines.requests]
     assert {(one.temperature, one.top_p, one.top_k, one.max_tokens) for one in asked} == {(1.0, 1.0, 0, 7)}
-    assert len({one.seed for one in asked}) == len(PROMPTS)
+    own = made._config.seed
+    assert [one.seed for one in asked] == [seed_of(own, EVALUATION, f"M1/{p.id}", "actor", "kl") for p in PROMPTS]
     assert [one.token_ids for one in run(made.samples(Engines(), "M1"))] == [one.token_ids for one in drawn]
     assert run(made.logprobs(engines, drawn)) == [tuple(-token / 10 for token in one.token_ids) for one in drawn]
     full = replace(drawn[0], prompt_token_ids=(1,) * (made._config.engine.max_model_len - 2), token_ids=(8, 9))

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from rsrlm import judge_eval
+from rsrlm import judge_eval, metrics
 from rsrlm.ask import Judging, duel_judge
 from rsrlm.chat import ChatEncoder
+from rsrlm.evaluate import EVALUATION
 from rsrlm.model import load_tokenizer
 from rsrlm.ranked import RankedPrompt, Reply
-from rsrlm.records import Completion, Prompt, Request, Response, Sampling, Scored
+from rsrlm.records import Completion, Prompt, Request, Response, Sampling, Scored, seed_of
 from rsrlm.runtime import tools
 from rsrlm.store import Journal
 
@@ -218,3 +219,51 @@ def test_two_models_answer_with_the_same_luck(make_config: Any, encoder: ChatEnc
     assert other.requests == one.requests
     assert of(none, "one") == answers
     assert none.requests == []
+
+
+def test_a_duel_is_seeded_ticked_and_kept(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    """40 prompts, of which five have equal answers and five cannot be read in one order."""
+    prompts = [Prompt(id=f"p{i}", text=f"number {i}?") for i in range(40)]
+
+    def answer(prompt: Prompt, text: str) -> Response:
+        return Response(
+            id=f"{prompt.id}/0", prompt_id=prompt.id, index=0, role="actor", text=text, token_ids=(5,),
+            prompt_token_ids=(1,), finish_reason="stop", weight_version="M0", sampling=SAMPLING,
+        )  # fmt: skip
+
+    first = [answer(p, "same" if i < 5 else f"good {i}") for i, p in enumerate(prompts)]
+    second = [answer(p, "same" if i < 5 else f"bad {i}") for i, p in enumerate(prompts)]
+
+    def likes_good(shown: str) -> tuple[float, float]:
+        a = shown[shown.index("<response A") : shown.index("<response B")]
+        if "bad" in a and any(f"number {i}?" in shown for i in range(5, 10)):
+            return (-20.0, -20.0)
+        return (-0.1, -3.0) if "good" in a else (-3.0, -0.1)
+
+    engine = Scripted(likes_good, encoder.tokenizer)
+    seeds_asked: list[int] = []
+    generate = engine.generate
+
+    async def noted(request: Request) -> Completion:
+        seeds_asked.append(request.sampling.seed)
+        return await generate(request)
+
+    engine.generate = noted  # type: ignore[method-assign]
+    ticks: list[tuple[str, int, int]] = []
+    journal = Journal(tmp_path / "j.jsonl")
+    judge = duel_judge(make_config(), encoder)
+    found = asyncio.run(
+        judge_eval.duel(prompts, first, second, judge, engine, journal, lambda *tick: ticks.append(tick), 7)
+    )
+    assert found["unreadable"] == 5
+    outcomes: list[Any] = ["tie"] * 5 + ["first"] * 30
+    assert {key: found[key] for key in ("win", "tie", "loss", "win_rate")} == metrics.win_rate(outcomes, seed=7)
+    assert found["win"] != metrics.win_rate(outcomes, seed=8)["win"]
+    assert set(ticks) == {("compare", 2, 0), ("compare", 1, 1)}
+    assert sum(items for _, items, _ in ticks) == 80
+    assert set(journal.judgements) == {f"p{i}#{order}" for i in range(5, 40) for order in (0, 1)}
+    assert set(seeds_asked) == {
+        seed_of(7, EVALUATION, f"p{i}", "duel", order) for i in range(5, 40) for order in ("0", "1")
+    }
+    nobody = asyncio.run(judge_eval.duel([], [], [], judge, engine, journal, ticked, 7))
+    assert nobody["mean_chars"] == [None, None]

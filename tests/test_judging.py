@@ -381,6 +381,15 @@ def test_read_distribution() -> None:
     assert read_distribution([-800.0] * 6, 0.0) == scored(2.5, 35 / 12)
 
 
+def test_a_distribution_over_another_scale() -> None:
+    """Half on 1 and half on 3: mean 2, variance 1."""
+    form = Form(label="Grade", scale=(1, 3), prefix="Grade: ")
+    assert form.labels == ("1", "2", "3")
+    assert read_distribution(logs(0.5, 0, 0.5), 0.05, form) == scored(2, 1)
+    with pytest.raises(ValueError, match="6 log-probabilities for 3 labels"):
+        read_distribution([0.0] * 6, 0.05, form)
+
+
 def test_unreadable_distributions() -> None:
     assert read_distribution(logs(*[0.001] * 6), 0.05) == Unparsed(reason="little mass on digits")
     assert read_distribution([-INF] * 6, 0.0) == Unparsed(reason="little mass on digits")
