@@ -535,6 +535,12 @@ def test_samples_for_the_kl_come_from_the_whole_distribution(evaluation: Callabl
     own = made._config.seed
     assert [one.seed for one in asked] == [seed_of(own, EVALUATION, f"M1/{p.id}", "actor", "kl") for p in PROMPTS]
     assert [one.token_ids for one in run(made.samples(Engines(), "M1"))] == [one.token_ids for one in drawn]
+    assert [one.id for one in drawn] == [f"M1/{prompt.id}/kl/0" for prompt in PROMPTS]
     assert run(made.logprobs(engines, drawn)) == [tuple(-token / 10 for token in one.token_ids) for one in drawn]
+    scored = engines.requests[len(PROMPTS) :]
+    assert {(one.sampling, one.priority) for one in scored} == {
+        (Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0), SAMPLE_PRIORITY)
+    }
+    assert made.needs()["evaluate.max_tokens"] == len(made._encoder.user("")) + 7
     full = replace(drawn[0], prompt_token_ids=(1,) * (made._config.engine.max_model_len - 2), token_ids=(8, 9))
     assert run(made.logprobs(engines, [full])) == [(-0.8,)]

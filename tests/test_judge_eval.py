@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rsrlm import judge_eval, metrics
-from rsrlm.ask import Judging, duel_judge
+from rsrlm.ask import SAMPLE_PRIORITY, Judging, duel_judge
 from rsrlm.chat import ChatEncoder
 from rsrlm.evaluate import EVALUATION
 from rsrlm.model import load_tokenizer
@@ -242,10 +242,12 @@ def test_a_duel_is_seeded_ticked_and_kept(make_config: Any, encoder: ChatEncoder
 
     engine = Scripted(likes_good, encoder.tokenizer)
     seeds_asked: list[int] = []
+    priorities: set[int] = set()
     generate = engine.generate
 
     async def noted(request: Request) -> Completion:
         seeds_asked.append(request.sampling.seed)
+        priorities.add(request.priority)
         return await generate(request)
 
     engine.generate = noted  # type: ignore[method-assign]
@@ -256,6 +258,7 @@ def test_a_duel_is_seeded_ticked_and_kept(make_config: Any, encoder: ChatEncoder
         judge_eval.duel(prompts, first, second, judge, engine, journal, lambda *tick: ticks.append(tick), 7)
     )
     assert found["unreadable"] == 5
+    assert priorities == {SAMPLE_PRIORITY}
     outcomes: list[Any] = ["tie"] * 5 + ["first"] * 30
     assert {key: found[key] for key in ("win", "tie", "loss", "win_rate")} == metrics.win_rate(outcomes, seed=7)
     assert found["win"] != metrics.win_rate(outcomes, seed=8)["win"]
@@ -267,3 +270,33 @@ def test_a_duel_is_seeded_ticked_and_kept(make_config: Any, encoder: ChatEncoder
     }
     nobody = asyncio.run(judge_eval.duel([], [], [], judge, engine, journal, ticked, 7))
     assert nobody["mean_chars"] == [None, None]
+
+
+def test_what_is_measured_is_what_people_and_judge_said(
+    make_config: Any, encoder: ChatEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two replies that people rank alike, a third below them, which the judge cannot compare with the second."""
+
+    def decide(shown: str) -> tuple[float, float]:
+        if "poor" in shown and "fair" in shown:
+            return (-20.0, -20.0)
+        a = shown[shown.index("<response A") : shown.index("<response B")]
+        return (-0.1, -3.0) if "good" in a else (-3.0, -0.1)
+
+    measured: list[Any] = []
+    monkeypatch.setattr(
+        metrics, "pairwise_judge_metrics", lambda outcomes, seed: measured.append((list(outcomes), seed)) or {}
+    )
+    prompt = ranked("p", ("good", 0), ("fair", 0), ("poor", 1))
+    judge, engine = duel_judge(make_config(), encoder), Scripted(decide, encoder.tokenizer)
+    asyncio.run(judge_eval.verdicts([prompt], judge, engine, Journal(tmp_path / "v.jsonl"), ticked, 7))
+    ((outcomes, seed),) = measured
+    assert seed == 7
+    assert [(one.first, one.second, one.human) for one in outcomes] == [
+        ("A", "B", "tie"), ("A", "B", "first"), (None, None, "first"),
+    ]  # fmt: skip
+    monkeypatch.setattr(metrics, "judge_metrics", lambda rated, **options: measured.append(options) or {})
+    config = make_config(judge={"read": "function", "function": "test_judge_eval:longer"})
+    work = judge_eval.scores([prompt], Judging(config, encoder), engine, Journal(tmp_path / "s.jsonl"), ticked, 7)
+    asyncio.run(work)
+    assert measured[-1] == {"readable": 3, "judgements": 3, "points": [4.0, 4.0, 4.0], "seed": 7}

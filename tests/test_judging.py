@@ -1,6 +1,7 @@
 """What judges are asked and how their answers are read, against values worked out by hand."""
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -813,6 +814,10 @@ def test_load_function_errors(my_judges: str, dotted: str, message: str) -> None
     with pytest.raises(ConfigError, match=rf"judge.function={dotted}|{message}") as caught:
         load_function(dotted)
     assert re.search(message, str(caught.value))
+
+
+def test_a_function_deep_in_packages() -> None:
+    assert load_function("os.path.join") is load_function("os.path:join") is os.path.join
 
 
 def test_reasons_are_few_and_fixed() -> None:
