@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from scripted import Scripted
 
-from rsrlm.ask import Judging, meta_judge
+from rsrlm.ask import Judging, duel_judge, meta_judge
 from rsrlm.chat import ChatEncoder
+from rsrlm.evaluate import Evaluation
+from rsrlm.judging import META_WINNER
 from rsrlm.meta_judging import EVEN, Weights, bradley_terry
 from rsrlm.model import load_tokenizer
 from rsrlm.produce import Producer, judge_pairs
@@ -193,3 +195,26 @@ def test_a_judge_that_repeats_what_it_is_shown_gives_no_verdict(
     comparisons = [one for group in made for one in group.comparisons]
     assert len(comparisons) == 12
     assert {one.verdict for one in comparisons} == {Unparsed(reason="no winner line")}
+
+
+@pytest.mark.parametrize(("read", "prefix", "judged"), [("text", "", 60), ("digits", "Score: ", 1)])
+def test_tokens_that_a_judge_needs(make_config: Any, encoder: ChatEncoder, read: str, prefix: str, judged: int) -> None:
+    """Template, answer prefix, what is shown and what is said: everything but the question."""
+    config = make_config(judge={"read": read, "max_tokens": 60}, meta={"read": "letters"}, evaluate={"max_tokens": 20})
+    fence = {"fence": "0" * 8}
+    judge, meta, duel = Judging(config, encoder), meta_judge(config, encoder), duel_judge(config, encoder)
+    template = len(encoder.encode(judge.source, {"instruction": "", "response": "", **fence}, prefix))
+    assert judge.needs(30) == template + 30 + judged
+    names = ("instruction", "response", "judgement_a", "judgement_b")
+    letters = len(encoder.encode(meta.source, {**dict.fromkeys(names, ""), **fence}, META_WINNER.prefix))
+    assert meta.needs(30) == letters + 30 + 1
+    written = make_config(evaluate={"judge": {"read": "text", "max_tokens": 50}})
+    asked = duel_judge(written, encoder)
+    names = ("instruction", "response_a", "response_b")
+    assert asked.needs(30) == len(encoder.encode(asked.source, {**dict.fromkeys(names, ""), **fence}, "")) + 30 + 50
+    found = Evaluation(config, encoder, judge, []).needs()
+    assert list(found.values()) == [len(encoder.user("")) + 20, judge.needs(20), duel.needs(40)]
+    without = make_config(evaluate={"duel": False})
+    assert list(Evaluation(without, encoder, judge, []).needs().values())[-1] == 0
+    function = make_config(judge={"read": "function", "function": "judge_functions:by_length"})
+    assert Judging(function, encoder).needs(30) == 0
