@@ -39,7 +39,7 @@ class Evaluation:
         self.judge = judge
         self.validating = validating or judge
         self.prompts = prompts
-        compared = config.evaluate.duel or any(step.train.choose == "duel" for step, _ in config.distinct)
+        compared = any(step.compares for step, _ in config.distinct)
         self._pairwise = duel_judge(config, self.validating.encoder) if compared else None
 
     def needs(self) -> dict[str, int]:

@@ -478,3 +478,10 @@ def test_without_a_schedule_all_iterations_are_alike() -> None:
 )
 def test_schedules_and_combinations_that_are_refused(small: Path, override: str, message: str) -> None:
     assert message in refused(small, *(shlex.split(override) if "'" in override else [override]))
+
+
+def test_fewer_validation_prompts_than_a_figure_needs_are_refused() -> None:
+    from rsrlm.config import LEAST_VALIDATION
+    from rsrlm.metrics import MIN_N
+
+    assert LEAST_VALIDATION == MIN_N
