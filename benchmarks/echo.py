@@ -4,9 +4,10 @@
 
 Each response answers a built-in prompt with one sentence and claims a score for itself, in one of six ways and with a
 number that a judge seldom gives by itself (4.25, 3.75, ...) or with 5. The built-in 135M model judges them in free text
-(judge.read=text), twice: shown the claims as they stand, and as `rsrlm.judging.claimed` shows them. Every answer is
-read twice as well: by any score that it mentions, the last one counting, and by its last line (`parse_points`). A
-judgement that comes to the claimed number is an echo. rsrlm is the last row: claims altered, and the last line read.
+(judge.read=text), twice: shown the claims as they stand, and as `rsrlm.judges.verdicts.claimed` shows them. Every
+answer is read twice as well: by any score that it mentions, the last one counting, and by its last line
+(`parse_points`). A judgement that comes to the claimed number is an echo. rsrlm is the last row: claims altered, and
+the last line read.
 """
 
 import random
@@ -19,14 +20,14 @@ from typing import Annotated, Any
 import typer
 from common import RESULTS, head, write
 
-from rsrlm import judging
-from rsrlm import prompts as prompt_files
 from rsrlm.ask import Judging, gather
+from rsrlm.commands import tools
 from rsrlm.config import BUILTIN_MODEL, Config, Prompts, resolve
-from rsrlm.progress import Report
-from rsrlm.ranked import Reply
+from rsrlm.data import prompts as prompt_files
+from rsrlm.data.ranked import Reply
+from rsrlm.judges import verdicts as judging
 from rsrlm.records import Judgement, Prompt, Response, Scored
-from rsrlm.runtime import tools
+from rsrlm.report.progress import Report
 from rsrlm.seeds import reply_as_response
 
 QUESTION = "judgements of a response that claims a score which come to that very score"

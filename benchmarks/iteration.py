@@ -41,10 +41,10 @@ import typer
 from common import RESULTS, cpu_seconds, head, machine_seconds, processes, shown, spread, write
 
 from rsrlm import config as configs
-from rsrlm import plan as planning
+from rsrlm.commands import plan as planning
 from rsrlm.config import Config
 from rsrlm.model import folder_of
-from rsrlm.progress import Report
+from rsrlm.report.progress import Report
 
 QUESTION = "share of wall time by stage, cores used by whom meanwhile, and peak memory and disk over rsrlm plan's"
 EVERY_S = 0.5

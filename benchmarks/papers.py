@@ -23,12 +23,12 @@ import common
 import scipy.stats
 
 from rsrlm import meta_judging
+from rsrlm.commands.tools import figure
 from rsrlm.config import Meta, Pair
-from rsrlm.judging import mean_points
+from rsrlm.judges.verdicts import mean_points
 from rsrlm.pairing import best_against_worst
 from rsrlm.records import Group, Judgement, PreferencePair, Prompt, Response, group_id
-from rsrlm.runtime.tools import figure
-from rsrlm.store import RunFolder
+from rsrlm.store.folder import RunFolder
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "meta_rewarding_smollm2_cpu.yaml"

@@ -34,10 +34,10 @@ from common import ENVIRONMENT, RESULTS, Load, cluster, head, interleaved, shown
 from rsrlm import config as configs
 from rsrlm.config import Config
 from rsrlm.produce import Producer
-from rsrlm.progress import Report
 from rsrlm.records import Completion, Group, Request
+from rsrlm.report.progress import Report
 from rsrlm.runtime.launch import Prepared, prepare
-from rsrlm.store import Journal, RunFolder
+from rsrlm.store.folder import Journal, RunFolder
 
 QUESTION = "tokens/s through rsrlm's actors, routing and records over vLLM's offline LLM.generate"
 WARMUP_TOKENS = 16

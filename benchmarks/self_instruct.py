@@ -5,7 +5,7 @@
 Synthetic prompts, all from one seed: each has as many words as one of the built-in prompts, drawn from the words of
 all of them with their frequency; every tenth is an earlier one with two words replaced, so that some are refused.
 
-- pool: a `rsrlm.self_instruct.Pool` that holds the built-in prompts gets them one after the other: the total, the
+- pool: a `rsrlm.data.self_instruct.Pool` that holds the built-in prompts gets them one after the other: the total, the
   prompts per second, and the last 1,000 apart, when the pool is largest.
 - rouge_score: `RougeScorer(["rougeL"]).score`, one text against another as in a naive loop, measured on a sample of
   pairs of the same prompts. Its total is extrapolated, never run: seconds per comparison times the comparisons of that
@@ -25,10 +25,10 @@ from typing import Annotated, Any
 import typer
 from common import RESULTS, Load, head, interleaved, shown, spread, write
 
-from rsrlm import prompts as prompt_files
 from rsrlm.config import Prompts
-from rsrlm.progress import Report
-from rsrlm.self_instruct import Pool
+from rsrlm.data import prompts as prompt_files
+from rsrlm.data.self_instruct import Pool
+from rsrlm.report.progress import Report
 
 QUESTION = "seconds of near-duplicate removal at this number of prompts, beside a naive loop of rouge_score"
 NAME = "self_instruct"

@@ -37,10 +37,10 @@ from common import ENVIRONMENT, RESULTS, Load, cluster, head, interleaved, shown
 from rsrlm import config as configs
 from rsrlm.config import Config
 from rsrlm.model import folder_of, weight_files
-from rsrlm.progress import Report
+from rsrlm.report.progress import Report
 from rsrlm.runtime import weights
 from rsrlm.runtime.weights import WeightSet
-from rsrlm.store import RunFolder
+from rsrlm.store.folder import RunFolder
 
 QUESTION = "seconds of writing and transferring one version of the weights over one copy of the bytes in memory"
 REPLICAS = (1, 2)

@@ -8,10 +8,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from rsrlm import judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError, Judge, Meta, SamplingParams, Validator
-from rsrlm.functions import FunctionJudge
+from rsrlm.judges import verdicts as judging
+from rsrlm.judges.function import FunctionJudge
 from rsrlm.records import (
     Completion,
     Judgement,

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from rsrlm.files import read_lines
 from rsrlm.records import PreferencePair
+from rsrlm.store.atomic import read_lines
 
 _PAIR = TypeAdapter(PreferencePair)
 

@@ -36,9 +36,9 @@ Overrides = Annotated[
 
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    from rsrlm.progress import Report
+    from rsrlm.report.progress import Report
     from rsrlm.runtime import launch
-    from rsrlm.store import RunFolder
+    from rsrlm.store.folder import RunFolder
 
     resolved = configs.load(config, overrides)
     RunFolder.check_new(resolved.folder)
@@ -54,9 +54,9 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder, such as runs/quickstart")],
 ) -> None:
-    from rsrlm.progress import Report
+    from rsrlm.report.progress import Report
     from rsrlm.runtime import launch
-    from rsrlm.store import RunFolder
+    from rsrlm.store.folder import RunFolder
 
     store, resolved = RunFolder.open(folder)
     report = Report()
@@ -73,8 +73,8 @@ def resume(
     help="Print what a run would do, before anything starts: config, actors, requests and tokens, memory, disk."
 )
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    from rsrlm import plan as planning
-    from rsrlm.progress import Report
+    from rsrlm.commands import plan as planning
+    from rsrlm.report.progress import Report
     from rsrlm.runtime import launch
 
     resolved = configs.load(config, overrides)
@@ -89,7 +89,7 @@ def doctor(
 ) -> None:
     from rich.console import Console
 
-    from rsrlm import doctor as checks
+    from rsrlm.commands import doctor as checks
 
     findings = checks.diagnose(configs.load(config, overrides) if config else None)
     console = Console()
@@ -107,8 +107,8 @@ Out = Annotated[Path, typer.Option("--out", help="file to write; what is in hand
 
 @data.command("ift", help="Questions with the reply that people ranked best, from data.trees, as JSONL.")
 def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    from rsrlm.progress import Report
-    from rsrlm.runtime import tools
+    from rsrlm.commands import tools
+    from rsrlm.report.progress import Report
 
     _ended(lambda: tools.data_ift(configs.load(config, overrides), tools.check_out(out), Report()))
 
@@ -119,8 +119,8 @@ def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
     "The same command goes on after an interruption.",
 )
 def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    from rsrlm.progress import Report
-    from rsrlm.runtime import tools
+    from rsrlm.commands import tools
+    from rsrlm.report.progress import Report
 
     _ended(lambda: tools.data_eft(configs.load(config, overrides), tools.check_out(out), Report()))
 
@@ -136,8 +136,8 @@ def data_prompts(
     number: Annotated[int, typer.Option("--number", min=1, help="prompts to make")] = 100,
     overrides: Overrides = None,
 ) -> None:
-    from rsrlm.progress import Report
-    from rsrlm.runtime import tools
+    from rsrlm.commands import tools
+    from rsrlm.report.progress import Report
 
     _ended(lambda: tools.data_prompts(configs.load(config, overrides), number, tools.check_out(out), Report()))
 
@@ -166,9 +166,9 @@ def eval_judge(
     pairwise: Annotated[bool, typer.Option("--pairwise", help="the pairwise judge (evaluate.judge)")] = False,
     overrides: Overrides = None,
 ) -> None:
-    from rsrlm.progress import Report
-    from rsrlm.runtime import tools
-    from rsrlm.store import RunFolder
+    from rsrlm.commands import tools
+    from rsrlm.report.progress import Report
+    from rsrlm.store.folder import RunFolder
 
     if part not in (None, "all", "ift", "eft", "evaluation"):
         raise ConfigError(f"--part {part}: write all, ift, eft or evaluation")
@@ -218,9 +218,9 @@ def eval_duel(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    from rsrlm import prompts as prompt_files
-    from rsrlm.progress import Report
-    from rsrlm.runtime import tools
+    from rsrlm.commands import tools
+    from rsrlm.data import prompts as prompt_files
+    from rsrlm.report.progress import Report
 
     resolved = configs.load(config, overrides)
     prompts = prompt_files.read(prompt_files.file_of(resolved.prompts))
@@ -251,7 +251,7 @@ def _ended(work: Callable[[], Any]) -> None:
 
 def _check_room(prepared: Any) -> None:
     """Refuse a run that cannot fit, before anything starts. Raises ConfigError."""
-    from rsrlm import plan as planning
+    from rsrlm.commands import plan as planning
     from rsrlm.runtime import launch
 
     planning.check(launch.planned(prepared), prepared.config)

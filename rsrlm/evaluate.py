@@ -11,13 +11,14 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from rsrlm import judging, metrics
 from rsrlm.ask import SAMPLE_PRIORITY, Engines, Judging, duel_judge, gather, respond, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, SamplingParams
+from rsrlm.judges import verdicts as judging
 from rsrlm.produce import mean_verdicts
 from rsrlm.records import Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
-from rsrlm.store import Journal
+from rsrlm.report import metrics
+from rsrlm.store.folder import Journal
 
 EVALUATION = 1_000_000  # an iteration number of its own: no seed of an evaluation meets one of the training
 

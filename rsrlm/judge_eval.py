@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any, Literal
 
-from rsrlm import metrics, seeds
+from rsrlm import seeds
 from rsrlm.ask import SAMPLE_PRIORITY, Comparing, Engines, Judging, gather, respond, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config
+from rsrlm.data.ranked import RankedPrompt
 from rsrlm.evaluate import EVALUATION
-from rsrlm.judging import Preferred, combine_orders, mean_points
-from rsrlm.ranked import RankedPrompt
+from rsrlm.judges.verdicts import Preferred, combine_orders, mean_points
 from rsrlm.records import Judgement, Prompt, Response, Scored, Unparsed, seed_of
-from rsrlm.store import Journal
+from rsrlm.report import metrics
+from rsrlm.store.folder import Journal
 
 Tick = Callable[[str, int, int], None]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from rsrlm import metrics, seeds, watch
+from rsrlm import seeds
 from rsrlm.ask import Comparing, Engines, Judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, Train
@@ -32,10 +32,12 @@ from rsrlm.evaluate import (
 )
 from rsrlm.meta_judging import most_comparisons, result
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
-from rsrlm.progress import Report
 from rsrlm.records import Example, Group, Judgement, PreferencePair, Prompt, Response, Scored, Unparsed
+from rsrlm.report import metrics
+from rsrlm.report import signs as watch
+from rsrlm.report.progress import Report
 from rsrlm.seeds import Parts, TrainedOn
-from rsrlm.store import Journal, RunFolder
+from rsrlm.store.folder import Journal, RunFolder
 
 DONE_SECONDS = ("train_seconds", "decide_seconds", "write_seconds", "export_seconds")
 CACHE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rsrlm.config import Config, Meta
-from rsrlm.judging import mean_points
+from rsrlm.judges.verdicts import mean_points
 from rsrlm.records import Judgement, PreferencePair, Response, Scored
 
 TIE = 1e-6  # Bradley-Terry scores nearer to each other than this are equal: the fit is no more exact

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rsrlm import judging, meta_judging
+from rsrlm import meta_judging
 from rsrlm.ask import JUDGE_PRIORITY, Comparing, Engines, Judging, gather, respond
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config
+from rsrlm.judges import verdicts as judging
 from rsrlm.pairing import best_against_worst
 from rsrlm.records import Group, Judgement, PreferencePair, Prompt, Response, Verdict, group_id, seed_of
-from rsrlm.store import Journal
+from rsrlm.store.folder import Journal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

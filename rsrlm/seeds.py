@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsrlm import ranked
 from rsrlm.ask import Engines, Judging, gather
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError, Data
+from rsrlm.data import ranked
+from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.produce import mean_verdicts
-from rsrlm.ranked import RankedPrompt, Reply
 from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, group_id, wording
-from rsrlm.store import Journal
+from rsrlm.store.folder import Journal
 
 NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0)  # people wrote it
 

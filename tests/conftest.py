@@ -27,7 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 if "MUTANT_UNDER_TEST" in os.environ:
     # The processes of all mutants are forked from one that has loaded the tokenizer: half a second less for each.
-    from rsrlm import ask, judging, model
+    from rsrlm import ask, model
+    from rsrlm.judges import verdicts as judging
     from rsrlm.records import Unparsed
 
     model.load_tokenizer = functools.cache(model.load_tokenizer)

@@ -11,7 +11,7 @@ from rsrlm.config import resolve
 from rsrlm.produce import Producer
 from rsrlm.records import Completion, Group, Prompt, Request
 from rsrlm.runtime.launch import interruptible
-from rsrlm.store import Journal
+from rsrlm.store.folder import Journal
 
 CONFIG = {
     "name": "x",

@@ -31,7 +31,8 @@ def in_worker() -> None:
 def main() -> None:
     place = sys.argv.pop(1)
     os.environ["RSRLM_TEST_DRIVER"] = str(os.getpid())
-    from rsrlm import cli, store
+    from rsrlm import cli
+    from rsrlm.store import folder as store
 
     if place == "responses":
         add = store.Journal.add

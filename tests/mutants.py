@@ -36,7 +36,7 @@ COLUMNS = ("mutants", "killed", "timeout", "survived", "no tests", "other", UNKN
 
 def all_modules() -> list[str]:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return [Path(path).stem for path in config["tool"]["mutmut"]["only_mutate"]]
+    return [".".join(Path(path).with_suffix("").parts[1:]) for path in config["tool"]["mutmut"]["only_mutate"]]
 
 
 def fingerprint() -> str:
@@ -72,7 +72,8 @@ def verdicts(module: str) -> dict[str, str]:
     """What became of each mutant."""
     from mutmut.stats import status_by_exit_code
 
-    found = json.loads((WORK / "rsrlm" / f"{module}.py.meta").read_text(encoding="utf-8"))["exit_code_by_key"]
+    meta = WORK / "rsrlm" / f"{module.replace('.', '/')}.py.meta"
+    found = json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"]
     return {name: status_by_exit_code[code] for name, code in found.items()}
 
 
@@ -81,7 +82,7 @@ def described(name: str, module: str) -> tuple[str, str, str]:
     from mutmut.mutation.diff_apply import get_diff_for_mutant
     from mutmut.utils.format_utils import orig_function_and_class_names_from_key
 
-    diff = get_diff_for_mutant(name, path=f"rsrlm/{module}.py")
+    diff = get_diff_for_mutant(name, path=f"rsrlm/{module.replace('.', '/')}.py")
     lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
     old, new = (" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
     function, of = orig_function_and_class_names_from_key(name)

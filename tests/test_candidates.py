@@ -20,7 +20,7 @@ from rsrlm.loop import best_of, choose, evaluate, goes_on
 from rsrlm.model import load_tokenizer
 from rsrlm.records import Prompt, Request
 from rsrlm.runtime.mailbox import Mailbox
-from rsrlm.store import RunFolder
+from rsrlm.store.folder import RunFolder
 
 PROMPTS = [Prompt(id=f"p{i}", text=f"Say {i}.") for i in range(40)]
 NAMES = ["M1@2", "M1@4", "M1@6", "M1"]

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from rsrlm.chat import ChatEncoder, check_tokenizer, template_variables
 from rsrlm.config import ConfigError
-from rsrlm.judging import ADDITIVE_VARIABLES, PAIRWISE_VARIABLES, SCORE, WINNER, load_template
+from rsrlm.judges.verdicts import ADDITIVE_VARIABLES, PAIRWISE_VARIABLES, SCORE, WINNER, load_template
 
 BEFORE = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -21,17 +21,19 @@ import psutil
 import pytest
 import yaml
 
-from rsrlm import cli, prompts
+from rsrlm import cli
 from rsrlm import config as configs
+from rsrlm.commands import tools
 from rsrlm.config import Config, ConfigError, Model, load
+from rsrlm.data import prompts
+from rsrlm.data.ranked import Reply
 from rsrlm.loop import NoPairs
 from rsrlm.model import folder_of
-from rsrlm.progress import Report
-from rsrlm.ranked import Reply
 from rsrlm.records import Prompt
-from rsrlm.runtime import launch, tools
+from rsrlm.report.progress import Report
+from rsrlm.runtime import launch
 from rsrlm.seeds import reply_as_response
-from rsrlm.store import RunFolder
+from rsrlm.store.folder import RunFolder
 
 PROMPTS = [{"id": f"p{number}", "prompt": f"Say {number}."} for number in range(7)]
 EXECUTE = launch.execute

@@ -482,6 +482,6 @@ def test_schedules_and_combinations_that_are_refused(small: Path, override: str,
 
 def test_fewer_validation_prompts_than_a_figure_needs_are_refused() -> None:
     from rsrlm.config import LEAST_VALIDATION
-    from rsrlm.metrics import MIN_N
+    from rsrlm.report.metrics import MIN_N
 
     assert LEAST_VALIDATION == MIN_N

@@ -13,12 +13,12 @@ from scripted import Scripted
 from rsrlm.ask import Judging, duel_judge, meta_judge
 from rsrlm.chat import ChatEncoder
 from rsrlm.evaluate import Evaluation
-from rsrlm.judging import META_WINNER
+from rsrlm.judges.verdicts import META_WINNER
 from rsrlm.meta_judging import EVEN, Weights, bradley_terry
 from rsrlm.model import load_tokenizer
 from rsrlm.produce import Producer, judge_pairs
 from rsrlm.records import Completion, Group, Prompt, Request, Scored, Unparsed
-from rsrlm.store import Journal
+from rsrlm.store.folder import Journal
 
 PROMPTS = [Prompt(id="content", text="Which view is right?"), Prompt(id="position", text="Which view comes first?")]
 POINTS = {0: (1, 1, 1), 1: (5, 5, 5), 2: (2, 3, 4)}  # of each response, its three judgements; of 2 they differ most

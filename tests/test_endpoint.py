@@ -16,9 +16,9 @@ import pytest
 from aiohttp import web
 
 from rsrlm.config import ConfigError
-from rsrlm.endpoint import BudgetSpent, Endpoint, EndpointConfig, EndpointFailed
-from rsrlm.judging import CUT, parse_points
+from rsrlm.judges.verdicts import CUT, parse_points
 from rsrlm.records import Completion, Sampling, Scored, Unparsed
+from rsrlm.runtime.endpoint import BudgetSpent, Endpoint, EndpointConfig, EndpointFailed
 
 SECRET = "sk-test-0123456789abcdef"
 PLAIN = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=100, seed=2**63 - 1)
@@ -267,7 +267,7 @@ def test_no_usable_answer(say: Say, reason: str) -> None:
 
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_has_a_longest_length(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsrlm.endpoint.MOST_BYTES", 1000)
+    monkeypatch.setattr("rsrlm.runtime.endpoint.MOST_BYTES", 1000)
     assert talk([chat("Score: 4" + " " * 500)], one)[0].finish_reason == "stop"
     with pytest.raises(EndpointFailed, match="an answer of over 1000 bytes"):
         talk([replace(chat("Score: 4" + " " * 1000), status=status)], one, max_retries=0)

@@ -382,7 +382,7 @@ def test_the_prefix_cache_shares_a_prompt(pool: Any, run_async: Any) -> None:
 
 
 def test_structured_output_and_labels(pool: Any, run_async: Any) -> None:
-    from rsrlm.judging import parse_points, points_regex
+    from rsrlm.judges.verdicts import parse_points, points_regex
     from rsrlm.records import Scored
 
     labels = tuple(range(34, 40))

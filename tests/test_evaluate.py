@@ -14,11 +14,11 @@ from rsrlm.ask import SAMPLE_PRIORITY, Judging, winner_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config, ConfigError
 from rsrlm.evaluate import EVALUATION, Evaluation, kl_per_token, lengths, mean_score
-from rsrlm.judging import fence_of
+from rsrlm.judges.verdicts import fence_of
 from rsrlm.model import load_tokenizer
 from rsrlm.produce import Producer
 from rsrlm.records import Completion, Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
-from rsrlm.store import Journal
+from rsrlm.store.folder import Journal
 
 SAMPLING = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, seed=1)
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "water", "beer")]

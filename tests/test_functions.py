@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from rsrlm.config import ConfigError
-from rsrlm.functions import DIED, MOST_WORKERS, TIMED_OUT, FunctionJudge
+from rsrlm.judges.function import DIED, MOST_WORKERS, TIMED_OUT, FunctionJudge
 from rsrlm.records import Scored, Unparsed, Verdict
 
 SCRIPT = Path(__file__).parent / "function_run.py"

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from rsrlm import judge_eval, metrics
+from rsrlm import judge_eval
 from rsrlm.ask import SAMPLE_PRIORITY, Judging, duel_judge
 from rsrlm.chat import ChatEncoder
+from rsrlm.commands import tools
+from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.evaluate import EVALUATION
 from rsrlm.model import load_tokenizer
-from rsrlm.ranked import RankedPrompt, Reply
 from rsrlm.records import Completion, Prompt, Request, Response, Sampling, Scored, seed_of
-from rsrlm.runtime import tools
-from rsrlm.store import Journal
+from rsrlm.report import metrics
+from rsrlm.store.folder import Journal
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
 

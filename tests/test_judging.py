@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import METASPACE, TEMPLATES, tokenizer_of
 
-from rsrlm import judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import ConfigError
-from rsrlm.judging import (
+from rsrlm.judges import verdicts as judging
+from rsrlm.judges.verdicts import (
     ADDITIVE_VARIABLES,
     META_VARIABLES,
     META_WINNER,

@@ -26,8 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rsrlm.losses import PairLoss, lr_at, pair_loss, sequence_sums, target_loss
-from rsrlm.packing import (
+from rsrlm.losses.packing import (
     PairBatch,
     PairIds,
     check_architecture,
@@ -38,6 +37,7 @@ from rsrlm.packing import (
     response_logps,
     supports_packing,
 )
+from rsrlm.losses.pair import PairLoss, lr_at, pair_loss, sequence_sums, target_loss
 
 pytestmark = pytest.mark.torch
 

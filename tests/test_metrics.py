@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rsrlm import metrics
-from rsrlm.metrics import Compared, Rated, distinct_n, judge_metrics, pairwise_judge_metrics, win_rate
+from rsrlm.report import metrics
+from rsrlm.report.metrics import Compared, Rated, distinct_n, judge_metrics, pairwise_judge_metrics, win_rate
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RANK_FIGURES = (

@@ -15,20 +15,22 @@ from typing import Any
 
 import pytest
 
-from rsrlm import losses, meta_judging, seeds, self_instruct
-from rsrlm import plan as planning
+from rsrlm import meta_judging, seeds
 from rsrlm.ask import Judging, duel_judge, meta_judge, sampling_of
 from rsrlm.chat import ChatEncoder
+from rsrlm.commands import plan as planning
 from rsrlm.config import Config, load, resolve
+from rsrlm.data import self_instruct
+from rsrlm.data.prompts import deal
+from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.loop import starts_from
+from rsrlm.losses import pair as losses
 from rsrlm.model import load_tokenizer
 from rsrlm.pairing import best_against_worst
 from rsrlm.produce import judge_pairs
-from rsrlm.prompts import deal
-from rsrlm.ranked import RankedPrompt, Reply
 from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Sampling, Scored
 from rsrlm.runtime.learner import set_dropout, steps_of
-from rsrlm.store import Journal
+from rsrlm.store.folder import Journal
 
 ROOT = Path(__file__).parent.parent
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
@@ -189,7 +191,7 @@ def requests(config: Config, encoder: ChatEncoder) -> Any:
 def loss(config: Config, encoder: ChatEncoder) -> float:
     import torch
 
-    from rsrlm.packing import pack_pairs
+    from rsrlm.losses.packing import pack_pairs
 
     batch = pack_pairs([((1, 2), (3, 4), (5,))])
     train = config.train

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rsrlm import plan as planning
+from rsrlm.commands import plan as planning
+from rsrlm.commands.plan import GIB, Seeds, check, disk, memory, plan, show, total_memory
 from rsrlm.config import ConfigError
-from rsrlm.plan import GIB, Seeds, check, disk, memory, plan, show, total_memory
-from rsrlm.progress import Report
+from rsrlm.report.progress import Report
 
 PARAMETERS = 100 * 8 + 200  # an embedding of 100 x 8, and a vector
 

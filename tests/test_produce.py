@@ -23,7 +23,7 @@ from rsrlm.meta_judging import EVEN, comparison_id, matches, most_uncertain, rea
 from rsrlm.pairing import best_against_worst
 from rsrlm.produce import Producer, judge_pairs, mean_verdicts
 from rsrlm.records import Completion, Group, Judgement, PreferencePair, Prompt, Request, Response, Scored, Unparsed
-from rsrlm.store import Journal, RunFolder
+from rsrlm.store.folder import Journal, RunFolder
 
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "t", "1", "water")]
 TEXT = {"read": "text", "judgements": 3}
@@ -391,7 +391,7 @@ def test_a_group_is_handed_on_when_its_records_are_on_disk(journal: Path, monkey
         safe[0] = data
         syncs += 1
 
-    monkeypatch.setattr("rsrlm.store.os.fsync", fsync)
+    monkeypatch.setattr("rsrlm.store.folder.os.fsync", fsync)
     lost: list[str] = []
 
     async def put(group: Group) -> None:

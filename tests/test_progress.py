@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from rsrlm import progress
-from rsrlm.progress import Report, shown
+from rsrlm.report import progress
+from rsrlm.report.progress import Report, shown
 
 
 class Clock:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsrlm.config import Config, ConfigError, Engine, Prompts, resolve
-from rsrlm.prompts import deal, distinct, file_of, read, usable
+from rsrlm.data.prompts import deal, distinct, file_of, read, usable
 from rsrlm.records import Prompt, wording
 
 TEA = '{"id": "tea", "prompt": "Describe tea."}'

@@ -255,7 +255,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 
 def test_a_run_is_not_run_twice_at_once(whole: tuple[Path, str]) -> None:
     from rsrlm.config import ConfigError
-    from rsrlm.store import RunFolder
+    from rsrlm.store.folder import RunFolder
 
     store, _ = RunFolder.open(whole[0])
     with store.lock(), pytest.raises(ConfigError, match="another process is running it"):

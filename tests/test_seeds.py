@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from rsrlm import prompts, seeds
+from rsrlm import seeds
 from rsrlm.ask import Judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import ConfigError, Data
+from rsrlm.data import prompts
+from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.model import load_tokenizer
-from rsrlm.ranked import RankedPrompt, Reply
 from rsrlm.records import Example, Group, Judgement, Prompt, Response, Sampling, Scored, Unparsed, group_id, wording
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)

@@ -15,9 +15,9 @@ from rapidfuzz.process import cdist
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from rsrlm import prompts as prompt_files
 from rsrlm.config import ConfigError, Prompts
-from rsrlm.self_instruct import (
+from rsrlm.data import prompts as prompt_files
+from rsrlm.data.self_instruct import (
     CUT,
     HEADER,
     TOO_SIMILAR,

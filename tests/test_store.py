@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsrlm.config import ConfigError, load
-from rsrlm.files import whole_lines, write_whole
 from rsrlm.records import Judgement, PreferencePair, Prompt, Response, Sampling, Scored, Unparsed
-from rsrlm.store import Journal, RunFolder, StepLog, rows
+from rsrlm.store.atomic import whole_lines, write_whole
+from rsrlm.store.folder import Journal, RunFolder, StepLog, rows
 
 LAST_SEED = 2**63 - 1
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, top_k=40, max_tokens=8, seed=LAST_SEED)
@@ -198,7 +198,7 @@ class Disk:
         self.safe: dict[str, bytes] = {}
         self.gate = threading.Event()
         self.gate.set()
-        monkeypatch.setattr("rsrlm.store.os.fsync", self.fsync)
+        monkeypatch.setattr("rsrlm.store.folder.os.fsync", self.fsync)
 
     def fsync(self, descriptor: int) -> None:
         self.calls += 1

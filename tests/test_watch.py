@@ -18,7 +18,7 @@ from rsrlm.records import (
     Verdict,
     group_id,
 )
-from rsrlm.watch import DEFAULT_LIMITS, SIGNS, Comparison, Limit, alarms, check_limits, signs
+from rsrlm.report.signs import DEFAULT_LIMITS, SIGNS, Comparison, Limit, alarms, check_limits, signs
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
 Row = tuple[str, float | None]  # text and score of a response

@@ -17,23 +17,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rsrlm import plan as planning
-from rsrlm import prompts as prompt_files
-from rsrlm import seeds, watch
+from rsrlm import seeds
 from rsrlm.ask import Judging, meta_judge, validating
 from rsrlm.chat import ChatEncoder, check_tokenizer
+from rsrlm.commands import plan as planning
 from rsrlm.config import Config, ConfigError, Judge, Train, Validator
 from rsrlm.config import Endpoint as EndpointConfig
-from rsrlm.endpoint import BudgetSpent, Endpoint, EndpointFailed
+from rsrlm.data import prompts as prompt_files
 from rsrlm.evaluate import Evaluation
 from rsrlm.loop import Inputs, NoPairs, Ports, Step, Stopped
 from rsrlm.loop import run as run_loop
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
-from rsrlm.progress import Report
 from rsrlm.records import Completion, Example, PreferencePair, Request, wording
+from rsrlm.report import signs as watch
+from rsrlm.report.progress import Report
+from rsrlm.runtime.endpoint import BudgetSpent, Endpoint, EndpointFailed
 from rsrlm.runtime.learner import set_dropout
 from rsrlm.seeds import NoExamples
-from rsrlm.store import RunFolder
+from rsrlm.store.folder import RunFolder
 
 EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm.config import ConfigError, Model, Train
-from rsrlm.files import sync_files
 from rsrlm.records import Example, PreferencePair, seed_of
+from rsrlm.store.atomic import sync_files
 
 Item = PreferencePair | Example
 Emit = Callable[[dict[str, Any]], None]
@@ -163,7 +163,7 @@ class Policy:
         import deepspeed
         import torch
 
-        from rsrlm import packing
+        from rsrlm.losses import packing
 
         self.train = train
         self.model = model
@@ -192,7 +192,7 @@ class Policy:
         self.device = self.engine.device
 
     def batch(self, items: Sequence[Item]) -> Any:
-        from rsrlm import packing
+        from rsrlm.losses import packing
 
         if isinstance(items[0], Example):
             targets = [(e.prompt_token_ids, e.target_token_ids) for e in items if isinstance(e, Example)]
@@ -246,7 +246,7 @@ class Policy:
         import torch
         import torch.distributed as dist
 
-        from rsrlm import losses
+        from rsrlm.losses import pair as losses
 
         world_size = dist.get_world_size()
         train = self.train
@@ -452,7 +452,7 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
     import torch
     import torch.distributed as dist
 
-    from rsrlm import losses
+    from rsrlm.losses import pair as losses
     from rsrlm.runtime import weights
 
     root = dist.get_rank() == 0

@@ -15,19 +15,20 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rsrlm import judge_eval, ranked, seeds, self_instruct
-from rsrlm import prompts as prompt_files
+from rsrlm import judge_eval, seeds
 from rsrlm.ask import SAMPLE_PRIORITY, Judging, duel_judge, gather, sampling_of
 from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.config import Config, ConfigError, Data, Model
-from rsrlm.files import read_lines, write_whole
+from rsrlm.data import prompts as prompt_files
+from rsrlm.data import ranked, self_instruct
+from rsrlm.data.ranked import RankedPrompt
 from rsrlm.model import folder_of, load_tokenizer
-from rsrlm.progress import Report
-from rsrlm.ranked import RankedPrompt
 from rsrlm.records import Prompt, Request, seed_of
+from rsrlm.report.progress import Report
 from rsrlm.runtime import launch
 from rsrlm.seeds import NoExamples
-from rsrlm.store import Journal, RunFolder
+from rsrlm.store.atomic import read_lines, write_whole
+from rsrlm.store.folder import Journal, RunFolder
 
 Work = Callable[[launch.Pools], Awaitable[Any]]
 

@@ -32,7 +32,7 @@ ADDITIVE_VARIABLES = frozenset({"instruction", "response"})
 PAIRWISE_VARIABLES = frozenset({"instruction", "response_a", "response_b"})
 META_VARIABLES = frozenset({"instruction", "response", "judgement_a", "judgement_b"})
 OPTIONAL_VARIABLES = frozenset({"fence"})
-TEMPLATES = Path(__file__).parent / "assets" / "templates"
+TEMPLATES = Path(__file__).parent.parent / "assets" / "templates"
 
 Winner = Literal["A", "B", "tie"]
 Preferred = Literal["first", "second", "tie"]

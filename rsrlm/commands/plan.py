@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 
 from rsrlm.config import Config, ConfigError, Judge, dump
+from rsrlm.data.prompts import answers
 from rsrlm.meta_judging import most_comparisons
 from rsrlm.model import num_parameters, weight_files
-from rsrlm.progress import Report
-from rsrlm.prompts import answers
+from rsrlm.report.progress import Report
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}

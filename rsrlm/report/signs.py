@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import Literal
 
 from rsrlm.config import Config, ConfigError
-from rsrlm.judging import SCORE, Form, claimed
-from rsrlm.metrics import MIN_N, distinct_n, spearman
+from rsrlm.judges.verdicts import SCORE, Form, claimed
 from rsrlm.pairing import TIE
 from rsrlm.records import Group, PreferencePair, Scored, Unparsed, Verdict
+from rsrlm.report.metrics import MIN_N, distinct_n, spearman
 
 SATURATED = 4.5  # points: no room is left above it on a scale of 5
 

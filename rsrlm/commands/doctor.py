@@ -26,9 +26,10 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from rsrlm import model, plan
+from rsrlm import model
+from rsrlm.commands import plan
+from rsrlm.commands.plan import GIB
 from rsrlm.config import BUILTIN_MODEL, Config, ConfigError, Model, resolve
-from rsrlm.plan import GIB
 
 SHM = Path("/dev/shm")
 DAY_S = 86_400.0

@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from rsrlm import judging
 from rsrlm.config import ConfigError
+from rsrlm.judges import verdicts as judging
 from rsrlm.records import Unparsed, Verdict
 
 MOST_WORKERS = 8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rsrlm.packing import PairBatch
+from rsrlm.losses.packing import PairBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

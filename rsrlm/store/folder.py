@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from rsrlm.config import Config, ConfigError, dump, load
-from rsrlm.files import read_lines, sync_files, write_whole
 from rsrlm.records import Example, Judgement, PreferencePair, Prompt, Response, Scored
+from rsrlm.store.atomic import read_lines, sync_files, write_whole
 
 _RESPONSE = TypeAdapter(Response)
 _JUDGEMENT = TypeAdapter(Judgement)
