@@ -8,7 +8,8 @@ judgement 1 to judgement 0.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -17,21 +18,42 @@ Role = Literal["actor", "judge", "meta", "duel", "data", "prompter", "learner"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One user prompt. `id` is unique within its file and seeds all that is sampled for it."""
+    """One user prompt. `id` is unique within its file and seeds all that is sampled for it.
+
+    `data` is what judges, functions and recipes may see and the actor does not: `answer`, `reference`, `document`, ...
+    """
 
     id: str
     text: str
+    data: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A prompt in an iteration: where the ids and seeds of what is sampled for it come from."""
+
+    iteration: int
+    prompt: Prompt
+
+    @property
+    def id(self) -> str:
+        """Of the prompt's group, `00/tea-vs-coffee`."""
+        return group_id(self.iteration, self.prompt.id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Sampling parameters of one request. `top_k` 0 and `top_p` 1 mean off; `seed` is a 63-bit integer."""
+    """Sampling parameters of one request. `top_k` 0 and `top_p` 1 mean off; `seed` is a 63-bit integer.
+
+    The text ends before the first of the `stop` strings.
+    """
 
     temperature: float
     top_p: float
     top_k: int
     max_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,12 +162,13 @@ class Judgement:
 class PreferencePair:
     """Two responses to one prompt, or (kind "judge") two judgements of one response, whose prompt is the judge's.
 
-    The learner trains on the token ids as sampled.
+    The learner trains on the token ids as sampled. `weight` multiplies the pair's loss; `target` is the probability
+    that `chosen` is the better one, 1 where nothing is uncertain.
     """
 
     id: str
     prompt_id: str
-    kind: Literal["actor", "judge"]
+    kind: str  # "actor", "judge", or what a recipe calls it: measures are told apart by it
     chosen_id: str
     rejected_id: str
     prompt_token_ids: tuple[int, ...]
@@ -154,6 +177,8 @@ class PreferencePair:
     chosen_score: float
     rejected_score: float
     weight_version: str
+    weight: float = 1.0
+    target: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +186,7 @@ class Example:
     """A target to imitate: supervised fine-tuning trains on its tokens and not on those of the prompt."""
 
     id: str
-    kind: Literal["ift", "eft", "positive"]
+    kind: str  # "ift", "eft", "positive", or what a recipe calls it
     prompt_token_ids: tuple[int, ...]
     target_token_ids: tuple[int, ...]
 

@@ -294,7 +294,7 @@ def test_parquet_is_what_datasets_reads(store: RunFolder, tmp_path: Path) -> Non
         ("2", None, None, "no score line"),  # and not 0
         ("3", -7.0, None, None),
     ]
-    assert read["judgements"][1]["sampling"] == asdict(SAMPLING)
+    assert read["judgements"][1]["sampling"] == plain(SAMPLING)
     assert read["pairs"] == [plain(PAIR), plain(other)]  # training order, not that of the ids
 
 

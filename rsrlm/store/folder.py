@@ -332,6 +332,7 @@ _SAMPLING = pa.struct(
         ("top_k", pa.int64()),
         ("max_tokens", pa.int64()),
         ("seed", pa.int64()),
+        ("stop", pa.list_(pa.string())),
     ]
 )
 
@@ -365,6 +366,8 @@ _SCHEMAS: dict[str, pa.Schema] = {
         rejected_token_ids=_IDS,
         chosen_score=pa.float64(),
         rejected_score=pa.float64(),
+        weight=pa.float64(),
+        target=pa.float64(),
     ),
 }
 
