@@ -2,22 +2,19 @@
 
 import asyncio
 import json
-import os
-import resource
-import threading
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from disks import Disk, small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsrlm.config import ConfigError, load
 from rsrlm.records import Judgement, PreferencePair, Prompt, Response, Sampling, Scored, Unparsed
-from rsrlm.store.atomic import whole_lines, write_whole
+from rsrlm.store.atomic import sift_lines, write_whole
 from rsrlm.store.folder import Journal, RunFolder, StepLog, rows
 
 LAST_SEED = 2**63 - 1
@@ -80,20 +77,6 @@ PAIR = PreferencePair(
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def small_disk() -> Any:
-    """Files stop growing at 1000 bytes: a real write that fails half-way, as on a full disk.
-
-    Around the write alone: pytest's own output may be a larger file.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_failed_write_leaves_no_half_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.json"
     with pytest.raises(OSError, match="File too large"), small_disk():
@@ -126,8 +109,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_whole_lines(tmp_path: Path, content: bytes, lines: list[bytes]) -> None:
     path = tmp_path / "journal"
     path.write_bytes(content)
-    assert whole_lines(path) == lines
-    assert path.read_bytes() == b"".join(line + b"\n" for line in lines)
+    found: dict[int, bytes] = {}
+    assert sift_lines(path, lambda line, offset: found.setdefault(offset, line), mend=False) == ""
+    assert path.read_bytes() == content
+    assert sift_lines(path, lambda line, offset: found.setdefault(offset, line)) == ""
+    assert list(found.values()) == [line + b"\n" for line in lines]
+    whole = b"".join(found.values())
+    assert path.read_bytes() == whole
+    assert all(whole[offset:].startswith(line) for offset, line in found.items())
 
 
 # -- journal -----------------------------------------------------------------------------------------------------------
@@ -188,24 +177,6 @@ def test_bad_lines_of_a_journal_are_set_aside(tmp_path: Path, bad: bytes, caplog
     again = Journal(path)
     assert (again.responses, again.judgements) == (opened.responses, opened.judgements)
     assert not caplog.messages
-
-
-class Disk:
-    """Stands in for os.fsync: what a power cut leaves of each file. `gate` holds a sync up."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = 0
-        self.safe: dict[str, bytes] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-        monkeypatch.setattr("rsrlm.store.folder.os.fsync", self.fsync)
-
-    def fsync(self, descriptor: int) -> None:
-        self.calls += 1
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        data = path.read_bytes()
-        assert self.gate.wait(10)
-        self.safe[path.name] = data
 
 
 def test_a_sync_covers_all_that_was_added_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Files that survive a kill: whole or not there, and append-only ones whose cut-off last line does not count."""
+"""Files that survive a kill: whole or absent, and append-only ones whose cut-off last line does not count."""
 
 import json
 import os
@@ -28,39 +28,52 @@ def sync_files(folder: Path) -> None:
             os.close(descriptor)
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of an append-only file; a last one that a kill cut off was never acknowledged and is removed."""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.splitlines()
-
-
 def read_lines(path: Path, take: Callable[[Any], None]) -> str:
-    """Give `take` what the JSON of each whole line says; returns a message for the user, "" where all went well.
+    """Call `take` with the JSON value of each whole line; the rest is as in `sift_lines`."""
+    return sift_lines(path, lambda line, offset: take(json.loads(line)))
 
-    A power cut or a failing disk leaves lines that are no JSON, or none that `take` knows (ValueError, KeyError,
-    TypeError). They are moved to a file beside, `<name>.bad`: for files of what can be made again.
+
+def sift_lines(path: Path, take: Callable[[bytes, int], None], *, mend: bool = True) -> str:
+    """Call `take` with each whole line of an append-only file, its newline included, and the offset of the line.
+
+    A last line that a kill cut off was never acknowledged and is removed. Lines that `take` cannot read, as a power cut
+    or a failing disk leaves them (ValueError, KeyError, TypeError, RecursionError), are moved to `<name>.bad`: this is
+    for files of what can be made again. The file is read as a stream. Returns a message for the user, "" if all went
+    well; after a message the offsets are those of before the move.
+
+    Without `mend` the file stays as it is and there is no message: another process may be writing it.
     """
-    good, bad, first = [], [], ""
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            take(json.loads(line))
-            good.append(line)
-        except (ValueError, KeyError, TypeError) as error:
-            first = (
-                first
-                or f"line {number} cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-            )
-            bad.append(line)
+    bad: set[int] = set()
+    first, end = "", 0
+    with path.open("rb", buffering=1 << 20) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                take(line, end)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                reason = (str(error).splitlines() or [""])[0]
+                first = first or f"line {number} cannot be read ({type(error).__name__}: {reason})"
+                bad.add(end)
+            end += len(line)
+    if not mend:
+        return ""
+    if end < path.stat().st_size:
+        os.truncate(path, end)
     if not bad:
         return ""
     aside = path.with_name(f"{path.name}.bad")
-    with aside.open("ab") as file:
-        file.writelines(line + b"\n" for line in bad)
-        file.flush()
-        os.fsync(file.fileno())
-    write_whole(path, b"".join(line + b"\n" for line in good))
+    _set_aside(path, bad, aside)
     return f"{path}: {first}; {len(bad)} such lines are set aside in {aside.name}, and what they held is made again"
+
+
+def _set_aside(path: Path, bad: set[int], aside: Path) -> None:
+    scratch, offset = path.with_name(f".{path.name}.tmp"), 0
+    with path.open("rb", buffering=1 << 20) as file, scratch.open("wb") as good, aside.open("ab") as other:
+        for line in file:
+            (other if offset in bad else good).write(line)
+            offset += len(line)
+        for written in (other, good):  # the bad lines first: they leave the file with the rename
+            written.flush()
+            os.fsync(written.fileno())
+    scratch.replace(path)
