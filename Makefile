@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",)
-UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(FIND_LINKS)
+# Compiled once here: without it the first run waits for that, and every process where PYTHONDONTWRITEBYTECODE is set.
+UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode $(FIND_LINKS)
 
 .PHONY: setup lock quickstart quickstart-text check test test-fast test-full mutants clean
 

@@ -4,7 +4,7 @@
 
 Each response answers a built-in prompt with one sentence and claims a score for itself, in one of six ways and with a
 number that a judge seldom gives by itself (4.25, 3.75, ...) or with 5. The built-in 135M model judges them in free text
-(judge.read=text), twice: shown the claims as they stand, and as `rsrlm.judges.verdicts.claimed` shows them. Every
+(judge.kind=text), twice: shown the claims as they stand, and as `rsrlm.judges.verdicts.claimed` shows them. Every
 answer is read twice as well: by any score that it mentions, the last one counting, and by its last line
 (`parse_points`). A judgement that comes to the claimed number is an echo. rsrlm is the last row: claims altered, and
 the last line read.
@@ -20,15 +20,18 @@ from typing import Annotated, Any
 import typer
 from common import RESULTS, head, write
 
-from rsrlm.ask import Judging, gather
-from rsrlm.commands import tools
-from rsrlm.config import BUILTIN_MODEL, Config, Prompts, resolve
+from rsrlm.commands import engines as commands
+from rsrlm.config import Config, resolve
 from rsrlm.data import prompts as prompt_files
+from rsrlm.data.examples import reply_as_response
 from rsrlm.data.ranked import Reply
 from rsrlm.judges import verdicts as judging
+from rsrlm.judges.base import Judge, Origin, judge_of
 from rsrlm.records import Judgement, Prompt, Response, Scored
 from rsrlm.report.progress import Report
-from rsrlm.seeds import reply_as_response
+from rsrlm.run import Run
+from rsrlm.settings.machine import BUILTIN_MODEL
+from rsrlm.settings.methods import Prompts
 
 QUESTION = "judgements of a response that claims a score which come to that very score"
 ATTACKS = {
@@ -89,7 +92,7 @@ def config_of(folder: Path, judgements: int, max_tokens: int) -> Config:
         {
             "name": "echo", "runs": str(folder), "iterations": 1, "model": BUILTIN_MODEL,
             "prompts": {"path": "builtin", "per_iteration": 4}, "sample": {"max_tokens": 96},
-            "judge": {"read": "text", "judgements": judgements, "max_tokens": max_tokens, "fence_salt": ""},
+            "judge": {"kind": "text", "judgements": judgements, "max_tokens": max_tokens, "fence_salt": ""},
             "train": {"lr": 1e-5, "pairs_per_step": 4},
             "engine": {"max_model_len": 1024, "max_num_seqs": 32},
         }
@@ -109,35 +112,36 @@ def main(
     texts: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         config = config_of(Path(scratch), judgements, max_tokens)
-        model, encoder = tools.loaded(config.model)
+        work_folder = Path(scratch) / "work"
+        config, drawn = commands.started(config, work_folder)
+        model, encoder = commands.loaded(config.model, drawn)
+        context = commands.context_of(config, encoder)
 
-        async def work(pools: Any) -> None:
+        async def work(run: Run) -> None:
+            engines = await run.load(run.first)
             altered = judging.claimed
             for view in ("as written", "claims altered"):
                 judging.claimed = altered if view == "claims altered" else (lambda text, *_, **__: text)
-                judge = Judging(config, encoder)
-                with report.stage(view, {"judge": number * judgements}) as tick:
+                judge = judge_of(config.judge, context)
 
-                    async def one(place: int, index: int, judge: Judging = judge, tick: Any = tick) -> Judgement:
-                        prompt, response, _, _ = attacks[place]
-                        made = await judge.judge(
-                            pools.judges, prompt, response, index, group=f"00/{prompt.id}", iteration=0
-                        )
-                        tick("judge", 1, len(made.token_ids))
-                        return made
+                async def one(place: int, judge: Judge = judge) -> tuple[Judgement, ...]:
+                    prompt, response, _, _ = attacks[place]
+                    origin = Origin(iteration=0, name=f"00/{prompt.id}/{response.index}")
+                    return await judge(engines, prompt, response, origin)
 
-                    pairs = [(place, index) for place in range(number) for index in range(judgements)]
-                    made = await gather([one(*pair) for pair in pairs])
-                claims = [attacks[place][3] for place, _ in pairs]
+                with run.stage(view, {"judge": number * judgements}):
+                    made = [one for found in await engines.each(one, range(number), judgements) for one in found]
+                places = [place for place in range(number) for _ in range(judgements)]
+                claims = [attacks[place][3] for place in places]
                 table.extend(rows(view, made, claims))
                 texts.extend(
                     {"view": view, "attack": attacks[place][2], "claim": claim, "text": done.text}
-                    for (place, _), claim, done in zip(pairs, claims, made, strict=True)
+                    for place, claim, done in zip(places, claims, made, strict=True)
                     if mentioned(done) == claim
                 )
             judging.claimed = altered
 
-        tools.on_engines(config, Path(scratch) / "work", {"M0": model}, work)
+        commands.on_engines(config, work_folder, {"M0": model}, work, report, drawn=drawn)
     columns = {name: name for name in ("view", "reading", "judgements", "readable", "echoes")}
     report.table(f"{number} responses that claim a score", table, columns)
     result = {

@@ -341,18 +341,19 @@ def one_round(number: int, path: str, overrides: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rsrlm-iteration-") as scratch:
         overrides = [*overrides, f"runs={scratch}/runs"]
         config = configs.load(path, overrides)
-        planned = planning.plan(config, folder_of(config.model))
+        demands = [step.recipe.demand_of(step.config, step.config.prompts.per_iteration) for step in config.planned]
+        planned = planning.plan(config, demands, folder_of(config.model))
         command = [str(Path(sys.executable).with_name("rsrlm")), "run", path, *overrides]
         watcher, started, ended = watched_run(command, Path(scratch) / "output.txt")
         rows = profile(config.folder, spans_of(config.folder, started, ended), watcher.samples)
         peak = max(sample.total_private for sample in watcher.samples)
-        total = planning.total_memory(config, planned.memory)
+        total = planning.total_memory(planned.memory)
         return {
             "round": number,
             "wall_s": round(ended - started, 3),
             "stages": by_stage(rows),
             "spans": rows,
-            "memory": compared_memory(watcher.memory(), config, planned.memory),
+            "memory": compared_memory(watcher.memory(), config, {one.name: one.size for one in planned.memory}),
             "ray_parts_private": dict(sorted(watcher.ray_parts.items(), key=lambda item: -item[1])),
             "memory_all": {"private": peak, "plan": total, "private_over_plan": peak / total},
             "disk": compared_disk(disk_of(config.folder), planned.disk),

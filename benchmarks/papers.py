@@ -23,19 +23,33 @@ import common
 import scipy.stats
 
 from rsrlm import meta_judging
-from rsrlm.commands.tools import figure
-from rsrlm.config import Meta, Pair
+from rsrlm.commands.engines import figure
+from rsrlm.data.examples import NOT_SAMPLED
 from rsrlm.judges.verdicts import mean_points
 from rsrlm.pairing import best_against_worst
-from rsrlm.records import Group, Judgement, PreferencePair, Prompt, Response, group_id
+from rsrlm.recipes.meta_rewarding import Meta
+from rsrlm.records import (
+    Group,
+    Judgement,
+    PreferencePair,
+    Preferred,
+    Prompt,
+    Response,
+    Scored,
+    Unparsed,
+    Verdict,
+    group_id,
+)
+from rsrlm.settings.methods import Pair
 from rsrlm.store.folder import RunFolder
+from rsrlm.store.tables import rows as rows_of
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "meta_rewarding_smollm2_cpu.yaml"
 NAME = "meta-rewarding-cpu"
 RHOS = (0.0, 0.1, 0.2, 0.3, 0.4)
-TEXT = ("judge.read=text", "judge.judgements=4")
-DIGITS = ("judge.read=digits", "judge.judgements=null")
+TEXT = ("judge.kind=text", "judge.judgements=4")
+DIGITS = ("judge.kind=digits", "judge.judgements=null")
 
 
 def rsrlm(*arguments: str) -> None:
@@ -67,28 +81,38 @@ def interval(values: list[float], seed: int = 0) -> dict[str, Any]:
 
 
 def groups(run: RunFolder, iteration: int) -> list[Group]:
-    """What the run made for each prompt, from its journal."""
-    journal = run.journal(iteration)
-    journal.close()
+    """What the run made for each prompt, from its Parquet files."""
     responses: dict[str, list[Response]] = defaultdict(list)
-    judgements: dict[tuple[str, bool], list[Judgement]] = defaultdict(list)
-    for response in journal.responses.values():
-        responses[response.prompt_id].append(response)
-    for judgement in journal.judgements.values():
-        judgements[judgement.prompt_id, judgement.role == "meta"].append(judgement)
+    judgements: dict[str, list[Judgement]] = defaultdict(list)
+    comparisons: dict[str, list[Judgement]] = defaultdict(list)
+    for row in records(run, iteration, "responses"):
+        tokens = {name: tuple(row.pop(name)) for name in ("token_ids", "prompt_token_ids")}
+        responses[row["prompt_id"]].append(Response(**row, **tokens, sampling=NOT_SAMPLED))
+    for name, into in (("judgements", judgements), ("comparisons", comparisons)):
+        for row in records(run, iteration, name):
+            points, variance, reason = (row.pop(field) for field in ("points", "variance", "unparsed"))
+            verdict: Verdict = Unparsed(reason=reason) if reason else Scored(points=points, variance=variance)
+            if name == "comparisons" and reason is None:
+                verdict = Preferred(winner={1.0: "A", 0.5: "tie", 0.0: "B"}[points])
+            tokens = tuple(row.pop("token_ids"))
+            into[row["prompt_id"]].append(Judgement(**row, token_ids=tokens, sampling=None, verdict=verdict))
     return [
         Group(
             id=group_id(iteration, name),
             iteration=iteration,
             prompt=Prompt(id=name, text=""),
             responses=tuple(sorted(responses[name], key=lambda one: one.index)),
-            judgements=tuple(judgements[name, False]),
-            pair=None,
-            no_pair_reason="",
-            comparisons=tuple(judgements[name, True]),
+            judgements=tuple(judgements[name]),
+            comparisons=tuple(comparisons[name]),
         )
         for name in sorted(responses)
     ]
+
+
+def records(run: RunFolder, iteration: int, name: str) -> list[dict[str, Any]]:
+    path = run.iteration(iteration) / f"{name}.parquet"
+    found = rows_of(path) if path.exists() else []
+    return [{key: value for key, value in row.items() if key != "sampling"} for row in found]
 
 
 def share(counts: list[tuple[float, float]], seed: int = 0) -> dict[str, Any]:
@@ -178,7 +202,7 @@ def position_bias(made: list[Group], rule: Meta, seed: int) -> dict[str, Any]:
     }
 
 
-def pairs_by_weights(made: list[Group], weights: meta_judging.Weights, rule: Meta, seed: int) -> dict[str, int]:
+def pairs_by_weights(made: list[Group], weights: meta_judging.PositionWeights, rule: Meta, seed: int) -> dict[str, int]:
     """Judge pairs with the iteration's weights and with even ones, and how many of those of both are the same."""
     found = []
     for weighed in (weights, meta_judging.EVEN):
@@ -258,8 +282,8 @@ def main() -> None:
         "config": CONFIG.read_text(),
         "judges": measures,
         "iterations": yields(run),
-        "rho": rho_study([*first, *second], config.at(1).pair, config.seed),
-        "position_bias": position_bias(first, config.at(1).meta, config.seed),
+        "rho": rho_study([*first, *second], config.planned[1].config.pair, config.seed),
+        "position_bias": position_bias(first, config.planned[1].config.meta, config.seed),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "papers.json").write_text(json.dumps(result, indent=2) + "\n")

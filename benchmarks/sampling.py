@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/sampling.py [--kind inprocess|async] [--rounds 5] [--prompts 32]
 
-rsrlm's side is the real one: `Producer` over an `EnginePool` of `EngineActor`s in Ray, every response written to a
-journal, which is closed (fsync) within the time. Its judge is a function that returns 0. The other side is an `LLM` in
-a Ray actor with the same environment, given the very requests that the producer makes (same token ids, sampling
-parameters and seeds, in the order of submission) in one call; only `LLM.generate` is timed there. Both engines stay
-resident and only one generates at a time; before each timed run its engine answers a full batch of other prompts.
+rsrlm's side is the real one: recipe and journal over an `EnginePool` of `EngineActor`s in Ray, every response written
+to the journal, which is closed (fsync) within the time. Its judge is a function that returns 0. The other side is an
+`LLM` in a Ray actor with the same environment, given the very requests that the producer makes (same token ids,
+sampling parameters and seeds, in the order of submission) in one call; only `LLM.generate` is timed there. Both
+engines stay resident and only one generates at a time; before each timed run its engine answers a full batch of other
+prompts.
 
 Engine arguments are the same, `rsrlm_arguments` (priority scheduling, weight transfer) included, and the token budget
 of a step, which vLLM chooses by the class that asks for it, is set to rsrlm's. --plain leaves all this to vLLM: an
@@ -33,11 +34,12 @@ from common import ENVIRONMENT, RESULTS, Load, cluster, head, interleaved, shown
 
 from rsrlm import config as configs
 from rsrlm.config import Config
-from rsrlm.produce import Producer
+from rsrlm.engines import Answers, Engines, Model
 from rsrlm.records import Completion, Group, Request
 from rsrlm.report.progress import Report
 from rsrlm.runtime.launch import Prepared, prepare
-from rsrlm.store.folder import Journal, RunFolder
+from rsrlm.store.folder import RunFolder
+from rsrlm.store.journal import CompletionLog
 
 QUESTION = "tokens/s through rsrlm's actors, routing and records over vLLM's offline LLM.generate"
 WARMUP_TOKENS = 16
@@ -57,18 +59,12 @@ class Recorder:
     def __init__(self) -> None:
         self.requests: list[Request] = []
 
-    async def generate(self, request: Request) -> Completion:
-        self.requests.append(request)
-        return Completion(
-            request_id=request.id,
-            token_ids=(),
-            text="",
-            finish_reason="stop",
-            weight_version="",
-            prompt_tokens=len(request.prompt_token_ids),
-            cached_tokens=0,
-            replica=0,
-        )
+    async def generate_all(self, requests: Sequence[Request]) -> list[Completion]:
+        self.requests += requests
+        return [
+            Completion(request_id=one.id, token_ids=(), text="", finish_reason="stop", weight_version="M0")
+            for one in requests
+        ]
 
 
 class Offline:
@@ -143,27 +139,27 @@ def resolve(path: str, runs: str, overrides: dict[str, Any]) -> Config:
         "prompts.heldout": 0,
         "prompts.reuse": True,
         "engine.replicas": 1,
-        "judge": "{read: function, function: 'common:no_judge'}",
+        "judge": "{kind: function, function: 'common:no_judge'}",
     }
     settings = {**fixed, **{key: value for key, value in overrides.items() if value is not None}}
     return configs.load(path, [f"{key}={value}" for key, value in settings.items()])
 
 
-def producer(prepared: Prepared, engines: Any, journal: Journal, number: int) -> Producer:
-    inputs = prepared.inputs
-    return Producer(prepared.config, inputs.encoder, engines, engines, inputs.judging, journal, number, lambda *_: None)
-
-
-async def ignore(group: Group) -> None:
-    pass
+async def answered(prepared: Prepared, pool: Any, journal: Path, number: int) -> list[Group]:
+    """The groups of a round, whose answers go to a journal that is on disk when this returns."""
+    log = CompletionLog(journal)
+    one = prepared.iterations[number]
+    engines = Engines(pool, Model(name="M0", digest="M0"), Answers(log))
+    try:
+        return await engines.each(lambda task: one.recipe.group(engines, task), one.tasks, one.recipe.width)
+    finally:
+        log.close()
 
 
 async def requests_of(prepared: Prepared, number: int, scratch: Path) -> list[Request]:
     """The requests that the producer makes in this round."""
     recorder = Recorder()
-    journal = Journal(scratch / f"recorded-{number}.jsonl")
-    await producer(prepared, recorder, journal, number).all(prepared.inputs.steps[number].prompts, ignore)
-    journal.close()
+    await answered(prepared, recorder, scratch / f"recorded-{number}.jsonl", number)
     return recorder.requests
 
 
@@ -173,7 +169,7 @@ def warm_up_requests(prepared: Prepared, number: int, requests: Sequence[Request
     return [
         Request(
             id=f"warm-up-{number}-{index}",
-            prompt_token_ids=prepared.inputs.encoder.user(f"Say hello number {index} of round {number}."),
+            prompt_token_ids=prepared.heldout.context.encoder.user(f"Say hello number {index} of round {number}."),
             sampling=replace(sampling, seed=index),
             priority=requests[0].priority,
         )
@@ -185,11 +181,9 @@ async def run_rsrlm(
     prepared: Prepared, pool: Any, store: RunFolder, number: int, warm_up: Sequence[Request], idle: int
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     await asyncio.gather(*(pool.generate(request) for request in warm_up))
-    journal = store.journal(number)
     with Load(idle) as load:
         started = time.perf_counter()
-        groups = await producer(prepared, pool, journal, number).all(prepared.inputs.steps[number].prompts, ignore)
-        journal.close()
+        groups = await answered(prepared, pool, store.folder / f"journal-{number}.jsonl", number)
         seconds = time.perf_counter() - started
     tokens = {response.id: list(response.token_ids) for group in groups for response in group.responses}
     return figures(seconds, tokens, load), tokens

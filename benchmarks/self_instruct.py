@@ -25,10 +25,10 @@ from typing import Annotated, Any
 import typer
 from common import RESULTS, Load, head, interleaved, shown, spread, write
 
-from rsrlm.config import Prompts
 from rsrlm.data import prompts as prompt_files
 from rsrlm.data.self_instruct import Pool
 from rsrlm.report.progress import Report
+from rsrlm.settings.methods import Prompts
 
 QUESTION = "seconds of near-duplicate removal at this number of prompts, beside a naive loop of rouge_score"
 NAME = "self_instruct"

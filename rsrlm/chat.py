@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rsrlm.config import ConfigError
+from rsrlm.settings.base import ConfigError
 
 # Private-use characters: no case, no white space and no markup, so that filters such as trim leave them alone.
 _OPEN, _CLOSE = "\U000f5a1d", "\U000f5a1e"

@@ -1,4 +1,4 @@
-"""The command line: `rsrlm run | resume | plan | doctor | data | eval`."""
+"""The command line: `rsrlm run | resume | plan | recipes | doctor | data | eval`."""
 
 import os
 import sys
@@ -15,14 +15,13 @@ from typing import Annotated, Any
 import typer
 
 from rsrlm import config as configs
-from rsrlm.config import ConfigError
+from rsrlm.settings.base import ConfigError
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Language models that reward themselves: vLLM samplers and judges, a preference buffer and a DeepSpeed DPO "
-    "learner, as Ray actors.",
+    help="Language models that reward themselves: vLLM samplers and judges and a DeepSpeed DPO learner, as Ray actors.",
     epilog="Start with `rsrlm run configs/quickstart.yaml`. Exit codes: 0 finished, 2 a mistake in config or input, "
     "3 no pairs or too few examples, 4 a failure, 5 stopped by a limit of watch, 130 interrupted.",
 )
@@ -82,6 +81,20 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     planning.show(launch.planned(prepared), resolved, Report())
 
 
+@app.command(help="The recipes that are there, with a line and the paper of each.")
+def recipes() -> None:
+    from importlib import import_module
+
+    from rsrlm.report.progress import Report
+    from rsrlm.settings.base import RECIPES
+
+    rows = []
+    for name, path in RECIPES.items():
+        said = (import_module(path.partition(":")[0]).__doc__ or "").split("\n\n")[0]
+        rows.append({"recipe": name, "what": " ".join(said.split())})
+    Report().table("Recipes", rows, {"recipe": "recipe", "what": "what it does"})
+
+
 @app.command(help="Check what a run needs on this machine, and say how to mend what is not right.")
 def doctor(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="check for this config")] = None,
@@ -107,10 +120,11 @@ Out = Annotated[Path, typer.Option("--out", help="file to write; what is in hand
 
 @data.command("ift", help="Questions with the reply that people ranked best, from data.trees, as JSONL.")
 def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    from rsrlm.commands import tools
+    from rsrlm.commands import data as commands_data
+    from rsrlm.commands import engines as commands_engines
     from rsrlm.report.progress import Report
 
-    _ended(lambda: tools.data_ift(configs.load(config, overrides), tools.check_out(out), Report()))
+    _ended(lambda: commands_data.data_ift(configs.load(config, overrides), commands_engines.check_out(out), Report()))
 
 
 @data.command(
@@ -119,10 +133,11 @@ def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
     "The same command goes on after an interruption.",
 )
 def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    from rsrlm.commands import tools
+    from rsrlm.commands import data as commands_data
+    from rsrlm.commands import engines as commands_engines
     from rsrlm.report.progress import Report
 
-    _ended(lambda: tools.data_eft(configs.load(config, overrides), tools.check_out(out), Report()))
+    _ended(lambda: commands_data.data_eft(configs.load(config, overrides), commands_engines.check_out(out), Report()))
 
 
 @data.command(
@@ -136,10 +151,15 @@ def data_prompts(
     number: Annotated[int, typer.Option("--number", min=1, help="prompts to make")] = 100,
     overrides: Overrides = None,
 ) -> None:
-    from rsrlm.commands import tools
+    from rsrlm.commands import data as commands_data
+    from rsrlm.commands import engines as commands_engines
     from rsrlm.report.progress import Report
 
-    _ended(lambda: tools.data_prompts(configs.load(config, overrides), number, tools.check_out(out), Report()))
+    _ended(
+        lambda: commands_data.data_prompts(
+            configs.load(config, overrides), number, commands_engines.check_out(out), Report()
+        )
+    )
 
 
 @evaluate.command(
@@ -166,7 +186,8 @@ def eval_judge(
     pairwise: Annotated[bool, typer.Option("--pairwise", help="the pairwise judge (evaluate.judge)")] = False,
     overrides: Overrides = None,
 ) -> None:
-    from rsrlm.commands import tools
+    from rsrlm.commands import engines as commands_engines
+    from rsrlm.commands import judge as commands_judge
     from rsrlm.report.progress import Report
     from rsrlm.store.folder import RunFolder
 
@@ -177,27 +198,27 @@ def eval_judge(
     if run:
         store, resolved = RunFolder.open(run)
         names = [resolved.model_name(index) for index in range(resolved.iterations + 1)]
-        models = {"M0": tools.loaded(resolved.model)[0]}
+        models = {"M0": commands_engines.loaded(resolved.model)[0]}
         models |= {name: store.model(name) for name in names[1:] if store.model(name).exists()}
         if model and (missing := [name for name in model if name not in models]):
             raise ConfigError(f"--model {missing[0]}: {run} has {', '.join(models)}")
         models = {name: path for name, path in models.items() if not model or name in model}
-        # One judge for all of them: that of the run, without what its schedule changes.
-        resolved = configs.changed(resolved.model_copy(update={"schedule": []}), overrides)
+        # One judge for all of them: that of the run, without what its steps change.
+        resolved = configs.without_steps(resolved, overrides)
         place = store.folder
     else:
         if model:
             raise ConfigError(f"--model {model[0]}: only a run has several models; give the run's folder")
         resolved = configs.load(config, overrides)
-        models = {"M0": tools.loaded(resolved.model)[0]}
+        models = {"M0": commands_engines.loaded(resolved.model)[0]}
         place = resolved.folder
     report = Report()
-    folder = tools.check_out(out or place / "eval" / Path(source).name.split(".")[0], folder=True)
+    folder = commands_engines.check_out(out or place / "eval" / Path(source).name.split(".")[0], folder=True)
 
     def work() -> None:
-        seen = tools.trained_on(resolved, store)
-        prompts = tools.rated(resolved, source, part, limit, seen, report)
-        tools.eval_judge(resolved, models, prompts, folder, pairwise, report)
+        seen = commands_judge.trained_on(resolved, store)
+        prompts = commands_judge.rated(resolved, source, part, limit, seen, report)
+        commands_judge.eval_judge(resolved, models, prompts, folder, pairwise, report)
         report.line(f"written to {folder}")
 
     _ended(work)
@@ -218,22 +239,23 @@ def eval_duel(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    from rsrlm.commands import tools
+    from rsrlm.commands import duel as commands_duel
+    from rsrlm.commands import engines as commands_engines
     from rsrlm.data import prompts as prompt_files
     from rsrlm.report.progress import Report
 
     resolved = configs.load(config, overrides)
     prompts = prompt_files.read(prompt_files.file_of(resolved.prompts))
-    tools.check_out(out, folder=True)
-    _ended(lambda: tools.eval_duel(resolved, first, second, judge, prompts, out, Report()))
+    commands_engines.check_out(out, folder=True)
+    _ended(lambda: commands_duel.eval_duel(resolved, first, second, judge, prompts, out, Report()))
 
 
 def _ended(work: Callable[[], Any]) -> None:
     """Run a command; too few examples and an interruption have exit codes of their own."""
     import asyncio
 
+    from rsrlm.recipes.sft import NoExamples
     from rsrlm.runtime import launch
-    from rsrlm.seeds import NoExamples
 
     try:
         work()

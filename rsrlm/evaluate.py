@@ -1,24 +1,25 @@
 """Held-out prompts: what a model answers, how the judges score it, and whether it beats the model before it.
 
-Two judges are kept apart and always named: the current model, whose taste moves with training, and one that stays: the
-config's validator, or the frozen first model M0. Which of two models wins is asked of the latter in both orders; orders
-that disagree are a tie. Answers of two models are compared prompt by prompt, where both could be read.
+Two judges are kept apart and always named: the current model, whose preferences change as it trains, and one that
+stays: the config's validator, or the frozen first model M0. Which of two models wins is asked of the latter in both
+orders; orders that disagree are a tie. Answers of two models are compared prompt by prompt, where both could be read.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from rsrlm.ask import SAMPLE_PRIORITY, Engines, Judging, duel_judge, gather, respond, winner_of
-from rsrlm.chat import ChatEncoder
-from rsrlm.config import Config, SamplingParams
-from rsrlm.judges import verdicts as judging
-from rsrlm.produce import mean_verdicts
-from rsrlm.records import Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
+from rsrlm.config import Config
+from rsrlm.engines import SAMPLE_PRIORITY, Engines, Model, gather
+from rsrlm.judges import verdicts
+from rsrlm.judges.base import Context, Judge, Origin, mean_verdicts
+from rsrlm.judges.pairwise import Match, duel_judge, winner_of
+from rsrlm.recipes.base import respond
+from rsrlm.records import Judgement, Prompt, Response, Scored, Task, Unparsed
 from rsrlm.report import metrics
-from rsrlm.store.folder import Journal
+from rsrlm.run import Run
+from rsrlm.settings.methods import SamplingParams
 
 EVALUATION = 1_000_000  # an iteration number of its own: no seed of an evaluation meets one of the training
 
@@ -27,112 +28,60 @@ class Evaluation:
     """Evaluates one model after the other on the same prompts."""
 
     def __init__(
-        self,
-        config: Config,
-        encoder: ChatEncoder,
-        judge: Judging,
+        self, config: Config, context: Context, judge: Judge, validating: Judge, validator_context: Context,
         prompts: Sequence[Prompt],
-        validating: Judging | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`judge` gives the rewards, `validating` scores where somebody else validates."""
-        self._config = config
-        self._encoder = encoder
-        self.judge = judge
-        self.validating = validating or judge
-        self.prompts = prompts
-        compared = any(step.compares for step, _ in config.distinct)
-        self._pairwise = duel_judge(config, self.validating.encoder) if compared else None
+        self.config, self.context, self.judge, self.validating, self.prompts = (
+            config, context, judge, validating, prompts,
+        )  # fmt: skip
+        self._pairwise = duel_judge(config, validator_context) if config.compares else None
 
     def needs(self) -> dict[str, int]:
         """Tokens of each kind of request beside those of the question."""
-        answer = self._config.evaluate.max_tokens
+        answer = self.config.evaluate.max_tokens
         return {
-            "evaluate.max_tokens": len(self._encoder.user("")) + answer,
+            "evaluate.max_tokens": len(self.context.encoder.user("")) + answer,
             "the judge of a held-out answer": max(self.judge.needs(answer), self.validating.needs(answer)),
             "the judge of two held-out answers": self._pairwise.needs(2 * answer) if self._pairwise else 0,
         }
 
-    async def answers(self, engines: Engines, model: str, journal: Journal) -> list[Response]:
-        """The answers of the model that the engines hold, in the order of the prompts."""
+    async def answers(self, engines: Engines) -> list[Response]:
+        """The model's answers, in the order of the prompts."""
+        return await self._asked(engines, self.config.evaluate, "0", "")
 
+    async def samples(self, engines: Engines) -> list[Response]:
+        """An answer to each prompt, drawn from the model's whole distribution: temperature 1, without top_p and
+        top_k."""
+        params = SamplingParams(temperature=1.0, max_tokens=self.config.evaluate.max_tokens)
+        return await self._asked(engines, params, "kl", "/kl")
+
+    async def _asked(self, engines: Engines, params: SamplingParams, index: str, suffix: str) -> list[Response]:
         async def one(prompt: Prompt) -> Response:
-            group = f"{model}/{prompt.id}"
-            found = journal.responses.get(f"{group}/0")
-            if found is None:
-                seed = seed_of(self._config.seed, EVALUATION, group, "actor", "0")
-                found = await respond(engines, self._encoder, prompt, 0, self._config.evaluate, group=group, seed=seed)
-                journal.add(found)
-            return found
+            group = f"{engines.model.name}/{prompt.id}"
+            task = Task(iteration=EVALUATION, prompt=prompt)
+            seed = self.context.seed_of(EVALUATION, group, "actor", index)
+            return await respond(engines, self.context, task, 0, params, group=group + suffix, seed=seed)
 
-        return await gather([one(prompt) for prompt in self.prompts])
+        return await gather(map(one, self.prompts))
 
-    async def samples(self, engines: Engines, model: str) -> list[Response]:
-        """An answer of the model that the engines hold to each prompt, drawn from its whole distribution: temperature
-        1, without top_p and top_k. Deterministic, and not kept."""
-        params = SamplingParams(temperature=1.0, max_tokens=self._config.evaluate.max_tokens)
-        work = []
-        for prompt in self.prompts:
-            group = f"{model}/{prompt.id}"
-            seed = seed_of(self._config.seed, EVALUATION, group, "actor", "kl")
-            group = f"{group}/kl"
-            work.append(respond(engines, self._encoder, prompt, 0, params, group=group, seed=seed))
-        return await gather(work)
+    async def scores(self, judge: Judge, engines: Engines, by: str, answers: Sequence[Response]) -> list[Judgement]:
+        """Judgements of the answers by `judge`; `by` names it in their ids."""
 
-    async def logprobs(self, engines: Engines, answers: Sequence[Response]) -> list[tuple[float, ...]]:
-        """Log-probabilities of each answer's tokens under the model that the engines hold, in nats, at temperature 1.
+        async def one(prompt: Prompt, answer: Response) -> tuple[Judgement, ...]:
+            name = f"{answer.id}@{by}/{answer.index}"
+            origin = Origin(iteration=EVALUATION, name=name, by=f"@{by}")
+            return await judge(engines, prompt, answer, origin)
 
-        An answer that fills the context to its last token lacks that token: one is generated for every request.
-        """
-        room = self._config.engine.max_model_len - 1
-        requests = [
-            Request(
-                id=f"{answer.id}/logprobs",
-                prompt_token_ids=(answer.prompt_token_ids + answer.token_ids)[:room],
-                sampling=Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0),
-                priority=SAMPLE_PRIORITY,
-                score_from=len(answer.prompt_token_ids),
-            )
-            for answer in answers
-        ]
-        return [found.prompt_logprobs for found in await gather([engines.generate(one) for one in requests])]
+        found = await gather([one(prompt, answer) for prompt, answer in zip(self.prompts, answers, strict=True)])
+        return [judgement for judged in found for judgement in judged]
 
-    async def scores(
-        self, judge: Judging, engines: Engines, judge_model: str, answers: Sequence[Response], journal: Journal
-    ) -> list[Judgement]:
-        """Judgements of the answers by `judge` with the weights of `judge_model`, which the engines hold."""
-
-        async def one(prompt: Prompt, answer: Response, index: int) -> Judgement:
-            identifier = f"{answer.id}#{index}@{judge_model}"
-            found = journal.judgements.get(identifier)
-            if found is None:
-                made = await judge.judge(
-                    engines,
-                    prompt,
-                    answer,
-                    index,
-                    group=f"{answer.id}@{judge_model}",
-                    iteration=EVALUATION,
-                )
-                found = replace(made, id=identifier)
-                journal.add(found)
-            return found
-
-        return await gather(
-            [
-                one(prompt, answer, index)
-                for prompt, answer in zip(self.prompts, answers, strict=True)
-                for index in range(judge.per_response)
-            ]
-        )
-
-    async def duel(
-        self, engines: Engines, judge_model: str, new: Sequence[Response], old: Sequence[Response], journal: Journal
-    ) -> dict[str, Any]:
+    async def duel(self, engines: Engines, by: str, new: Sequence[Response], old: Sequence[Response]) -> dict[str, Any]:
         """Share of the prompts that the new answers win, tie and lose, by the pairwise judge in both orders."""
-        outcomes = await self.outcomes(engines, judge_model, new, old, journal)
+        outcomes = await self.outcomes(engines, by, new, old)
         readable = [outcome for outcome in outcomes if not isinstance(outcome, Unparsed)]
         return {
-            "judge": f"{self._pairwise.name if self._pairwise else 'none'} by {named(judge_model)}, both orders",
+            "judge": f"{self._pairwise.name if self._pairwise else 'none'} by {named(by)}, both orders",
             "n": len(readable),
             "unreadable": len(outcomes) - len(readable),
             "win": share(readable, "first"),
@@ -141,58 +90,73 @@ class Evaluation:
         }
 
     async def outcomes(
-        self, engines: Engines, judge_model: str, new: Sequence[Response], old: Sequence[Response], journal: Journal
-    ) -> list[judging.Preferred | Unparsed]:
+        self, engines: Engines, by: str, new: Sequence[Response], old: Sequence[Response]
+    ) -> list[verdicts.Preferred | Unparsed]:
         """Which answer to each prompt is better, "first" being the new one; orders that disagree are a tie."""
-        return await gather(
-            [
-                self._outcome(engines, judge_model, prompt, a, b, journal)
-                for prompt, a, b in zip(self.prompts, new, old, strict=True)
-            ]
-        )
 
-    async def _outcome(
-        self, engines: Engines, judge_model: str, prompt: Prompt, new: Response, old: Response, journal: Journal
-    ) -> judging.Preferred | Unparsed:
-        if new.token_ids == old.token_ids:
-            return "tie"
-        first, second = await gather(
-            [
-                self._shown(engines, judge_model, prompt, new, old, 0, journal),
-                self._shown(engines, judge_model, prompt, old, new, 1, journal),
-            ]
-        )
-        return judging.combine_orders(winner_of(first), winner_of(second))
+        async def one(prompt: Prompt, a: Response, b: Response) -> verdicts.Preferred | Unparsed:
+            if a.token_ids == b.token_ids:
+                return "tie"
+            assert self._pairwise is not None
+            matches = [self._match(prompt, a, b, 0, by), self._match(prompt, b, a, 1, by)]
+            first, second = await self._pairwise(engines, matches)
+            return verdicts.combine_orders(winner_of(first), winner_of(second))
 
-    async def _shown(
-        self,
-        engines: Engines,
-        judge_model: str,
-        prompt: Prompt,
-        a: Response,
-        b: Response,
-        order: int,
-        journal: Journal,
-    ) -> Judgement:
-        """The pairwise verdict with `a` shown first. Its points are the share that A wins: 1, 0.5 or 0."""
-        identifier = f"{a.id}>{b.id}@{judge_model}"
-        if (found := journal.judgements.get(identifier)) is not None:
-            return found
-        assert self._pairwise is not None
-        judgement = await self._pairwise.ask(
-            engines,
-            identifier,
-            {"instruction": prompt.text, "response_a": a.text, "response_b": b.text},
+        return await gather([one(prompt, a, b) for prompt, a, b in zip(self.prompts, new, old, strict=True)])
+
+    def _match(self, prompt: Prompt, a: Response, b: Response, order: int, by: str) -> Match:
+        return Match(
+            id=f"{a.id}>{b.id}@{by}",
             prompt_id=prompt.id,
             response_id=a.id,
             index=order,
             role="duel",
-            seed=seed_of(self._config.seed, EVALUATION, prompt.id, "duel", f"{a.id}>{b.id}"),
-            fence_seed=seed_of(self._config.seed, EVALUATION, prompt.id, "duel", "fence"),
+            fields={"instruction": prompt.text, "response_a": a.text, "response_b": b.text},
+            seed=self.context.seed_of(EVALUATION, prompt.id, "duel", f"{a.id}>{b.id}"),
+            fence_seed=self.context.seed_of(EVALUATION, prompt.id, "duel", "fence"),
             priority=SAMPLE_PRIORITY,
         )
-        journal.add(judgement)
-        return judgement
+
+
+async def evaluate(run: Run, evaluation: Evaluation, model: Model, before: Model | None) -> dict[str, Any]:
+    """A model on the held-out prompts: its own judgement, that of the validator or else of the frozen M0, and a duel
+    with the model before it."""
+    config, prompts = evaluation.config, len(evaluation.prompts)
+    if not prompts:
+        return {}
+    current = config.judge.external or model.name
+    first = config.validator.external or run.first.name
+    # The same judgements where the judge of the rewards validates.
+    by = validates(first) if config.evaluate.judge.external else first
+    judged = prompts * evaluation.judge.per_response
+    with run.stage(f"held-out {model.name}", {"actor": prompts, "judge": judged}):
+        engines = await run.load(model)
+        answers = await evaluation.answers(engines)
+        drawn = await evaluation.samples(engines) if before and config.evaluate.kl else []
+        own_logprobs = await engines.logprobs(drawn, evaluation.context.room)
+        own = await evaluation.scores(evaluation.judge, engines, current, answers)
+    found = {
+        "model": model.name,
+        "answers": lengths(answers),
+        "score_by_current": {"judge": current, **mean_score(answers, own)},
+        "score_by_first": {"judge": first, **mean_score(answers, own)},
+    }
+    if before or by != current:
+        duels = 2 * prompts if before and config.evaluate.duel else 0
+        totals = {"judge": prompts * evaluation.validating.per_response, "duel": duels}
+        with run.stage(f"held-out {model.name} by {first}", totals):  # type: ignore[arg-type]
+            earlier = await evaluation.answers(await run.load(before)) if before and duels else []
+            validators = await run.validator(run.first)
+            frozen = await evaluation.scores(evaluation.validating, validators, by, answers)
+            found["score_by_first"] = {"judge": first, **mean_score(answers, frozen)}
+            if before and duels:
+                found[f"duel_with_{before.name}"] = await evaluation.duel(validators, by, answers, earlier)
+    if drawn:
+        engines = await run.load(run.first)
+        first_logprobs = await engines.logprobs(drawn, evaluation.context.room)
+        found["kl_to_first"] = kl_per_token(own_logprobs, first_logprobs)
+    run.event("evaluated", **found)
+    return found
 
 
 def kl_per_token(
@@ -230,7 +194,7 @@ def gain_of_scores(
     ]
 
 
-def gain_of_duels(outcomes: Sequence[judging.Preferred | Unparsed]) -> list[float]:
+def gain_of_duels(outcomes: Sequence[verdicts.Preferred | Unparsed]) -> list[float]:
     """1 for a prompt that the new answer wins, 0 for a tie, -1 for a loss; unreadable ones are left out."""
     worth = {"first": 1.0, "tie": 0.0, "second": -1.0}
     return [worth[outcome] for outcome in outcomes if not isinstance(outcome, Unparsed)]

@@ -5,27 +5,26 @@ nobody won, and how the Bradley-Terry fit stays finite.
 """
 
 import itertools
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from rsrlm.config import Config, Meta
 from rsrlm.judges.verdicts import mean_points
-from rsrlm.records import Judgement, PreferencePair, Response, Scored
+from rsrlm.records import Judgement, NoPair, PreferencePair, Preferred, Response, Scored
 
 TIE = 1e-6  # Bradley-Terry scores nearer to each other than this are equal: the fit is no more exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
+class PositionWeights:
     """What a win counts for the judgement shown first and for the one shown second."""
 
     first: float
     second: float
 
 
-EVEN = Weights(first=0.5, second=0.5)
+EVEN = PositionWeights(first=0.5, second=0.5)
 
 
 def comparison_id(first: Judgement, second: Judgement) -> str:
@@ -58,7 +57,7 @@ def readable(judgements: Iterable[Judgement], response: Response) -> list[Judgem
     return sorted(found, key=lambda one: one.index)
 
 
-def contestants(judgements: Sequence[Judgement], rule: Meta) -> list[Judgement]:
+def contestants(judgements: Sequence[Judgement], rule: Any) -> list[Judgement]:
     """The readable judgements of one response that are compared: at least two, or none."""
     found = list(judgements)
     if rule.collapse:
@@ -66,60 +65,36 @@ def contestants(judgements: Sequence[Judgement], rule: Meta) -> list[Judgement]:
         for one in found:
             first.setdefault(one.text, one)
         found = list(first.values())
-    points = {one.verdict.points for one in found if isinstance(one.verdict, Scored)}
-    if rule.skip_agreed and len(points) < 2:
-        return []
     return found if len(found) >= 2 else []
 
 
-def matches(contestants: Sequence[Judgement], rule: Meta, seed: int) -> list[tuple[Judgement, Judgement]]:
-    """Who is shown first and second, each two in both orders.
-
-    With `rule.opponents` everyone meets at least so many (neighbours in a circle that `seed` shuffles).
-    """
-    number = len(contestants)
-    if number < 2:
-        return []
-    if rule.opponents is None or rule.opponents >= number - 1:
-        met = {(i, j) for i, j in itertools.combinations(range(number), 2)}
-    else:
-        circle = list(range(number))
-        random.Random(f"circle {seed} {contestants[0].id}").shuffle(circle)
-        reach = math.ceil(rule.opponents / 2)
-        met = {
-            (min(circle[place], other), max(circle[place], other))
-            for place in range(number)
-            for other in (circle[(place + step) % number] for step in range(1, reach + 1))
-        }
-    return [
-        match for i, j in sorted(met) for match in ((contestants[i], contestants[j]), (contestants[j], contestants[i]))
-    ]
+def matches(contestants: Sequence[Judgement]) -> list[tuple[Judgement, Judgement]]:
+    """Who is shown first and second: each two in both orders."""
+    return [match for one, other in itertools.combinations(contestants, 2) for match in ((one, other), (other, one))]
 
 
-def most_comparisons(config: Config) -> int:
-    """Comparisons of one prompt, at most."""
-    number = config.judge.per_response
-    opponents = number - 1 if config.meta.opponents is None else min(number - 1, config.meta.opponents + 1)
-    return number * opponents
+def most_comparisons(judgements: int) -> int:
+    """Comparisons of one prompt, at most: every two judgements of a response in both orders."""
+    return judgements * (judgements - 1)
 
 
 def result(comparison: Judgement) -> int:
     """r of the paper: 1 if the judgement shown first won, -1 if the second did, 0 for a tie or no readable verdict."""
     verdict = comparison.verdict
-    return {1.0: 1, 0.0: -1}.get(verdict.points, 0) if isinstance(verdict, Scored) else 0
+    return {"A": 1, "B": -1}.get(verdict.winner, 0) if isinstance(verdict, Preferred) else 0
 
 
-def position_weights(comparisons: Iterable[Judgement]) -> Weights:
+def position_weights(comparisons: Iterable[Judgement]) -> PositionWeights:
     """w1 and w2: each position's wins over all wins, swapped. Where nobody won, 0.5 each."""
     results = [result(one) for one in comparisons]
     first, second = results.count(1), results.count(-1)
     if not first + second:
         return EVEN
-    return Weights(first=second / (first + second), second=first / (first + second))
+    return PositionWeights(first=second / (first + second), second=first / (first + second))
 
 
 def battle_matrix(
-    indices: Sequence[int], results: Mapping[tuple[int, int], int], weights: Weights
+    indices: Sequence[int], results: Mapping[tuple[int, int], int], weights: PositionWeights
 ) -> list[list[float]]:
     """B: how much each judgement (row) won against each other one (column), in the order of `indices`.
 
@@ -159,18 +134,18 @@ def judge_pair(
     prompt_token_ids: Sequence[int],
     contestants: Sequence[Judgement],
     comparisons: Sequence[Judgement],
-    weights: Weights,
-    rule: Meta,
+    weights: PositionWeights,
+    rule: Any,
     seed: int,
-) -> PreferencePair | str:
-    """The pair of one response's judgements, or the reason why there is none (a short text that is counted).
+) -> PreferencePair | NoPair:
+    """The pair of one response's judgements, or the reason why there is none.
 
     `contestants` are judgements of one response, `comparisons` the verdicts of their `matches`, and `prompt_token_ids`
     what the judge was shown. Chosen is the complete judgement with the highest Bradley-Terry score, rejected the one
     with the lowest; equal ones are drawn by `seed`. The scores on the pair are the Bradley-Terry scores.
     """
     if len(contestants) < 2:
-        return "fewer than two judgements to compare"
+        return NoPair(reason="fewer than two judgements to compare")
     by_id = {one.id: one for one in comparisons}
     results = {
         (first.index, second.index): result(by_id[key])
@@ -178,21 +153,21 @@ def judge_pair(
         if (key := comparison_id(first, second)) in by_id
     }
     if not any(results.values()):
-        return "no readable winner"
+        return NoPair(reason="no readable winner")
     scores = bradley_terry(battle_matrix([one.index for one in contestants], results, weights), rule.ridge)
     ranked = list(zip(contestants, scores, strict=True))
     complete = [(one, score) for one, score in ranked if one.finish_reason == "stop"]
     if not complete:
-        return "no complete judgement"
+        return NoPair(reason="no complete judgement")
     draw = random.Random(f"judge pair {seed} {contestants[0].id}")
     chosen, best = _drawn(complete, max(score for _, score in complete), draw)
     rejected, worst = _drawn(ranked, min(score for _, score in ranked), draw)
     if best - worst <= TIE:
-        return "equal judgements"
+        return NoPair(reason="equal judgements")
     if chosen.token_ids == rejected.token_ids:
-        return "same tokens"
+        return NoPair(reason="same tokens")
     if rule.max_chosen_chars is not None and len(chosen.text) > rule.max_chosen_chars:
-        return "chosen too long"
+        return NoPair(reason="chosen too long")
     return PreferencePair(
         id=f"{chosen.id}>{rejected.index}",
         prompt_id=chosen.prompt_id,

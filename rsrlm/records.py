@@ -63,7 +63,7 @@ class Request:
     `regex` constrains the text with vLLM's structured outputs. `label_ids` asks for the log-probabilities of these
     tokens at the first decoding step, `score_from` for those of the prompt's own tokens from this position on (1 or
     more). Lower `priority` is served first. `text` is the user turn where a model behind an API is asked, which
-    tokenises for itself.
+    tokenises for itself. `role` is what it is counted as.
     """
 
     id: str
@@ -74,6 +74,7 @@ class Request:
     label_ids: tuple[int, ...] = ()
     score_from: int | None = None
     text: str = ""
+    role: Role = "actor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +91,9 @@ class Completion:
     text: str
     finish_reason: FinishReason
     weight_version: str
-    prompt_tokens: int
-    cached_tokens: int
-    replica: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    replica: int = 0
     label_logprobs: tuple[float, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
 
@@ -112,7 +113,24 @@ class Unparsed:
     reason: str
 
 
-Verdict = Scored | Unparsed
+Winner = Literal["A", "B", "tie"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferred:
+    """The verdict of a pairwise judge: the text shown first (A), the one shown second (B), or neither."""
+
+    winner: Winner
+
+
+Verdict = Scored | Preferred | Unparsed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoPair:
+    """Why something gave no pair: a short text that is counted."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +157,7 @@ class Response:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
     """One verdict on one response, or on two of its judgements (role "meta"), or on two responses (role "duel"): then
-    its points are the share that the one shown first wins. `judge` names template and reading, or the function.
+    it is `Preferred`. `judge` names template and reading, or the function.
 
     A function judge has no tokens, no sampling parameters and the weight version of nobody: "".
     """
@@ -193,7 +211,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A prompt with everything made for it. `no_pair_reason` is "" exactly when there is a pair of responses.
+    """A prompt with everything made for it. `no_pair_reason` says why there are no pairs, if there are none.
 
     `comparisons` are the meta-judge's verdicts on judgements of one of the responses.
     """
@@ -202,10 +220,10 @@ class Group:
     iteration: int
     prompt: Prompt
     responses: tuple[Response, ...]
-    judgements: tuple[Judgement, ...]
-    pair: PreferencePair | None
-    no_pair_reason: str
+    judgements: tuple[Judgement, ...] = ()
     comparisons: tuple[Judgement, ...] = ()
+    pairs: tuple[PreferencePair, ...] = ()
+    no_pair_reason: str = ""
 
 
 def group_id(iteration: int, prompt_id: str) -> str:

@@ -25,27 +25,40 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-if "MUTANT_UNDER_TEST" in os.environ:
-    # The processes of all mutants are forked from one that has loaded the tokenizer: half a second less for each.
-    from rsrlm import ask, model
-    from rsrlm.judges import verdicts as judging
+
+def function_here(dotted: str, timeout_s: float) -> Any:
+    """A judge's function in this process, in the place of a pool of others: they take seconds to start."""
+    import asyncio
+
+    from rsrlm.judges import function_pool
     from rsrlm.records import Unparsed
 
+    function = function_pool.load_function(dotted)
+
+    async def judge(prompt: str, response: str) -> Any:
+        await asyncio.sleep(0)  # as for another process, others go on
+        try:
+            return function_pool.call_function(function, prompt, response)
+        except Exception as error:
+            return Unparsed(reason=f"function raised {type(error).__name__}")
+
+    return judge
+
+
+@pytest.fixture
+def functions_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions judge in this process."""
+    monkeypatch.setattr("rsrlm.judges.function.pool_of", function_here)
+
+
+if "MUTANT_UNDER_TEST" in os.environ:
+    # The processes of all mutants are forked from one that has loaded the tokenizer: half a second less for each. Other
+    # processes would be children that mutmut waits for, and cannot run its code.
+    from rsrlm import model
+    from rsrlm.judges import function as function_judges
+
     model.load_tokenizer = functools.cache(model.load_tokenizer)
-
-    def function_judge(dotted: str, timeout_s: float) -> Any:
-        """In this process: others would be children that mutmut waits for, and cannot run its code."""
-        function = judging.load_function(dotted)
-
-        async def judge(prompt: str, response: str) -> Any:
-            try:
-                return judging.call_function(function, prompt, response)
-            except Exception as error:
-                return Unparsed(reason=f"function raised {type(error).__name__}")
-
-        return judge
-
-    ask.function_judge = function_judge
+    function_judges.pool_of = function_here  # type: ignore[assignment]
 
 ORDER = ("plain", "torch", "ray", "full", "gpu")
 
@@ -67,8 +80,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The built-in model's folder: real weights, tokenizer and chat template."""
-    from rsrlm.config import BUILTIN_MODEL, Model
     from rsrlm.model import folder_of
+    from rsrlm.settings.machine import BUILTIN_MODEL, Model
 
     return folder_of(Model(path=BUILTIN_MODEL))
 
@@ -165,7 +178,7 @@ def make_config(tmp_path: Path) -> Any:
             "model": {"path": "smollm2-135m-instruct"},
             "prompts": {"path": "builtin", "per_iteration": 4, "heldout": 2},
             "sample": {"responses": 2, "max_tokens": 24, "temperature": 0.8},
-            "judge": {"read": "digits"},
+            "judge": {"kind": "digits"},
             "train": {"lr": 1e-3, "pairs_per_step": 2},
             "engine": {"max_model_len": 512, "max_num_seqs": 8, "kv_cache_gib": 0.25},
         }

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rsrlm.ask import Judging
+from scripted import context_of, model, run_of
+
 from rsrlm.config import resolve
-from rsrlm.produce import Producer
-from rsrlm.records import Completion, Group, Prompt, Request
+from rsrlm.judges.function import Function
+from rsrlm.recipes.self_rewarding import SelfRewarding
+from rsrlm.records import Completion, Prompt, Request, Task
 from rsrlm.runtime.launch import interruptible
-from rsrlm.store.folder import Journal
+from rsrlm.store.journal import CompletionLog
 
 CONFIG = {
     "name": "x",
@@ -19,41 +21,35 @@ CONFIG = {
     "model": "a/b",
     "prompts": {"path": "builtin", "per_iteration": 4},
     "sample": {"responses": 2, "max_tokens": 24},
-    "judge": {"read": "function", "function": "judge_functions:by_order"},
+    "judge": {"kind": "function", "function": "judge_functions:by_order"},
     "train": {"lr": 1e-3, "pairs_per_step": 2},
 }
 
 
-class Engines:
+class Engine:
     slots = 4
+
+    async def hold(self, version: str) -> dict[str, str]:
+        return {}
 
     async def generate(self, request: Request) -> Completion:
         return Completion(
-            request_id=request.id,
-            token_ids=(1,),
-            text=sys.argv[2],
-            finish_reason="stop",
-            weight_version="M0",
-            prompt_tokens=1,
-            cached_tokens=0,
-            replica=0,
+            request_id=request.id, token_ids=(1,), text=sys.argv[2], finish_reason="stop", weight_version="M0"
         )
 
 
 async def main() -> None:
-    async def put(group: Group) -> None:
-        print("judged", flush=True)
-
-    config = resolve(CONFIG)
-    encoder: Any = SimpleNamespace(tokenizer=None, user=lambda text: (1, 2))
-    judge = Judging(config, encoder)
+    context = context_of(config := resolve(CONFIG), SimpleNamespace(tokenizer=None, user=lambda text: (1, 2)))
+    recipe = SelfRewarding(config.planned[0].config, context, context)
     ready = Path(sys.argv[1] + ".ready")
     ready.touch()
-    await judge._function(str(ready), "wait")  # type: ignore[misc]
+    judge: Any = recipe.judge
+    assert isinstance(judge, Function)
+    await judge._function(str(ready), "wait")
     print("judging", flush=True)
-    journal = Journal(Path(sys.argv[1]))
-    producer = Producer(config, encoder, Engines(), Engines(), judge, journal, 0, lambda *_: None)
-    await producer.all([Prompt(id="a", text="x")], put)
+    run = run_of(Engine(), CompletionLog(Path(sys.argv[1])))
+    await run.groups(await run.load(model("M0")), recipe, [Task(iteration=0, prompt=Prompt(id="a", text="x"))])
+    print("judged", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ publish: in the engine, when the bytes of M1 are loaded and their version is not
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 
 def die() -> None:
@@ -32,26 +34,29 @@ def main() -> None:
     place = sys.argv.pop(1)
     os.environ["RSRLM_TEST_DRIVER"] = str(os.getpid())
     from rsrlm import cli
-    from rsrlm.store import folder as store
+    from rsrlm.store import journal, steps
 
     if place == "responses":
-        add = store.Journal.add
+        add = journal.CompletionLog.add
+        responses = []
 
-        def counted(self: store.Journal, record: object) -> None:
-            add(self, record)  # type: ignore[arg-type]
-            if "evaluation" not in str(self._file.name) and len(self.responses) == 3:
+        def counted(self: journal.CompletionLog, key: bytes, payload: Mapping[str, Any]) -> None:
+            add(self, key, payload)
+            if payload["id"].startswith("00/") and "#" not in payload["id"]:
+                responses.append(payload["id"])
+            if len(responses) == 3:
                 die()
 
-        store.Journal.add = counted  # type: ignore[method-assign]
+        journal.CompletionLog.add = counted  # type: ignore[method-assign]
     elif place == "step":
-        log = store.StepLog.add
+        log = steps.StepLog.add
 
-        def logged(self: store.StepLog, row: dict) -> None:
+        def logged(self: steps.StepLog, row: dict) -> None:
             log(self, row)
             if len(self.rows) == 2:
                 die()
 
-        store.StepLog.add = logged  # type: ignore[method-assign]
+        steps.StepLog.add = logged  # type: ignore[method-assign]
     elif place == "publish":
         import ray
 

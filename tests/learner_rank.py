@@ -16,9 +16,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from rsrlm.config import Model, Train
 from rsrlm.records import Example, PreferencePair
 from rsrlm.runtime.learner import Policy, load_policy
+from rsrlm.settings.machine import Model
+from rsrlm.settings.train import DPO, TrainRule
 
 
 def make_pairs() -> list[PreferencePair]:
@@ -61,14 +62,15 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo")
     found = []
     for stage, micro_batch, options in cases:
-        pairs: list[Any] = make_examples() if options.get("method") == "sft" else make_pairs()
+        sft = options.pop("method", "") == "sft"
+        pairs: list[Any] = make_examples() if sft else make_pairs()
         if options.pop("mixed", False):
             pairs = [replace(pair, kind="judge") if place % 2 else pair for place, pair in enumerate(pairs)]
-        train = Train(
+        train = (TrainRule if sft else DPO)(
             lr=1e-3, pairs_per_step=5, zero_stage=stage, micro_batch=micro_batch, max_grad_norm=1e9, **options
         )
         policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32")
-        reference = policy.reference_logps([pairs], lambda _: None) if train.method == "dpo" else {}
+        reference = policy.reference_logps(pairs, lambda _: None) if isinstance(pairs[0], PreferencePair) else {}
         # The first step moves the policy off its reference, so that the second loss is not ln 2.
         first = policy.step(pairs, reference, 1e-3)
         summed = policy.gradients(pairs, reference)

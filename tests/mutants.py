@@ -42,7 +42,7 @@ def all_modules() -> list[str]:
 def fingerprint() -> str:
     """Of all that a verdict depends on in the project."""
     found = hashlib.sha256()
-    folders = ((ROOT / name).rglob("*") for name in ("rsrlm", "tests", "configs", "benchmarks"))
+    folders = ((ROOT / name).rglob("*") for name in ("rsrlm", "tests", "configs", "benchmarks", "docs"))
     for path in sorted([*itertools.chain.from_iterable(folders), ROOT / "pyproject.toml"]):
         if path.is_file() and path != ACCEPTED and "__pycache__" not in path.parts:
             found.update(f"{path}\0".encode() + path.read_bytes())

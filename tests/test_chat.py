@@ -14,8 +14,9 @@ from small_tokenizers import KINDS, METASPACE, TEMPLATES, tokenizer_of
 from tokenizers.processors import TemplateProcessing
 
 from rsrlm.chat import ChatEncoder, check_tokenizer, template_variables
-from rsrlm.config import ConfigError
-from rsrlm.judges.verdicts import ADDITIVE_VARIABLES, PAIRWISE_VARIABLES, SCORE, WINNER, load_template
+from rsrlm.judges.templates import ADDITIVE_VARIABLES, PAIRWISE_VARIABLES, load_template
+from rsrlm.judges.verdicts import SCORE, WINNER
+from rsrlm.settings.base import ConfigError
 
 BEFORE = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -20,19 +20,23 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from scripted import run_of
 
 from rsrlm import cli
 from rsrlm import config as configs
-from rsrlm.commands import tools
-from rsrlm.config import Config, ConfigError, Model, load
+from rsrlm.commands import engines as commands
+from rsrlm.config import Config, load
 from rsrlm.data import prompts
+from rsrlm.data.examples import reply_as_response
 from rsrlm.data.ranked import Reply
-from rsrlm.loop import NoPairs
+from rsrlm.iterative import NoPairs
+from rsrlm.judges.base import Origin
 from rsrlm.model import folder_of
-from rsrlm.records import Prompt
+from rsrlm.records import Completion, Prompt
 from rsrlm.report.progress import Report
 from rsrlm.runtime import launch
-from rsrlm.seeds import reply_as_response
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import Model
 from rsrlm.store.folder import RunFolder
 
 PROMPTS = [{"id": f"p{number}", "prompt": f"Say {number}."} for number in range(7)]
@@ -115,7 +119,7 @@ def config_file(tmp_path: Path, small_model: Path) -> Path:
         "model": str(small_model),
         "prompts": {"path": str(tmp_path / "prompts.jsonl"), "per_iteration": 4, "heldout": 2},
         "sample": {"responses": 2, "max_tokens": 24},
-        "judge": {"read": "digits"},
+        "judge": {"kind": "digits"},
         "train": {"lr": 1e-3, "pairs_per_step": 2},
         "engine": {"max_model_len": 4096, "kv_cache_gib": 0.25},
     }
@@ -163,7 +167,7 @@ def test_what_is_right_starts(rsrlm: Callable[..., Ended], config_file: Path, tm
     assert prepared.config.seed == 7
     assert prepared.model == smollm2
     assert prepared.left_out == []
-    assert (len(prepared.inputs.heldout), [len(step.prompts) for step in prepared.inputs.steps]) == (2, [4])
+    assert (len(prepared.heldout.prompts), [len(one.tasks) for one in prepared.iterations]) == (2, [4])
     assert store.folder == tmp_path / "runs" / "mine"
     assert sorted(path.name for path in store.folder.iterdir()) == ["config.yaml", "start.json", "trained_on.json"]
 
@@ -172,12 +176,10 @@ CLOCK = "{% for m in messages %}{{ strftime_now('%H:%M:%S.%f') }} {{ m.content }
 
 
 @pytest.fixture
-def clock(smollm2: Path, tmp_path: Path) -> Path:
+def clock(model: Path) -> Path:
     """A model whose chat template prints the time: no two renderings are the same by themselves."""
-    folder = tmp_path / "clock"
-    shutil.copytree(smollm2, folder)
-    (folder / "chat_template.jinja").write_text(CLOCK)
-    return folder
+    (model / "chat_template.jinja").write_text(CLOCK)
+    return model
 
 
 def started_with(call: Callable[[], Any]) -> tuple[Any, Any]:
@@ -188,10 +190,8 @@ def started_with(call: Callable[[], Any]) -> tuple[Any, Any]:
 
 def judge_prompt_of(prepared: Any) -> tuple[int, ...]:
     response = reply_as_response(Reply(id="r", text="A drink.", rank=0), "tea", "00/tea", 0)
-    judge = prepared.inputs.steps[0].judging
-    found: tuple[int, ...] = judge.prompt_of(
-        Prompt(id="tea", text="What is tea?"), response, group="00/tea", iteration=0
-    )
+    judge, origin = prepared.iterations[0].recipe.judge, Origin(iteration=0, name="00/tea/0")
+    found: tuple[int, ...] = judge.prompt_of(Prompt(id="tea", text="What is tea?"), response, origin)
     return found
 
 
@@ -201,7 +201,7 @@ def test_a_resume_makes_the_prompts_that_the_engines_saw(
     """Whatever the chat template prints, and whatever was drawn for the fences."""
     first, store = started_with(lambda: rsrlm("run", config_file, f"model={clock}"))
     second, _ = started_with(lambda: rsrlm("resume", tmp_path / "runs" / "mine"))
-    assert first.inputs.encoder.user("x") == second.inputs.encoder.user("x")
+    assert first.heldout.context.encoder.user("x") == second.heldout.context.encoder.user("x")
     assert judge_prompt_of(first) == judge_prompt_of(second)
     assert store.note("start")["drawn"] == first.drawn == second.drawn
     assert first.config.judge.fence_salt == first.drawn["fence_salt"] == second.config.judge.fence_salt
@@ -314,7 +314,7 @@ def test_a_config_that_is_not_there(rsrlm: Callable[..., Ended], tmp_path: Path)
         ("train.lr=fast", ["train.lr='fast': ", "number"]),
         ("prompts.per_iteration=4.5", ["prompts.per_iteration=4.5: ", "integer"]),
         ("sample.responses=1", ["sample.responses=1: ", "greater than or equal to 2"]),
-        ("judge.read=oracle", ["judge.read='oracle': ", "'digits'"]),
+        ("judge.kind=oracle", ["judge.kind='oracle': ", "digits"]),
         ("lr", ["'lr': overrides are written key.sub=value, such as train.lr=1e-5"]),
         ("name=a/b", ["name='a/b': "]),
         (f"name={'x' * 300}", ["at most 200 characters"]),
@@ -389,7 +389,7 @@ def test_a_prompt_that_is_too_long_is_left_out(
         rsrlm("run", config_file, "prompts.overlong=drop")
     prepared = started.value.arguments[0]
     assert prepared.left_out == ["long"]
-    dealt = [*prepared.inputs.heldout, *prepared.inputs.steps[0].prompts]
+    dealt = [*prepared.heldout.prompts, *(task.prompt for task in prepared.iterations[0].tasks)]
     assert {prompt.id for prompt in dealt} == {f"p{number}" for number in range(6)}
 
 
@@ -402,7 +402,7 @@ def test_a_question_is_not_both_held_out_and_trained_on(
         rsrlm("run", config_file, "prompts.heldout=3")
     prepared = started.value.arguments[0]
     assert prepared.repeated == [one["id"] for one in again]
-    dealt = [*prepared.inputs.heldout, *prepared.inputs.steps[0].prompts]
+    dealt = [*prepared.heldout.prompts, *(task.prompt for task in prepared.iterations[0].tasks)]
     assert sorted(prompt.id for prompt in dealt) == sorted(one["id"] for one in PROMPTS)
 
 
@@ -410,18 +410,18 @@ def test_whatever_is_sampled_can_be_judged(rsrlm: Callable[..., Ended], config_f
     """Of prompts of 10 to 200 tokens, those are left out whose longest responses the judge could not read."""
     prompts = [{"id": f"p{n}", "prompt": "tea " * n} for n in range(10, 201, 10)]
     write_prompts(tmp_path / "prompts.jsonl", prompts)
-    options = ("model=smollm2-135m-instruct", "judge.read=text", "judge.max_tokens=60", "sample.max_tokens=300")
+    options = ("model=smollm2-135m-instruct", "judge.kind=text", "judge.max_tokens=60", "sample.max_tokens=300")
     with pytest.raises(Started) as started:
         rsrlm("run", config_file, *options, "engine.max_model_len=850", "evaluate.duel=false")
     prepared = started.value.arguments[0]
     assert 0 < len(prepared.left_out) < len(prompts)
-    judge, tokenizer = prepared.inputs.steps[0].judging, prepared.inputs.encoder.tokenizer
+    judge, tokenizer = prepared.iterations[0].recipe.judge, prepared.heldout.context.encoder.tokenizer
     text = tokenizer.decode(tokenizer.encode(" word" * 400)[:300])
     response = reply_as_response(Reply(id="r", text=text, rank=0), "p", "00/p", 0)
 
     def asked(prompt: dict[str, str]) -> int:
         shown = Prompt(id=prompt["id"], text=prompt["prompt"])
-        return len(judge.prompt_of(shown, response, group=f"00/{shown.id}", iteration=0)) + 60
+        return len(judge.prompt_of(shown, response, Origin(iteration=0, name=f"00/{shown.id}/0"))) + 60
 
     room = {prompt["id"]: 850 - asked(prompt) for prompt in prompts}
     assert all((room[name] < 0) == (name in prepared.left_out) for name in room if abs(room[name]) > 16)
@@ -431,7 +431,7 @@ def test_whatever_is_sampled_can_be_judged(rsrlm: Callable[..., Ended], config_f
 @pytest.mark.parametrize("key", ["judge", "evaluate.judge"])
 def test_an_endpoint_is_named_by_its_key(refused: Callable[..., str], key: str) -> None:
     endpoint = 'endpoint={url: "ftp://host", model: m}'
-    options = ["judge.read=text", "evaluate.judge.read=text", f"{key}.{endpoint}"]
+    options = ["judge.kind=text", "evaluate.judge.read=text", f"{key}.{endpoint}"]
     assert refused(*options).startswith(f"rsrlm: {key}.endpoint.url='ftp://host': no http url")
 
 
@@ -563,14 +563,17 @@ def test_trust_in_the_model_is_none_in_its_judge(
 def test_engines_run_the_code_of_the_model_that_is_trusted(
     config_file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rsrlm.runtime import actors
+    from rsrlm.runtime import pools
 
     made = {}
 
-    def pool(config: Config, weights: Any, name: str, *_: Any) -> Any:
-        made[name] = (config.model.path, config.model.trust_remote_code)
+    class Pool:
+        def __init__(self, config: Config, weights: Any, name: str, *_: Any) -> None:
+            made[name] = (config.model.path, config.model.trust_remote_code)
 
-    monkeypatch.setattr(actors, "EnginePool", pool)
+        async def start(self) -> None: ...
+
+    monkeypatch.setattr(pools, "EnginePool", Pool)
     for own, judges in ((True, False), (False, True)):
         config = load(
             config_file,
@@ -579,7 +582,7 @@ def test_engines_run_the_code_of_the_model_that_is_trusted(
                 *(f"model.trust_remote_code={own}".lower(), f"judge.trust_remote_code={judges}".lower()),
             ],
         )
-        launch.Pools(config, RunFolder(tmp_path / "run"), model, "M0", None, model)
+        asyncio.run(pools.EnginePools(config, RunFolder(tmp_path / "run"), {"M0": model}, None, model).start("M0"))
         assert made == {"engines": (config.model.path, own), "judges": (str(model), judges)}
 
 
@@ -598,7 +601,7 @@ def test_trust_in_the_model_is_none_in_those_of_a_duel(
         asked.append((config.model.path, config.model.trust_remote_code))
         raise Started
 
-    monkeypatch.setattr(tools, "on_engines", on_engines)
+    monkeypatch.setattr("rsrlm.commands.duel.on_engines", on_engines)
     other = Path(shutil.copytree(small_model, tmp_path / "other"))
     command = ("eval", "duel", config_file)
     with pytest.raises(Started):
@@ -680,7 +683,7 @@ def test_functions_that_cannot_judge(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.delitem(sys.modules, "their_judge", raising=False)
     (tmp_path / "their_judge.py").write_text("def alone(prompt):\n    return 1\n")
-    message = refused("judge.read=function", f"judge.function={function}")
+    message = refused("judge.kind=function", f"judge.function={function}")
     assert message.startswith(f"rsrlm: judge.function{said}")
 
 
@@ -689,18 +692,32 @@ def test_a_function_beside_the_working_directory_is_found(
 ) -> None:
     monkeypatch.delitem(sys.modules, "my_judge", raising=False)
     (tmp_path / "my_judge.py").write_text("def shorter(prompt, response):\n    return -len(response)\n")
-    assert rsrlm("plan", config_file, "judge.read=function", "judge.function=my_judge:shorter").code == 0
+    assert rsrlm("plan", config_file, "judge.kind=function", "judge.function=my_judge:shorter").code == 0
+    assert sys.path[-1] == str(tmp_path)  # and hides nothing that is installed
 
 
-@pytest.mark.parametrize("command", [[str(Path(sys.executable).parent / "rsrlm")], [sys.executable, "-m", "rsrlm.cli"]])
-def test_a_file_of_the_working_directory_is_no_library(command: list[str], config_file: Path, tmp_path: Path) -> None:
+SCRIPT, MODULE = [str(Path(sys.executable).parent / "rsrlm")], [sys.executable, "-m", "rsrlm.cli"]
+
+
+@pytest.mark.parametrize(
+    ("command", "does"),
+    [
+        (SCRIPT, "doctor"),
+        (MODULE, "doctor"),
+        pytest.param(SCRIPT, "plan", marks=pytest.mark.ray),  # imports Ray, torch and transformers
+    ],
+)
+def test_a_file_of_the_working_directory_is_no_library(
+    command: list[str], does: str, config_file: Path, tmp_path: Path
+) -> None:
     """A judge of one's own comes last too: it does not stand in for what is installed."""
     for name in ("psutil", "typer", "logging", "yaml"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working directory')\n")
     (tmp_path / "my_judge.py").write_text("def shorter(prompt, response):\n    return -len(response)\n")
-    arguments = ["plan", str(config_file), "judge.read=function", "judge.function=my_judge:shorter"]
+    arguments = [does, str(config_file), "judge.kind=function", "judge.function=my_judge:shorter"]
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stderr == ""
+    assert done.returncode == 0 or (does == "doctor" and "\nfail  " in done.stdout)  # a machine may lack something
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
@@ -978,14 +995,18 @@ def executed(
     monkeypatch.setattr(launch, "ray_cluster", cluster)
     monkeypatch.setattr(launch, "_run", nothing)
     screen = Screen()
-    inputs: Any = None
+    nobody: Any = None
     prepared = launch.Prepared(
         config=config,
         drawn={},
         model=Path(),
         judge=None,
         validator=None,
-        inputs=inputs,
+        iterations=[],
+        heldout=nobody,
+        validation=nobody,
+        parts=None,
+        trained_on=nobody,
         left_out=["long", "longer"],
         repeated=["again"],
     )
@@ -1058,7 +1079,7 @@ def ranked(tmp_path: Path) -> Path:
         ("data ift CONFIG --out . data.trees=RANKED", "--out .: give the path of a file to write"),
         ("data ift CONFIG --out FOLDER data.trees=RANKED", "FOLDER: give the path of a file to write"),
         ("data ift CONFIG --out out.jsonl data.trees=nowhere.jsonl", "nowhere.jsonl"),
-        ("data eft CONFIG --out out.jsonl data.trees=RANKED", "judge.read=digits: EFT targets are written judgements"),
+        ("data eft CONFIG --out out.jsonl data.trees=RANKED", "judge.kind=digits: EFT targets are written judgements"),
         ("data prompts CONFIG --out out.jsonl self_instruct.from_seeds=30", "shows 32 of them; add prompts"),
         ("eval judge CONFIG --data RANKED --part most", "--part most: write all, ift, eft or evaluation"),
         ("eval judge CONFIG --data RANKED --model M1", "--model M1: only a run has several models"),
@@ -1117,14 +1138,17 @@ def test_special_tokens_in_demonstrations_stay_text(
     class Engines:
         slots = 2
 
+        async def hold(self, model: str) -> Any: ...
+
         async def generate(self, request: Any) -> Any:
             asked.append(request)
-            return SimpleNamespace(text="Name a <|im_end|> colour of the sky.", finish_reason="stop")
+            text = "Name a <|im_end|> colour of the sky."
+            return Completion(request_id="", token_ids=(5,), text=text, finish_reason="stop", weight_version="M0")
 
-    def on_engines(config: Config, folder: Path, models: Any, work: Any) -> Any:
-        return asyncio.run(work(SimpleNamespace(samplers=Engines())))
+    def on_engines(config: Config, folder: Path, models: Any, work: Any, *_: Any, **__: Any) -> Any:
+        return asyncio.run(work(run_of(Engines())))
 
-    monkeypatch.setattr(tools, "on_engines", on_engines)
+    monkeypatch.setattr("rsrlm.commands.data.on_engines", on_engines)
     seeds = [{"id": f"p{n}", "prompt": f"<|im_end|><|im_start|>user Say {n}."} for n in range(8)]
     write_prompts(tmp_path / "prompts.jsonl", seeds)
     ended = rsrlm(
@@ -1132,7 +1156,7 @@ def test_special_tokens_in_demonstrations_stay_text(
         "self_instruct.max_tokens=64", "engine.max_model_len=1024", "self_instruct.round=1",
     )  # fmt: skip
     assert ended.code == 0, ended
-    _, encoder = tools.loaded(Model(path="smollm2-135m-instruct"))
+    _, encoder = commands.loaded(Model(path="smollm2-135m-instruct"))
     added = set(encoder.tokenizer.get_added_vocab().values())
     assert asked
     for request in asked:
@@ -1143,8 +1167,8 @@ def test_special_tokens_in_demonstrations_stay_text(
 @pytest.mark.parametrize(
     "command",
     [
-        "data eft CONFIG --out out.jsonl data.trees=RANKED data.eft_share=1 data.ift_share=0 judge.read=structured",
-        "eval judge CONFIG --out out --data RANKED judge.read=structured",
+        "data eft CONFIG --out out.jsonl data.trees=RANKED data.eft_share=1 data.ift_share=0 judge.kind=structured",
+        "eval judge CONFIG --out out --data RANKED judge.kind=structured",
         "eval judge CONFIG --out out --data RANKED --pairwise",
         "eval duel CONFIG MODEL MODEL --out out",
     ],
@@ -1163,30 +1187,30 @@ def test_a_command_that_goes_on_asks_with_the_same_prompts(
     class Engines:
         slots = 2
 
+        async def hold(self, model: str) -> Any: ...
+
         async def generate(self, request: Any) -> Any:
             seen[-1][request.id] = request.prompt_token_ids
             raise ConfigError("interrupted")
 
-    def on_engines(config: Config, folder: Path, models: Any, work: Any, *_: Any, **__: Any) -> Any:
-        async def hold(model: str) -> None: ...
+    def on_engines(config: Config, folder: Path, models: Any, work: Any, *_: Any, drawn: Any, **__: Any) -> Any:
+        folder.mkdir(exist_ok=True)
+        RunFolder(folder).fix("drawn", drawn)
+        return asyncio.run(work(run_of(Engines())))
 
-        return asyncio.run(work(SimpleNamespace(samplers=Engines(), judges=Engines(), hold=hold)))
-
-    monkeypatch.setattr(tools, "on_engines", on_engines)
+    for module in ("data", "judge", "duel"):
+        monkeypatch.setattr(f"rsrlm.commands.{module}.on_engines", on_engines)
     names = {"CONFIG": str(config_file), "RANKED": str(ranked), "MODEL": str(clock)}
     for word, value in names.items():
         command = command.replace(word, value)
-    options = [f"model={clock}", "engine.max_model_len=2048"]
+    options = [f"model={clock}", "engine.max_model_len=8192"]
     for _ in range(2):
         seen.append({})
         assert "interrupted" in rsrlm(*command.split(), *options).err
     assert seen[0]
     assert seen[0] == seen[1]
     drawn = json.loads(next(tmp_path.glob("out*/start.json")).read_text())["drawn"]
-    if "duel" not in command:  # whose answers come before the comparisons, and are not asked for with a fence
-        refused = rsrlm(*command.split(), *options, "judge.fence_salt=another")
-        assert f"judge.fence_salt={drawn['fence_salt']}, now another" in refused.err
-    assert tools.started(configs.load(config_file), tmp_path / "other")[1]["fence_salt"] != drawn["fence_salt"]
+    assert commands.started(configs.load(config_file), tmp_path / "other")[1]["fence_salt"] != drawn["fence_salt"]
 
 
 def test_a_function_judge_is_measured_without_engines(
@@ -1194,7 +1218,7 @@ def test_a_function_judge_is_measured_without_engines(
 ) -> None:
     """It likes what is longer: people's choice in all twenty. Twice: the second time from the journal."""
     (tmp_path / "taste.py").write_text("def longer(prompt, response):\n    return min(5.0, len(response) / 2)\n")
-    arguments = ("eval", "judge", config_file, "--data", ranked, "judge.read=function", "judge.function=taste:longer")
+    arguments = ("eval", "judge", config_file, "--data", ranked, "judge.kind=function", "judge.function=taste:longer")
     for _ in range(2):
         ended = rsrlm(*arguments, "--limit", 15)
         assert ended.code == 0, ended
@@ -1202,12 +1226,14 @@ def test_a_function_judge_is_measured_without_engines(
     found = json.loads((tmp_path / "runs" / "mine" / "eval" / "ranked" / "judge.json").read_text())
     assert (found["data"], found["part"], found["prompts"], found["of"]) == ("ranked.jsonl", "unseen", 15, 20)
     assert found["models"]["M0"]["pairwise_accuracy"]["count"] == 15
-    # a larger limit goes on with what is there; other texts are another question
+    journal = tmp_path / "runs" / "mine" / "eval" / "ranked" / "journal.jsonl"
+    assert len(journal.read_text().splitlines()) == 30
+    # A larger limit goes on with what is there; other texts are another question.
     assert rsrlm(*arguments).code == 0
+    assert len(journal.read_text().splitlines()) == 40
     ranked.write_text(ranked.read_text().replace("bad", "worse"))
-    changed = rsrlm(*arguments)
-    assert changed.code == 2
-    assert "was begun with other settings (--data and data.*=" in changed.err
+    assert rsrlm(*arguments).code == 0
+    assert len(journal.read_text().splitlines()) == 60
 
 
 def tree(number: int, question: str) -> dict[str, Any]:
@@ -1239,12 +1265,12 @@ class TestWhatIsTrainedOnIsNotMeasuredOn:
             out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
             ended = rsrlm(
                 "eval", "judge", config, "--data", file, "--out", out, f"data.trees={tmp_path / 'trees.jsonl'}",
-                "data.ift_share=0.3", "data.eft_share=0.3", "judge.read=function", "judge.function=nobodys_taste:flat",
+                "data.ift_share=0.3", "data.eft_share=0.3", "judge.kind=function", "judge.function=nobodys_taste:flat",
                 *arguments,
             )  # fmt: skip
             assert ended.code == 0, ended
-            lines = (out / "M0.jsonl").read_text().splitlines()
-            return {json.loads(line)["judgement"]["prompt_id"] for line in lines}, ended.out
+            names = [json.loads(line)["id"] for line in (out / "journal.jsonl").read_text().splitlines()]
+            return {name.partition("ranked>")[2].partition("/")[0] for name in names}, ended.out
 
         return measure
 
@@ -1289,16 +1315,17 @@ class TestWhatIsTrainedOnIsNotMeasuredOn:
             json.dumps({"prompt": "What is number 8?", "target": "8"}) + "\n"
             + json.dumps({"instruction": "What is number 39?", "response": "x", "target": "Score: 1"}) + "\n"
         )  # fmt: skip
-        schedule = [{"train": {"method": "sft"}, "sft": {"sources": [{"path": str(examples)}]}}, {}]
+        steps = [{"recipe": "sft", "sources": [str(examples)]}, {}]
         with pytest.raises(Started) as started:
             rsrlm(
-                "run", config_file, "iterations=2", f"schedule={json.dumps(schedule)}", "judge.read=text",
+                "run", config_file, "iterations=2", f"steps={json.dumps(steps)}", "judge.kind=text",
                 "data.minimum=1", "prompts.heldout=4",
             )  # fmt: skip
-        inputs, store = started.value.arguments[0].inputs, started.value.arguments[1]
-        assert "p8" not in {prompt.id for prompt in inputs.heldout}  # a question of the examples
-        trained = {int(prompt.id[1:]) for step in inputs.steps for prompt in step.prompts} | {8, 39}
-        assert len(trained) == 4 + 1 + 1 - (8 in {int(p.id[1:]) for p in inputs.steps[1].prompts})
+        prepared, store = started.value.arguments[:2]
+        assert "p8" not in {prompt.id for prompt in prepared.heldout.prompts}  # a question of the examples
+        answered = {int(task.prompt.id[1:]) for one in prepared.iterations for task in one.tasks}
+        trained = answered | {8, 39}
+        assert len(trained) == 4 + 1 + 1 - (8 in answered)
         found, _ = measured(file=tmp_path / "trees.jsonl", config=store.folder)
         assert found == {f"t{number}" for number in range(40) if number not in trained}
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rsrlm.config import Config, ConfigError, dump, load, resolve
+from rsrlm.config import Config, dump, load, resolve
+from rsrlm.settings.base import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 SMALL: dict[str, Any] = {
@@ -20,7 +21,7 @@ SMALL: dict[str, Any] = {
     "model": "some/id",
     "prompts": {"path": "builtin", "per_iteration": 4},
     "sample": {"max_tokens": 24},
-    "judge": {"read": "text"},
+    "judge": {"kind": "text"},
     "train": {"lr": 1e-3, "pairs_per_step": 2},
     "engine": {"max_model_len": 512},
 }
@@ -48,7 +49,9 @@ def test_every_config_of_the_project_loads_and_survives_its_dump(path: Path, tmp
     config = load(path, ["data.trees=trees.jsonl"])
     resolved = tmp_path / "config.yaml"
     resolved.write_text(dump(config), encoding="utf-8")
-    assert load(resolved) == config
+    again = load(resolved)
+    assert yaml.safe_load(dump(again)) == yaml.safe_load(dump(config))
+    assert again.planned == config.planned
 
 
 def test_the_project_has_configs() -> None:
@@ -71,7 +74,18 @@ def test_dump_and_load_keep_every_text(
     config = resolve({**SMALL, "runs": runs, "judge": {"template": template}, "wandb": {"project": project}})
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_bytes(dump(config).encode())
-    assert load(path) == config
+    assert yaml.safe_load(dump(load(path))) == yaml.safe_load(dump(config))
+
+
+@pytest.mark.parametrize("recipe", ["self_rewarding", "meta_rewarding"])
+def test_a_config_without_steps_survives_its_dump(recipe: str, tmp_path: Path) -> None:
+    """Whatever sections the recipe has beside those of the top, and whatever keys in them."""
+    config = resolve({**SMALL, "recipe": recipe, "pair": {"rho": 0.2}, "train": {**SMALL["train"], "beta": 0.3}})
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump(config))
+    again = load(dumped)
+    assert [step.config for step in again.planned] == [step.config for step in config.planned]
+    assert yaml.safe_load(dump(again)) == yaml.safe_load(dump(config))
 
 
 def test_dump_writes_every_default(small: Path) -> None:
@@ -148,7 +162,10 @@ def test_all_mistakes_are_told_at_once(small: Path) -> None:
         ("train.lr=", "train.lr=None: input should be a valid number"),
         ("sample.top_p=1.5", "sample.top_p=1.5: input should be less than or equal to 1"),
         ("sample.responses=1", "sample.responses=1: input should be greater than or equal to 2"),
-        ("judge.read=numbers", "judge.read='numbers': input should be 'text', 'structured', 'digits' or 'function'"),
+        (
+            "judge.kind=numbers",
+            "judge.kind='numbers': known here: text, structured, digits, function, answer, or package",
+        ),
         ("judge=null", "judge=None: input should be a valid dictionary"),
         ("model=3", "model=3: input should be a valid dictionary"),
         ("name=2", "name=2: input should be a valid string"),
@@ -171,19 +188,13 @@ def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        ("judge.kind=digits judge.judgements=3", ["judge.judgements: unknown key; known here: endpoint, fence_salt,"]),
+        ("judge.kind=function judge.function=a:b judge.judgements=1", ["judge.judgements: unknown key", "timeout_s"]),
+        ("judge.kind=function", ["judge.function: missing; add it to the file or pass judge.function=VALUE"]),
+        ("judge.function=a:b", ["judge.function: unknown key; known here: endpoint, fence_salt, judgements"]),
         (
-            "judge.read=digits judge.judgements=3",
-            ["judge.judgements=3", "judge.read=digits", "remove judge.judgements, or use judge.read=text"],
-        ),
-        (
-            "judge.read=function judge.function=a:b judge.judgements=1",
-            ["judge.judgements=1", "judge.read=function", "remove judge.judgements"],
-        ),
-        ("judge.read=function", ["judge.read=function needs judge.function, e.g. judge.function=my_judges:shorter"]),
-        ("judge.function=a:b", ["judge.function=a:b needs judge.read=function, not text"]),
-        (
-            "judge.read=function judge.function=a:b judge.replicas=2",
-            ["judge.replicas=2", "judge.read=function", "set it to 0"],
+            "judge.kind=function judge.function=a:b judge.replicas=2",
+            ["judge.replicas=2", "judge.kind=function", "no engine judges"],
         ),
         ("train.lr_final=0.002", ["train.lr_final=0.002 is above train.lr=0.001", "lower it"]),
         (
@@ -195,7 +206,7 @@ def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None
         ("sample.max_tokens=512", ["sample.max_tokens=512", "engine.max_model_len=512", "lower the first or raise"]),
         ("evaluate.max_tokens=600", ["evaluate.max_tokens=600", "engine.max_model_len=512"]),
         ("judge.max_tokens=512", ["judge.max_tokens=512", "engine.max_model_len=512"]),
-        ("judge.read=structured judge.max_tokens=512", ["judge.max_tokens=512", "engine.max_model_len=512"]),
+        ("judge.kind=structured judge.max_tokens=512", ["judge.max_tokens=512", "engine.max_model_len=512"]),
         ("model.dtype=bfloat16", ["model.dtype=bfloat16", "use model.dtype=float32"]),
     ],
 )
@@ -207,10 +218,9 @@ def test_impossible_combinations_name_keys_values_and_remedy(small: Path, overri
 @pytest.mark.parametrize(
     "overrides",
     [
-        "judge.read=text judge.judgements=3",
-        "judge.read=function judge.function=a:b",
-        "judge.read=digits judge.max_tokens=512",  # digits generates one token, whatever this says
-        "judge.read=digits judge.replicas=1",
+        "judge.kind=text judge.judgements=3",
+        "judge.kind=function judge.function=a:b",
+        "judge.kind=digits judge.replicas=1",
         "train.lr_final=0.001",
         "train.loss=ipo",
         "train.label_smoothing=0.1",
@@ -359,11 +369,11 @@ def test_overrides_that_are_none(small: Path, override: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "number"),
     [
-        (["judge.read=text"], 3),
-        (["judge.read=structured"], 3),
-        (["judge.read=text", "judge.judgements=11"], 11),
-        (["judge.read=digits"], 1),
-        (["judge.read=function", "judge.function=a:b"], 1),
+        (["judge.kind=text"], 3),
+        (["judge.kind=structured"], 3),
+        (["judge.kind=text", "judge.judgements=11"], 11),
+        (["judge.kind=digits"], 1),
+        (["judge.kind=function", "judge.function=a:b"], 1),
     ],
 )
 def test_judgements_per_response(small: Path, overrides: list[str], number: int) -> None:
@@ -380,88 +390,114 @@ def test_the_run_folder_is_absolute(small: Path, tmp_path: Path, monkeypatch: py
         _ = load(small, ["runs=~nobody-of-this-name/results"]).folder
 
 
-# -- schedules ---------------------------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_schedule_changes_one_iteration() -> None:
-    config = resolve(
-        {
-            **SMALL,
-            "pair": {"min_margin": 0.5},
-            "schedule": [{"name": "SFT", "train": {"lr": 0.25}}, {"pair": {"rho": 0.1}}],
-        }
-    )
-    first, second = config.at(0), config.at(1)
+def test_a_step_changes_one_iteration() -> None:
+    steps = [{"name": "SFT", "recipe": "sft", "sources": ["a.jsonl"], "train": {"lr": 0.25}}, {"pair": {"rho": 0.1}}]
+    config = resolve({**SMALL, "pair": {"min_margin": 0.5}, "steps": steps})
+    first, second = (step.config for step in config.planned)
     assert (first.train.lr, second.train.lr) == (0.25, config.train.lr)
-    assert (first.pair.rho, second.pair.rho) == (0.0, 0.1)
-    assert (first.pair.min_margin, second.pair.min_margin) == (0.5, 0.5)  # what an entry leaves out stays as it is
+    assert [(source.path, source.weight) for source in first.sources] == [("a.jsonl", 1.0)]
+    assert (second.pair.rho, second.pair.min_margin) == (0.1, 0.5)  # what a step leaves out is that of the top
     assert [config.model_name(index) for index in range(3)] == ["M0", "SFT", "M2"]
-    assert [number for _, number in config.distinct] == [1, 1]
-    assert resolve(config.model_dump()) == config
+    assert [step.recipe.__name__ for step in config.planned] == ["SFT", "SelfRewarding"]
+    assert not hasattr(first.train, "beta")  # a step has its recipe's keys, and no others
+    again = resolve(yaml.safe_load(dump(config)))
+    assert again.planned == config.planned
 
 
-def test_without_a_schedule_all_iterations_are_alike() -> None:
+def test_the_number_of_steps_is_that_of_the_iterations() -> None:
+    data = {key: value for key, value in SMALL.items() if key != "iterations"}
+    assert resolve({**data, "steps": [{}, {}, {}]}).iterations == 3
+
+
+def test_without_steps_all_iterations_are_alike() -> None:
     config = resolve({**SMALL, "iterations": 10**9})
-    assert config.at(10**9 - 1) == config
-    assert config.distinct == [(config, 10**9)]
     assert config.model_name(10**9) == "M1000000000"
+    first, second = resolve({**SMALL, "recipe": "meta_rewarding"}).planned
+    assert (first.name, second.name) == ("M1", "M2")
+    assert first.config is second.config
+    assert first.config.pair.kinds == ["actor", "judge"]
+
+
+def test_a_recipe_and_a_judge_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named by package.module:Class, and their keys may stand in a step, or at the top for all steps."""
+    (tmp_path / "own_methods.py").write_text(
+        "from rsrlm.recipes.self_rewarding import SelfRewarding\n"
+        "from rsrlm.judges.rubric import Text\n"
+        "from rsrlm.settings.base import Section\n"
+        "class Bonus(Section):\n    amount: int = 1\n"
+        "class Mine(SelfRewarding):\n"
+        "    class Config(SelfRewarding.Config):\n        bonus: Bonus = Bonus()\n        size: int = 3\n"
+        "class Strict(Text):\n    class Config(Text.Config):\n        least: int = 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"recipe": "own_methods:Mine", "bonus": {"amount": 5}, "judge": {"kind": "own_methods:Strict", "least": 4}}
+    config = resolve({**SMALL, **own, "steps": [{"size": 7}, {"bonus": {"amount": 6}}]})
+    first, second = (step.config for step in config.planned)
+    assert (first.size, first.bonus.amount, first.judge.least) == (7, 5, 4)
+    assert (second.size, second.bonus.amount, second.judge.judgements) == (3, 6, 3)
+    assert resolve(yaml.safe_load(dump(config))).planned == config.planned
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("schedule=[{}]", "schedule has 1 entries for iterations=2; write one for each iteration"),
-        ("schedule=[{}, {pair: {roh: 0.3}}]", "schedule entry 1: pair.roh: unknown key; known here: cut, duplicates"),
+        ("steps=[{}]", "steps has 1 entries for iterations=2; write one for each, or leave out iterations"),
+        ("steps=[{}, {pair: {roh: 0.3}}]", "step 1: pair.roh: unknown key; known here: cut, duplicates"),
+        ("steps=[{}, {engine: {replicas: 2}}]", "step 1: engine: recipe self_rewarding has no such key; it has judge,"),
+        ("steps=[{train: {workers: 2}}, {}]", "step 0: train.workers: unknown key; known here: beta,"),
+        ("steps=[{judge: {replicas: 2}}, {}]", "step 0: judge.replicas holds for the whole run; set it at the top"),
+        ("steps=[{prompts: {heldout: 1}}, {}]", "step 0: prompts.heldout: unknown key; known here: per_iteration"),
+        ("steps=[{name: M2}, {}]", "the models M0, M2, M2 need names of their own"),
+        ("steps=[{name: M0}, {}]", "the models M0, M0, M2 need names of their own"),
+        ("steps=[{name: a/b}, {}]", "name='a/b' must be letters, digits, '.', '_' and '-'"),
+        ("steps=[3, {}]", "steps.0=3: input should be a valid dictionary"),
+        ("steps=[{pair: 3}, {}]", "step 0: pair=3: input should be a valid dictionary"),
+        ("steps=[{recipe: sft}, {}]", "step 0: sources: missing"),
+        ("steps=[{recipe: sft, sources: []}, {}]", "step 0: sources=[]: list should have at least 1 item"),
+        ("steps=[{}, {train: {epochs: 2, stop_after_epoch: 3}}]", "step 1: train.stop_after_epoch=3 is after"),
+        ("steps=[{name: M.tmp}, {}]", "not end in .tmp or .old"),
+        ("steps=[{sources: [a]}, {}]", "step 0: sources: recipe self_rewarding has no such key"),
+        ("steps=[{meta: {ridge: 0.1}}, {}]", "step 0: meta: recipe self_rewarding has no such key"),
+        ("meta={ridge: 0.1}", "meta: unknown key; known here: data,"),
+        ("steps=[{recipe: sft, sources: [a], train: {beta: 0.2}}, {}]", "step 0: train.beta: unknown key; known h"),
         (
-            "schedule=[{}, {engine: {replicas: 2}}]",
-            "schedule entry 1: engine cannot change; known here: name, prompts,",
+            "'steps=[{recipe: sft, sources: [a]}, {recipe: sft, sources: [a]}]' train.beta=0.2",
+            "train.beta=0.2: no step",
         ),
         (
-            "schedule=[{train: {workers: 2}}, {}]",
-            "train.workers holds for the whole run; set it outside of the schedule",
+            "recipe=dpo",
+            "recipe='dpo': known here: sft, self_rewarding, meta_rewarding, irpo, scpo, temporal, cream, or",
         ),
-        ("schedule=[{prompts: {heldout: 1}}, {}]", "prompts.heldout holds for the whole run"),
-        ("schedule=[{name: M2}, {}]", "the models M0, M2, M2 need names of their own"),
-        ("schedule=[{name: M0}, {}]", "the models M0, M0, M2 need names of their own"),
-        ("schedule=[{name: a/b}, {}]", "name='a/b' must be letters, digits, '.', '_' and '-'"),
-        ("schedule=[3, {}]", "schedule.0=3: input should be a valid dictionary"),
-        ("schedule=[{pair: 3}, {}]", "schedule entry 0: pair=3 must be a mapping of keys"),
-        ("schedule=[{train: {method: sft}}, {}]", "iteration 0 has train.method=sft and no sft.sources; name at least"),
+        ("recipe=no.such:Class", "recipe='no.such:Class': No module named 'no'"),
+        ("recipe=json:nothing", "recipe='json:nothing': module 'json' has no attribute 'nothing'"),
         (
-            "schedule=[{}, {train: {epochs: 2, stop_after_epoch: 3}}]",
-            "schedule entry 1: train.stop_after_epoch=3 is after",
-        ),
-        ("schedule=[{name: M.tmp}, {}]", ".tmp and .old are endings of files in the making"),
-        ("schedule=[{sft: {sources: [{path: a}]}}, {}]", "schedule entry 0: sft has no effect with train.method=dpo"),
-        ("schedule=[{meta: {ridge: 0.1}}, {}]", "schedule entry 0: meta has no effect with train.method=dpo"),
-        (
-            "schedule=[{train: {method: sft}, sft: {sources: [{path: a}]}, pair: {rho: 0.1}}, {}]",
-            "schedule entry 0: pair has no effect with train.method=sft",
-        ),
-        (
-            "schedule=[{judge: {read: structured, temperature: 0, judgements: 3}, pair: {kinds: [actor, judge]}}, {}]",
+            "'steps=[{recipe: meta_rewarding, judge: {kind: structured, temperature: 0}}, {}]'",
             "all judgements of a response would be the same; raise it",
         ),
+        ("schedule=[{}]", "schedule is written otherwise: steps: a list with one entry for each iteration"),
+        ("train.method=sft", "train.method is written otherwise: recipe: sft, self_rewarding or meta_rewarding"),
+        ("pair.kinds=[judge]", "pair.kinds is written otherwise: recipe: meta_rewarding"),
+        ("judge={read: text}", "judge.read is written otherwise: judge.kind: text, structured, digits or function"),
+        ("sft.sources=[]", "sft is written otherwise: steps: an entry {recipe: sft,"),
         ("evaluate.judge='{read: text, max_tokens: 9999}'", "evaluate.judge.max_tokens=9999 leaves no room"),
         (
-            "judge='{read: digits, model: x, replicas: 1}' 'sft.sources=[{path: eft}]' data.trees=x",
+            "judge='{kind: digits, model: x, replicas: 1}' 'steps=[{recipe: sft, sources: [eft]}, {}]' data.trees=x",
             "the model's own judgements, but x judges; make a file with `rsrlm data eft`",
         ),
-        ("judge.read=digits 'sft.sources=[{path: positive}]'", "whose mean never reaches it; lower it"),
+        ("judge.kind=digits 'steps=[{recipe: sft, sources: [positive]}, {}]'", "whose mean never reaches it; lower it"),
         ("pair.rho=0.5", "pair.rho=0.5: input should be less than 0.5"),
         ("pair='{rho: 0.1, ties: length}'", "pair.ties=length does not apply to pair.rho=0.1"),
-        ("pair.kinds=[judge, judge]", "pair.kinds=['judge', 'judge']: name each kind once"),
-        ("pair.kinds=[]", "pair.kinds=[]: "),
-        (
-            "'pair.kinds=[actor, judge]' judge.read=digits",
-            "use judge.read=text or structured, and judge.judgements of 2",
-        ),
+        ("'steps=[{recipe: meta_rewarding, pair: {kinds: []}}, {}]'", "step 0: pair.kinds=[]: "),
+        ("recipe=meta_rewarding judge.kind=digits", "use judge.kind=text or structured, and judge.judgements of 2"),
         ("train.choose=score", "candidates are for choosing among them; set both, or neither"),
         ("train.candidate_every_steps=3", "candidates are for choosing among them; set both, or neither"),
         ("train.early_stop=true", "goes by candidates: set train.candidate_every_steps"),
-        ("sft.sources=[{path: eft}]", "which is made from ranked data: set data.trees=PATH"),
+        ("'steps=[{recipe: sft, sources: [eft]}, {}]'", "which is made from ranked data: set data.trees=PATH"),
         ("data='{ift_share: 0.7, eft_share: 0.4}'", "add up to more than 1; lower them"),
-        ("judge='{read: digits, model: x}'", "judge.model=x needs engines of its own"),
+        ("judge='{kind: digits, model: x}'", "judge.model=x needs engines of its own"),
         ("judge.trust_remote_code=true", "judge.trust_remote_code=true is for the code of judge.model, which is not s"),
         ("evaluate.judge.trust_remote_code=true", "is for the code of evaluate.judge.model, which is not set; set it"),
         ("evaluate.judge='{model: x, endpoint: {url: u, model: m}}'", "and evaluate.judge.endpoint: remove one of"),
@@ -470,14 +506,19 @@ def test_without_a_schedule_all_iterations_are_alike() -> None:
             "train='{lr: 1, pairs_per_step: 1, candidate_every_steps: 2, choose: duel}'",
             "prompts.validation=0: candidates are chosen by prompts of",
         ),
-        ("judge='{read: digits, endpoint: {url: u, model: m}}'", "judge.endpoint answers in text"),
+        ("judge='{kind: digits, endpoint: {url: u, model: m}}'", "judge.endpoint answers in text"),
         ("judge.endpoint='{url: u, model: m, kye: k}'", "judge.endpoint.kye: unknown key; known here: key_env,"),
-        ("sft.sources='[{path: a, wieght: 2}]'", "sft.sources.0.wieght: unknown key; known here: path, weight"),
+        (
+            "'steps=[{recipe: sft, sources: [{path: a, wieght: 2}]}, {}]'",
+            "step 0: sources.0.wieght: unknown key; known",
+        ),
         ("watch='{equal_scores: {wran: 1}}'", "watch.equal_scores.wran: unknown key; known here: stop, warn"),
     ],
 )
-def test_schedules_and_combinations_that_are_refused(small: Path, override: str, message: str) -> None:
-    assert message in refused(small, *(shlex.split(override) if "'" in override else [override]))
+def test_steps_and_combinations_that_are_refused(small: Path, override: str, message: str) -> None:
+    assert message in refused(
+        small, *(shlex.split(override) if "'" in override or " judge" in override else [override])
+    )
 
 
 def test_fewer_validation_prompts_than_a_figure_needs_are_refused() -> None:

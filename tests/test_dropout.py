@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from rsrlm.config import ConfigError, Model, Train
 from rsrlm.runtime.learner import TrainJob, export, load_policy, set_dropout
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import Model
+from rsrlm.settings.train import Train
 
 pytestmark = pytest.mark.torch
 
@@ -110,7 +112,7 @@ def test_an_exported_model_has_the_dropout_of_the_first(own: float, smollm2: Pat
         output = tmp_path / f"M{number}"
         job = TrainJob(
             run=str(tmp_path), iteration=number - 1, seed=0, model=str(folder), output=str(output),
-            version=output.name, train=train, items=(),
+            version=output.name, train=train, items="",
         )  # fmt: skip
         export(policy, policy.state_dict(), job, model)
         found, first = AutoConfig.from_pretrained(output), AutoConfig.from_pretrained(tmp_path / "M0")

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from rsrlm.config import ConfigError
 from rsrlm.judges.verdicts import CUT, parse_points
 from rsrlm.records import Completion, Sampling, Scored, Unparsed
 from rsrlm.runtime.endpoint import BudgetSpent, Endpoint, EndpointConfig, EndpointFailed
+from rsrlm.settings.base import ConfigError
 
 SECRET = "sk-test-0123456789abcdef"
 PLAIN = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=100, seed=2**63 - 1)

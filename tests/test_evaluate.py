@@ -3,22 +3,24 @@
 import asyncio
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Memory, context_of, engines_of, groups_of, recipe_of
 
-from rsrlm.ask import SAMPLE_PRIORITY, Judging, winner_of
 from rsrlm.chat import ChatEncoder
-from rsrlm.config import Config, ConfigError
+from rsrlm.config import Config
+from rsrlm.engines import SAMPLE_PRIORITY, Engines, gather
 from rsrlm.evaluate import EVALUATION, Evaluation, kl_per_token, lengths, mean_score
-from rsrlm.judges.verdicts import fence_of
+from rsrlm.judges.base import judge_of
+from rsrlm.judges.templates import fence_of
 from rsrlm.model import load_tokenizer
-from rsrlm.produce import Producer
 from rsrlm.records import Completion, Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
-from rsrlm.store.folder import Journal
+from rsrlm.settings.base import ConfigError
+from rsrlm.store.journal import CompletionLog
 
 SAMPLING = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, seed=1)
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "water", "beer")]
@@ -26,13 +28,14 @@ A, B, EVEN = (math.log(0.7), math.log(0.2)), (math.log(0.2), math.log(0.7)), (ma
 NEITHER = (math.log(0.01), math.log(0.02))  # less than judge.min_mass=0.05 together
 
 
-class Engines:
+class Answering:
     """Answers by the request's id where `script` knows it, else by the seed. `version` is the weights it holds."""
 
     slots = 4
 
     def __init__(self, script: dict[str, Any] | None = None, version: str = "M0", slow: bool = False) -> None:
         self.requests: list[Request] = []
+        self.calls: list[list[str]] = []
         self.script = script or {}
         self.version = version
         self._rng = random.Random(0) if slow else None
@@ -40,6 +43,10 @@ class Engines:
     @property
     def asked(self) -> list[str]:
         return [request.id for request in self.requests]
+
+    async def generate_all(self, requests: Sequence[Request]) -> list[Completion]:
+        self.calls.append([request.id for request in requests])
+        return await gather(map(self.generate, requests))
 
     async def generate(self, request: Request) -> Completion:
         self.requests.append(request)
@@ -55,9 +62,6 @@ class Engines:
             text=text,
             finish_reason="stop",
             weight_version=self.version,
-            prompt_tokens=len(request.prompt_token_ids),
-            cached_tokens=0,
-            replica=0,
             label_logprobs=(answer or A)
             if len(request.label_ids) == 2
             else (math.log(1 / 6),) * len(request.label_ids),
@@ -77,17 +81,21 @@ def evaluation(make_config: Any, encoder: ChatEncoder) -> Callable[..., Evaluati
     """An evaluation on these prompts; keyword arguments change the config."""
 
     def make(prompts: list[Prompt] = PROMPTS, **changes: Any) -> Evaluation:
-        config: Config = make_config(**{"judge": {"read": "text", "judgements": 3}, **changes})
-        return Evaluation(config, encoder, Judging(config, encoder), prompts)
+        config: Config = make_config(**{"judge": {"kind": "text", "judgements": 3}, **changes})
+        context = context_of(config, encoder)
+        judge = judge_of(config.judge, context)
+        return Evaluation(config, context, judge, judge, context, prompts)
 
     return make
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    opened = Journal(tmp_path / "M1.jsonl")
-    yield opened
-    opened.close()
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal.jsonl"
+
+
+def by(engine: Answering, log: Any = None) -> Engines:
+    return engines_of(engine, engine.version, log)
 
 
 def run(work: Any) -> Any:
@@ -142,9 +150,9 @@ def script(judge: str = "M0") -> dict[str, Any]:
     return found
 
 
-def test_duels_by_hand(evaluation: Callable[..., Evaluation], journal: Journal) -> None:
-    engines = Engines(script(), slow=True)
-    found = run(evaluation(CONTENDERS).duel(engines, "M0", NEW, OLD, journal))
+def test_duels_by_hand(evaluation: Callable[..., Evaluation]) -> None:
+    engines = Answering(script(), slow=True)
+    found = run(evaluation(CONTENDERS).duel(by(engines), "M0", NEW, OLD))
     # 2 wins, 1 loss; the first position twice, the second twice, even and half-even are ties; 4 cannot be read.
     assert found == {
         "judge": "pairwise (letters) by M0, both orders",
@@ -168,30 +176,26 @@ def test_duels_by_hand(evaluation: Callable[..., Evaluation], journal: Journal) 
         ("blind-first", (0, 1, None)),
     ],
 )
-def test_a_duel_of_one(
-    name: str, expected: tuple[int, int, str | None], evaluation: Callable[..., Evaluation], journal: Journal
-) -> None:
+def test_a_duel_of_one(name: str, expected: tuple[int, int, str | None], evaluation: Callable[..., Evaluation]) -> None:
     index = list(DUELS).index(name)
     alone = evaluation(CONTENDERS[index : index + 1])
-    found = run(alone.duel(Engines(script()), "M0", NEW[index : index + 1], OLD[index : index + 1], journal))
+    found = run(alone.duel(by(Answering(script())), "M0", NEW[index : index + 1], OLD[index : index + 1]))
     n, unreadable, outcome = expected
     assert (found["n"], found["unreadable"]) == (n, unreadable)
     shares = {key: found[key] for key in ("win", "tie", "loss")}
     assert shares == {key: (float(key == outcome) if n else None) for key in shares}
 
 
-def test_the_other_way_round_the_loser_wins(evaluation: Callable[..., Evaluation], journal: Journal) -> None:
-    one = run(evaluation(CONTENDERS).duel(Engines(script()), "M0", NEW, OLD, journal))
-    other = run(evaluation(CONTENDERS).duel(Engines(script()), "M0", OLD, NEW, journal))
+def test_the_other_way_round_the_loser_wins(evaluation: Callable[..., Evaluation]) -> None:
+    one = run(evaluation(CONTENDERS).duel(by(Answering(script())), "M0", NEW, OLD))
+    other = run(evaluation(CONTENDERS).duel(by(Answering(script())), "M0", OLD, NEW))
     assert (other["win"], other["loss"]) == (one["loss"], one["win"])
     assert {key: other[key] for key in ("n", "unreadable", "tie")} == {
         key: one[key] for key in ("n", "unreadable", "tie")
     }
 
 
-def test_the_same_tokens_are_a_tie_that_nobody_is_asked_about(
-    evaluation: Callable[..., Evaluation], journal: Journal
-) -> None:
+def test_the_same_tokens_are_a_tie_that_nobody_is_asked_about(evaluation: Callable[..., Evaluation]) -> None:
     """The same text by other tokens is asked about: what counts is what the model wrote."""
     old = [
         response("M1", "tea"),
@@ -201,29 +205,26 @@ def test_the_same_tokens_are_a_tie_that_nobody_is_asked_about(
     ]
     new = [replace(one, id=one.id.replace("M1", "M2"), weight_version="M2") for one in old]
     new[2] = replace(new[2], token_ids=(5, 6, 2))
-    engines = Engines({"M2/water/0>M1/water/0@M0": A, "M1/water/0>M2/water/0@M0": B})
-    found = run(evaluation().duel(engines, "M0", new, old, journal))
+    engines = Answering({"M2/water/0>M1/water/0@M0": A, "M1/water/0>M2/water/0@M0": B})
+    found = run(evaluation().duel(by(engines), "M0", new, old))
     assert sorted(engines.asked) == ["M1/water/0>M2/water/0@M0", "M2/water/0>M1/water/0@M0"]
     assert (found["n"], found["unreadable"]) == (4, 0)
     assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.75, 0.0)
-    assert len(journal.judgements) == 2
 
 
-def test_without_prompts_there_are_no_shares(evaluation: Callable[..., Evaluation], journal: Journal) -> None:
-    found = run(evaluation([]).duel(Engines(), "M0", [], [], journal))
+def test_without_prompts_there_are_no_shares(evaluation: Callable[..., Evaluation]) -> None:
+    found = run(evaluation([]).duel(by(Answering()), "M0", [], []))
     assert {key: found[key] for key in found if key != "judge"} == {
         "n": 0, "unreadable": 0, "win": None, "tie": None, "loss": None,
     }  # fmt: skip
 
 
-def test_what_the_judge_of_a_duel_is_shown(
-    evaluation: Callable[..., Evaluation], encoder: ChatEncoder, journal: Journal
-) -> None:
+def test_what_the_judge_of_a_duel_is_shown(evaluation: Callable[..., Evaluation], encoder: ChatEncoder) -> None:
     """Both answers whole, in both orders; nothing else differs, the fence included."""
     prompt = PROMPTS[:1]
     new, old = response("M2", "tea", (1,), "It is <|im_end|> hot."), response("M1", "tea", (2,), "It is a leaf.")
-    engines = Engines()
-    run(evaluation(prompt).duel(engines, "M0", [new], [old], journal))
+    engines = Answering()
+    run(evaluation(prompt).duel(by(engines), "M0", [new], [old]))
     tokenizer = encoder.tokenizer
     shown = {request.id: tokenizer.decode(request.prompt_token_ids) for request in engines.requests}
     first, second = shown["M2/tea/0>M1/tea/0@M0"], shown["M1/tea/0>M2/tea/0@M0"]
@@ -242,48 +243,54 @@ def test_what_the_judge_of_a_duel_is_shown(
         assert list(request.prompt_token_ids).count(tokenizer.eos_token_id) == first.count("<|im_end|>") - 1
 
 
-def test_a_duel_that_does_not_fit_is_unreadable_and_not_asked(
-    evaluation: Callable[..., Evaluation], tmp_path: Path
-) -> None:
+def test_a_duel_that_does_not_fit_is_unreadable_and_not_asked(evaluation: Callable[..., Evaluation]) -> None:
     prompt, new, old = CONTENDERS[:1], NEW[:1], OLD[:1]
-    first = Engines(script())
-    run(evaluation(prompt).duel(first, "M0", new, old, Journal(tmp_path / "0")))
+    first = Answering(script())
+    run(evaluation(prompt).duel(by(first), "M0", new, old))
     length = len(first.requests[0].prompt_token_ids)
     for room, asked in ((length, 0), (length + 1, 2)):  # the letter is a token as well
-        engines, journal = Engines(script()), Journal(tmp_path / str(room))
-        found = run(evaluation(prompt, engine={"max_model_len": room}, judge={"read": "digits"}).duel(
-            engines, "M0", new, old, journal
-        ))  # fmt: skip
+        engines = Answering(script())
+        made = evaluation(prompt, engine={"max_model_len": room}, judge={"kind": "digits"})
+        found = run(made.duel(by(engines), "M0", new, old))
         assert len(engines.requests) == asked
         assert (found["n"], found["unreadable"]) == ((1, 0) if asked else (0, 1))
-        assert len(journal.judgements) == 2
-        if not asked:
-            assert {j.verdict for j in journal.judgements.values()} == {Unparsed(reason="judge prompt too long")}
-            assert {j.weight_version for j in journal.judgements.values()} == {""}
+        (outcome,) = run(made.outcomes(by(engines), "M0", new, old))
+        assert outcome == ("first" if asked else Unparsed(reason="judge prompt too long"))
 
 
-def test_records_of_a_duel(evaluation: Callable[..., Evaluation], journal: Journal) -> None:
-    run(evaluation(CONTENDERS).duel(Engines(script(), version="M0"), "M0", NEW, OLD, journal))
-    assert set(journal.judgements) == set(script())
-    first = journal.judgements["M2/worse/0>M1/worse/0@M0"]
-    second = journal.judgements["M1/worse/0>M2/worse/0@M0"]
-    assert (first.prompt_id, first.response_id, first.index) == ("worse", "M2/worse/0", 0)
-    assert (second.prompt_id, second.response_id, second.index) == ("worse", "M1/worse/0", 1)
-    assert {(j.role, j.judge, j.weight_version) for j in journal.judgements.values()} == {
-        ("duel", "pairwise (letters)", "M0")
+def test_what_is_asked_of_the_judge_of_a_duel(evaluation: Callable[..., Evaluation]) -> None:
+    """Both orders in one call to one replica, each with an id and a seed of its own."""
+    engines = Answering(script())
+    outcomes = run(evaluation(CONTENDERS).outcomes(by(engines), "M0", NEW, OLD))
+    asked = {request.id: request for request in engines.requests}
+    assert set(asked) == set(script())
+    assert {request.role for request in engines.requests} == {"duel"}
+    for order in (("M2", "M1"), ("M1", "M2")):
+        name = f"{order[0]}/worse/0>{order[1]}/worse/0"
+        seed = seed_of(0, EVALUATION, "worse", "duel", name)
+        assert asked[f"{name}@M0"].sampling == Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
+    assert sorted(map(sorted, engines.calls)) == sorted(
+        sorted(f"{one}/{name}/0>{other}/{name}/0@M0" for one, other in (("M1", "M2"), ("M2", "M1"))) for name in DUELS
+    )
+    # A judge with too little mass on the letters decides nothing, nor one whose numbers are none.
+    assert dict(zip(DUELS, outcomes, strict=True)) == {
+        "better": "first",
+        "better-too": "first",
+        "worse": "second",
+        "always-first": "tie",
+        "always-second": "tie",
+        "even": "tie",
+        "half-even": "tie",
+        **dict.fromkeys(("blind-once", "blind-first", "blind"), Unparsed(reason="little mass on letters")),
+        "not-a-number": outcomes[-1],
     }
-    assert (first.verdict, second.verdict) == (Scored(points=0.0), Scored(points=1.0))
-    assert [winner_of(judgement) for judgement in (first, second)] == ["B", "A"]
-    assert winner_of(journal.judgements["M2/even/0>M1/even/0@M0"]) == "tie"
-    assert winner_of(journal.judgements["M2/blind/0>M1/blind/0@M0"]) == Unparsed(reason="little mass on letters")
+    assert isinstance(outcomes[-1], Unparsed)
 
 
-def test_a_template_of_the_users_own_is_named(
-    evaluation: Callable[..., Evaluation], journal: Journal, tmp_path: Path
-) -> None:
+def test_a_template_of_the_users_own_is_named(evaluation: Callable[..., Evaluation], tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{{ instruction }} {{ response_a }} {{ response_b }}")
-    found = run(evaluation([], evaluate={"judge": {"template": str(file)}}).duel(Engines(), "M0", [], [], journal))
+    found = run(evaluation([], evaluate={"judge": {"template": str(file)}}).duel(by(Answering()), "M0", [], []))
     assert found["judge"] == f"{file} (letters) by M0, both orders"
     file.write_text("{{ instruction }} {{ response_a }}")
     with pytest.raises(ConfigError, match=r"evaluate\.judge\.template='.*mine\.jinja': does not use response_b"):
@@ -294,44 +301,44 @@ def test_a_template_of_the_users_own_is_named(
 # -- answers and scores ------------------------------------------------------------------------------------------------
 
 
-def test_answers_keep_the_order_of_the_prompts(evaluation: Callable[..., Evaluation], journal: Journal) -> None:
-    engines = Engines({f"M1/{prompt.id}/0": f"A cup of {prompt.id}." for prompt in PROMPTS}, "M1", slow=True)
-    found = run(evaluation(evaluate={"max_tokens": 17, "temperature": 0.3}).answers(engines, "M1", journal))
+def test_answers_keep_the_order_of_the_prompts(evaluation: Callable[..., Evaluation]) -> None:
+    engines = Answering({f"M1/{prompt.id}/0": f"A cup of {prompt.id}." for prompt in PROMPTS}, "M1", slow=True)
+    found = run(evaluation(evaluate={"max_tokens": 17, "temperature": 0.3}).answers(by(engines)))
     assert [answer.id for answer in found] == [f"M1/{prompt.id}/0" for prompt in PROMPTS]
     assert [answer.prompt_id for answer in found] == [prompt.id for prompt in PROMPTS]
     assert [answer.text for answer in found] == [f"A cup of {prompt.id}." for prompt in PROMPTS]
     assert {answer.weight_version for answer in found} == {"M1"}
     assert {(r.sampling.max_tokens, r.sampling.temperature) for r in engines.requests} == {(17, 0.3)}
-    assert list(journal.responses.values()) != found  # written as they came
-    assert sorted(journal.responses.values(), key=lambda r: r.id) == sorted(found, key=lambda r: r.id)
+    assert {r.priority for r in engines.requests} == {SAMPLE_PRIORITY}
+    assert [r.sampling.seed for r in engines.requests] == [
+        seed_of(0, EVALUATION, f"M1/{prompt.id}", "actor", "0") for prompt in PROMPTS
+    ]
 
 
-def test_a_judge_does_not_take_the_judgements_of_another(
-    evaluation: Callable[..., Evaluation], journal: Journal
-) -> None:
+def test_a_judge_does_not_take_the_judgements_of_another(evaluation: Callable[..., Evaluation]) -> None:
     """M1's own judgements and the frozen M0's stand side by side in one journal."""
-    judge = evaluation()
+    judge, log = evaluation(), Memory()
     answers = answers_of("M1", PROMPTS, 3)
-    own = run(judge.scores(judge.judge, Engines(version="M1"), "M1", answers, journal))
-    frozen_engines = Engines(version="M0")
-    frozen = run(judge.scores(judge.judge, frozen_engines, "M0", answers, journal))
+    own = run(judge.scores(judge.judge, by(Answering(version="M1"), log), "M1", answers))
+    frozen_engines = Answering(version="M0")
+    frozen = run(judge.scores(judge.judge, by(frozen_engines, log), "M0", answers))
     assert len(frozen_engines.requests) == 4 * 3
     assert [j.id for j in own] == [f"M1/{p.id}/0#{index}@M1" for p in PROMPTS for index in range(3)]
     assert [j.id for j in frozen] == [f"M1/{p.id}/0#{index}@M0" for p in PROMPTS for index in range(3)]
     assert ({j.weight_version for j in own}, {j.weight_version for j in frozen}) == ({"M1"}, {"M0"})
     assert {j.response_id for j in own} == {j.response_id for j in frozen} == {answer.id for answer in answers}
-    assert set(journal.judgements) == {j.id for j in [*own, *frozen]}
+    assert sorted(entry["id"] for entry in log.entries.values()) == sorted(j.id for j in [*own, *frozen])
 
 
 def by_length(prompt: str, response: str) -> float:
     return float(len(response))
 
 
-def test_a_function_scores_without_engines(evaluation: Callable[..., Evaluation], journal: Journal) -> None:
-    engines = Engines()
-    judge = evaluation(judge={"read": "function", "judgements": None, "function": f"{__name__}:by_length"})
+def test_a_function_scores_without_engines(evaluation: Callable[..., Evaluation], functions_here: None) -> None:
+    engines = Answering()
+    judge = evaluation(judge={"kind": "function", "function": f"{__name__}:by_length"})
     answers = [response("M1", prompt.id, text=prompt.id) for prompt in PROMPTS]
-    found = run(judge.scores(judge.judge, engines, "M0", answers, journal))
+    found = run(judge.scores(judge.judge, by(engines), "M0", answers))
     assert [j.verdict for j in found] == [Scored(points=float(len(prompt.id))) for prompt in PROMPTS]
     assert mean_score(answers, found) == {"mean": (3 + 4 + 5 + 4) / 4, "n": 4}
     assert engines.requests == []
@@ -340,53 +347,46 @@ def test_a_function_scores_without_engines(evaluation: Callable[..., Evaluation]
 # -- seeds and journals ------------------------------------------------------------------------------------------------
 
 
-async def whole(judge: Evaluation, folder: Path) -> tuple[list[Request], list[Any]]:
+async def whole(judge: Evaluation, log: Any) -> tuple[list[Request], list[Any]]:
     """What a run evaluates: M0, M1 and M2 by themselves and by M0, and each against the one before."""
     requests: list[Request] = []
     found: list[Any] = []
     before: list[Response] = []
     for model in ("M0", "M1", "M2"):
-        journal, engines, frozen = Journal(folder / f"{model}.jsonl"), Engines(version=model), Engines(version="M0")
-        answers = await judge.answers(engines, model, journal)
-        found += [answers, await judge.scores(judge.judge, engines, model, answers, journal)]
+        asked, frozen = Answering(version=model), Answering(version="M0")
+        engines, first = by(asked, log), by(frozen, log)
+        answers = await judge.answers(engines)
+        found += [answers, await judge.scores(judge.judge, engines, model, answers)]
         if before:
-            found.append(await judge.scores(judge.judge, frozen, "M0", answers, journal))
-            found.append(await judge.duel(frozen, "M0", answers, before, journal))
+            found.append(await judge.scores(judge.judge, first, "M0", answers))
+            found.append(await judge.duel(first, "M0", answers, before))
         before = answers
-        requests += engines.requests + frozen.requests
-        journal.close()
+        requests += asked.requests + frozen.requests
     return requests, found
 
 
 def test_no_two_requests_share_a_seed(
-    evaluation: Callable[..., Evaluation], make_config: Any, encoder: ChatEncoder, tmp_path: Path
+    evaluation: Callable[..., Evaluation], make_config: Any, encoder: ChatEncoder
 ) -> None:
     """Nor with the training of the same prompts, whose texts are all the same here."""
     prompts = [Prompt(id=name, text="Same text.") for name in ("1", "11", "0", "M0", "M1", "duel", "1@M0", "a b")]
-    requests, _ = run(whole(evaluation(prompts), tmp_path))
+    requests, _ = run(whole(evaluation(prompts), Memory()))
     answers, scores, duels = 3 * 8, (1 + 2 + 2) * 8 * 3, 2 * 8 * 2
     assert len(requests) == answers + scores + duels
 
-    config = make_config(judge={"read": "text", "judgements": 3})
-    training = Engines()
-
-    async def put(group: Any) -> None: ...
-
+    config = make_config(judge={"kind": "text", "judgements": 3})
+    training = Answering()
     for iteration in (0, 1):
-        journal = Journal(tmp_path / f"{iteration}.jsonl")
-        judging = Judging(config, encoder)
-        producer = Producer(config, encoder, training, training, judging, journal, iteration, lambda *_: None)
-        run(producer.all(prompts, put))
-        journal.close()
+        groups_of(recipe_of(config, encoder), training, prompts, iteration)
     every = [*requests, *training.requests]
     assert len({request.sampling.seed for request in every}) == len(every) == len(requests) + 2 * 8 * 2 * (1 + 3)
 
 
 def test_fences_are_one_for_a_duel_and_differ_between_prompts(
-    evaluation: Callable[..., Evaluation], encoder: ChatEncoder, journal: Journal
+    evaluation: Callable[..., Evaluation], encoder: ChatEncoder
 ) -> None:
-    engines = Engines()
-    run(evaluation().duel(engines, "M0", answers_of("M2", PROMPTS, 3), answers_of("M1", PROMPTS, 4), journal))
+    engines = Answering()
+    run(evaluation().duel(by(engines), "M0", answers_of("M2", PROMPTS, 3), answers_of("M1", PROMPTS, 4)))
     length = len(fence_of(0))
     fences: dict[str, set[str]] = {}
     for request in engines.requests:
@@ -398,49 +398,46 @@ def test_fences_are_one_for_a_duel_and_differ_between_prompts(
     assert len(set().union(*fences.values())) == len(PROMPTS)
 
 
-def test_another_run_seed_samples_anew(evaluation: Callable[..., Evaluation], tmp_path: Path) -> None:
-    one, _ = run(whole(evaluation(seed=0), tmp_path / "0"))
-    other, _ = run(whole(evaluation(seed=1), tmp_path / "1"))
+def test_another_run_seed_samples_anew(evaluation: Callable[..., Evaluation]) -> None:
+    one, _ = run(whole(evaluation(seed=0), Memory()))
+    other, _ = run(whole(evaluation(seed=1), Memory()))
     assert not {r.sampling.seed for r in one} & {r.sampling.seed for r in other}
 
 
-def test_what_the_journals_hold_is_not_asked_again(evaluation: Callable[..., Evaluation], tmp_path: Path) -> None:
+def test_what_the_journal_holds_is_not_asked_again(evaluation: Callable[..., Evaluation], journal: Path) -> None:
     judge = evaluation()
-    requests, expected = run(whole(judge, tmp_path))
+    requests, expected = run(whole(judge, CompletionLog(journal)))
     assert requests
-    requests, again = run(whole(judge, tmp_path))
+    requests, again = run(whole(judge, CompletionLog(journal)))
     assert requests == []
     assert again == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_after_a_kill_only_what_is_missing_is_asked(
-    seed: int, evaluation: Callable[..., Evaluation], tmp_path: Path
+    seed: int, evaluation: Callable[..., Evaluation], journal: Path
 ) -> None:
     judge = evaluation()
-    first, expected = run(whole(judge, tmp_path))
-    path = tmp_path / "M2.jsonl"
-    content = path.read_bytes()
+    first, expected = run(whole(judge, CompletionLog(journal)))
+    content = journal.read_bytes()
     kept = content[: random.Random(seed).randrange(len(content))]
-    path.write_bytes(kept)
+    journal.write_bytes(kept)
     lost = content.count(b"\n") - kept.count(b"\n")
-    second, again = run(whole(judge, tmp_path))
+    second, again = run(whole(judge, CompletionLog(journal)))
     assert len(second) == lost > 0
     assert {request.sampling.seed for request in second} <= {request.sampling.seed for request in first}
     assert again == expected
-    assert len(path.read_bytes()) == len(content)
+    assert len(journal.read_bytes()) == len(content)
 
 
-def test_one_order_of_a_duel_is_enough_to_go_on(evaluation: Callable[..., Evaluation], tmp_path: Path) -> None:
+def test_one_order_of_a_duel_is_enough_to_go_on(evaluation: Callable[..., Evaluation], journal: Path) -> None:
     """Killed between the two: the verdict in the journal counts, whatever the judge would say today."""
     judge = evaluation(CONTENDERS[:1])
-    journal = Journal(tmp_path / "journal.jsonl")
-    run(judge.duel(Engines(script()), "M0", NEW[:1], OLD[:1], journal))
-    journal.close()
-    lines = (tmp_path / "journal.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "journal.jsonl").write_text(lines[0] + lines[1][:40])
-    engines = Engines(dict.fromkeys(script(), B))  # the first order said A
-    found = run(judge.duel(engines, "M0", NEW[:1], OLD[:1], Journal(tmp_path / "journal.jsonl")))
+    run(judge.duel(by(Answering(script()), CompletionLog(journal)), "M0", NEW[:1], OLD[:1]))
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text(lines[0] + lines[1][:40])
+    engines = Answering(dict.fromkeys(script(), B))  # the first order said A
+    found = run(judge.duel(by(engines, CompletionLog(journal)), "M0", NEW[:1], OLD[:1]))
     assert engines.asked == ["M1/better/0>M2/better/0@M0"]
     assert found["win"] == 1.0
 
@@ -489,17 +486,17 @@ def test_mean_scores(points: list[list[float | None]], expected: dict[str, Any])
     assert mean_score(answers, judgements) == expected
 
 
-def test_scores_that_cannot_be_read_are_in_no_mean(evaluation: Callable[..., Evaluation], journal: Journal) -> None:
+def test_scores_that_cannot_be_read_are_in_no_mean(evaluation: Callable[..., Evaluation]) -> None:
     """From the judge's text to the mean: 3 judgements for each of 4 answers."""
     answers = answers_of("M1", PROMPTS, 3)
     said = [["Score: 5", "I like it.", "Score: 2"], ["No.", "Score: 9", ""], ["Score: 1"] * 3, ["Score: 0"] * 3]
     texts = {
-        f"{answer.id}#{index}": text or " "
+        f"{answer.id}#{index}@M0": text or " "
         for answer, three in zip(answers, said, strict=True)
         for index, text in enumerate(three)
     }
     made = evaluation()
-    found = run(made.scores(made.judge, Engines(texts), "M0", answers, journal))
+    found = run(made.scores(made.judge, by(Answering(texts)), "M0", answers))
     assert sum(isinstance(j.verdict, Unparsed) for j in found) == 4
     assert mean_score(answers, found) == {"mean": 1.5, "n": 3}
 
@@ -526,21 +523,23 @@ def test_kl_per_token_by_hand() -> None:
 
 def test_samples_for_the_kl_come_from_the_whole_distribution(evaluation: Callable[..., Evaluation]) -> None:
     """And each is scored where it stands: behind its prompt, its own tokens only, and never beyond the context."""
-    engines = Engines()
+    engines = Answering(version="M1")
     made = evaluation(evaluate={"temperature": 0.0, "top_p": 0.9, "top_k": 5, "max_tokens": 7})
-    drawn = run(made.samples(engines, "M1"))
+    drawn = run(made.samples(by(engines)))
     assert [response.prompt_id for response in drawn] == [prompt.id for prompt in PROMPTS]
     asked = [request.sampling for request in engines.requests]
     assert {(one.temperature, one.top_p, one.top_k, one.max_tokens) for one in asked} == {(1.0, 1.0, 0, 7)}
-    own = made._config.seed
+    own, room = made.config.seed, made.context.room
     assert [one.seed for one in asked] == [seed_of(own, EVALUATION, f"M1/{p.id}", "actor", "kl") for p in PROMPTS]
-    assert [one.token_ids for one in run(made.samples(Engines(), "M1"))] == [one.token_ids for one in drawn]
+    again = run(made.samples(by(Answering(version="M1"))))
+    assert [one.token_ids for one in again] == [one.token_ids for one in drawn]
     assert [one.id for one in drawn] == [f"M1/{prompt.id}/kl/0" for prompt in PROMPTS]
-    assert run(made.logprobs(engines, drawn)) == [tuple(-token / 10 for token in one.token_ids) for one in drawn]
+    scores = run(by(engines).logprobs(drawn, room))
+    assert scores == [tuple(-token / 10 for token in one.token_ids) for one in drawn]
     scored = engines.requests[len(PROMPTS) :]
     assert {(one.sampling, one.priority) for one in scored} == {
         (Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0), SAMPLE_PRIORITY)
     }
-    assert made.needs()["evaluate.max_tokens"] == len(made._encoder.user("")) + 7
-    full = replace(drawn[0], prompt_token_ids=(1,) * (made._config.engine.max_model_len - 2), token_ids=(8, 9))
-    assert run(made.logprobs(engines, [full])) == [(-0.8,)]
+    assert made.needs()["evaluate.max_tokens"] == len(made.context.encoder.user("")) + 7
+    full = replace(drawn[0], prompt_token_ids=(1,) * (room - 2), token_ids=(8, 9))
+    assert run(by(engines).logprobs([full], room)) == [(-0.8,)]

@@ -5,23 +5,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from rsrlm.config import ConfigError
-from rsrlm.judges.function import DIED, MOST_WORKERS, TIMED_OUT, FunctionJudge
+from rsrlm.judges.function_pool import DIED, MOST_WORKERS, TIMED_OUT, FunctionPool
 from rsrlm.records import Scored, Unparsed, Verdict
+from rsrlm.settings.base import ConfigError
 
 SCRIPT = Path(__file__).parent / "function_run.py"
 
 
 def judged(*responses: str, timeout_s: float = 60.0, prompt: str = "Why?") -> list[Verdict]:
     """Verdicts of `judge_functions:by_order` on all of them at once."""
-    judge = FunctionJudge("judge_functions:by_order", timeout_s)
+    judge = FunctionPool("judge_functions:by_order", timeout_s)
 
     async def main() -> list[Verdict]:
         return await asyncio.wait_for(asyncio.gather(*(judge(prompt, one) for one in responses)), 50)
@@ -44,7 +45,7 @@ def test_verdicts_come_from_other_processes_in_the_order_of_the_questions() -> N
 def test_a_call_that_hangs_ends_at_its_deadline() -> None:
     """Whatever it hangs in. Its process is replaced: there are fewer of them than such calls."""
     hangs = (["hang", "hang in C", "sleep"] * MOST_WORKERS)[: max(3, len(os.sched_getaffinity(0)) + 1)]
-    assert judged(*hangs, "a", "ab", timeout_s=2.0) == [TIMED_OUT] * len(hangs) + points("a", "ab")
+    assert judged(*hangs, "a", "ab", timeout_s=1.0) == [TIMED_OUT] * len(hangs) + points("a", "ab")
 
 
 def test_a_function_that_raises_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -66,7 +67,7 @@ def test_the_event_loop_goes_on_while_a_function_runs(tmp_path: Path) -> None:
     path = tmp_path / "go"
 
     async def main() -> Verdict:
-        call = asyncio.ensure_future(FunctionJudge("judge_functions:by_order", 30.0)(str(path), "wait"))
+        call = asyncio.ensure_future(FunctionPool("judge_functions:by_order", 30.0)(str(path), "wait"))
         await asyncio.sleep(0.1)
         path.touch()
         return await call
@@ -75,7 +76,7 @@ def test_the_event_loop_goes_on_while_a_function_runs(tmp_path: Path) -> None:
 
 
 def test_processes_that_were_killed_while_nothing_ran_are_replaced() -> None:
-    judge = FunctionJudge("judge_functions:by_order", 30.0)
+    judge = FunctionPool("judge_functions:by_order", 30.0)
 
     async def main() -> Verdict:
         await judge("", "a")
@@ -94,7 +95,7 @@ def test_processes_that_were_killed_while_nothing_ran_are_replaced() -> None:
 
 def test_processes_end_with_the_judge() -> None:
     before = set(workers_of(os.getpid()))
-    judge = FunctionJudge("judge_functions:by_order", 30.0)
+    judge = FunctionPool("judge_functions:by_order", 30.0)
     asyncio.run(judge("", "a"))  # type: ignore[arg-type]
     workers = set(workers_of(os.getpid())) - before
     assert workers
@@ -109,14 +110,14 @@ def test_a_function_that_a_process_cannot_import_is_told(
         f"import os\nif os.getpid() != {os.getpid()}:\n    raise ImportError('not here')\ndef f(p, r):\n    return 0\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    judge = FunctionJudge("once_only:f", 30.0)
+    judge = FunctionPool("once_only:f", 30.0)
     assert asyncio.run(judge("", "")) == Unparsed(reason="function raised ConfigError")  # type: ignore[arg-type]
     assert "ImportError: not here" in caplog.text
 
 
 def test_what_cannot_be_imported_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"judge\.function=judge_functions:no_such: cannot be imported"):
-        FunctionJudge("judge_functions:no_such", 60.0)
+        FunctionPool("judge_functions:no_such", 60.0)
 
 
 # -- the end of the driver ---------------------------------------------------------------------------------------------
@@ -125,6 +126,21 @@ def test_what_cannot_be_imported_is_refused_at_once() -> None:
 def workers_of(pid: int) -> list[psutil.Process]:
     """Its processes that run a function, without multiprocessing's own tracker."""
     return [one for one in psutil.Process(pid).children() if "spawn_main" in " ".join(one.cmdline())]
+
+
+def survivors(workers: Sequence[psutil.Process], seconds: float = 5.0) -> list[psutil.Process]:
+    """Those that are not dead by then; one that its new parent has not waited for yet is."""
+
+    def lives(worker: psutil.Process) -> bool:
+        try:
+            return worker.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    until = time.monotonic() + seconds
+    while (alive := [worker for worker in workers if lives(worker)]) and time.monotonic() < until:
+        time.sleep(0.01)
+    return alive
 
 
 @pytest.fixture
@@ -158,10 +174,10 @@ def test_an_interruption_is_heard_while_a_function_hangs(driver: Callable[[str],
     out, err = run.communicate(timeout=20)
     assert "CancelledError" in err or "KeyboardInterrupt" in err
     assert "judged" not in out
-    assert not psutil.wait_procs(workers, 5)[1]
+    assert not survivors(workers)
 
 
 def test_no_process_outlives_a_driver_that_was_killed(driver: Callable[[str], Any]) -> None:
     run, workers = driver("hang in C")
     run.kill()
-    assert not psutil.wait_procs(workers, 5)[1]
+    assert not survivors(workers)

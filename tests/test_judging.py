@@ -17,24 +17,25 @@ from hypothesis import strategies as st
 from small_tokenizers import METASPACE, TEMPLATES, tokenizer_of
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.config import ConfigError
+from rsrlm.judges import function_pool, templates
 from rsrlm.judges import verdicts as judging
-from rsrlm.judges.verdicts import (
+from rsrlm.judges.function_pool import call_function, load_function
+from rsrlm.judges.templates import (
     ADDITIVE_VARIABLES,
     META_VARIABLES,
-    META_WINNER,
     PAIRWISE_VARIABLES,
+    fence_of,
+    form_of,
+    load_template,
+)
+from rsrlm.judges.verdicts import (
+    META_WINNER,
     SCORE,
     WINNER,
     Form,
-    call_function,
     claimed,
     combine_orders,
-    fence_of,
-    form_of,
     label_ids,
-    load_function,
-    load_template,
     mean_points,
     parse_points,
     parse_winner,
@@ -43,6 +44,7 @@ from rsrlm.judges.verdicts import (
     winner_from_distribution,
 )
 from rsrlm.records import FinishReason, Scored, Unparsed, Verdict
+from rsrlm.settings.base import ConfigError
 
 INF = math.inf
 
@@ -290,12 +292,12 @@ def test_a_template_names_the_form_of_its_verdict() -> None:
     )
     assert form_of("text {# verdict: {scale: [1, 10]} #}", SCORE) == SCORE  # not on the first line
     for name, variables, form in (
-        ("additive", judging.ADDITIVE_VARIABLES, SCORE),
-        ("additive_digits", judging.ADDITIVE_VARIABLES, SCORE),
+        ("additive", templates.ADDITIVE_VARIABLES, SCORE),
+        ("additive_digits", templates.ADDITIVE_VARIABLES, SCORE),
         ("pairwise", PAIRWISE_VARIABLES, WINNER),
         ("pairwise_text", PAIRWISE_VARIABLES, WINNER),
-        ("meta", judging.META_VARIABLES, judging.META_WINNER),
-        ("meta_letters", judging.META_VARIABLES, judging.META_WINNER),
+        ("meta", templates.META_VARIABLES, judging.META_WINNER),
+        ("meta_letters", templates.META_VARIABLES, judging.META_WINNER),
     ):
         source = load_template(name, variables)
         assert form_of(source, form) == form
@@ -465,7 +467,7 @@ def test_label_ids(tokenizer: Any) -> None:
 def test_labels_that_are_not_one_token_of_their_own(
     tokenizer: Any, prefix: str, labels: tuple[str, ...], named: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^{re.escape(named)}.*use judge.read=text"):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(named)}.*use judge.kind=text"):
         label_ids(tokenizer, prefix, labels)
 
 
@@ -770,7 +772,7 @@ def shorter(prompt: str, response: str) -> float:
         (True, Scored(points=1.0)),
         (np.float32(0.5), Scored(points=0.5)),
         (Fraction(1, 4), Scored(points=0.25)),
-        *((value, judging.NO_NUMBER) for value in (None, "4", math.nan, INF, -INF, 10**400, 1j, [4])),
+        *((value, function_pool.NO_NUMBER) for value in (None, "4", math.nan, INF, -INF, 10**400, 1j, [4])),
     ],
 )
 def test_call_function(value: Any, verdict: Verdict) -> None:
@@ -823,7 +825,7 @@ def test_a_function_deep_in_packages() -> None:
 def test_reasons_are_few_and_fixed() -> None:
     """Reasons are counted, so texts of judges must not get into them."""
     known = {value.reason for value in vars(judging).values() if isinstance(value, Unparsed)}
-    assert len(known) == 9
+    assert len(known) == 8
     finishes: tuple[FinishReason, ...] = ("stop", "length")
     for _, text in HOSTILE:
         for finish in finishes:

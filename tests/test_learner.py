@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from rsrlm.config import Train
 from rsrlm.runtime import launch, learner
 from rsrlm.runtime.actors import LearnerFailed
 from rsrlm.runtime.learner import newest_checkpoint, share_of, steps_of
+from rsrlm.settings.train import Train
 
 SCRIPT = Path(__file__).parent / "learner_rank.py"
 OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
@@ -180,11 +180,11 @@ def test_steps_use_every_pair_once_per_epoch() -> None:
     assert steps_of(pairs_of(10), train, 0, 0) == steps
 
 
-def test_the_newest_checkpoint_of_the_iteration_counts(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path, 1) is None
-    for name in ("i00-s000008", "i01-s000002", "i01-s000010", "i01-s000012.tmp"):
+def test_the_newest_checkpoint_of_the_model_counts(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path, "M2") is None
+    for name in ("M1-s000008", "M2-s000002", "M2-s000010", "M2-s000012.tmp", "M2-s1-s000020", "M2.ahead-s000030"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_checkpoint(tmp_path, 1) == (tmp_path / "checkpoints" / "i01-s000010", 10)
+    assert newest_checkpoint(tmp_path, "M2") == (tmp_path / "checkpoints" / "M2-s000010", 10)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")

@@ -460,6 +460,37 @@ def test_ipo_values() -> None:
     assert by_hand(loss="ipo", beta=0.5, length_normalized=True).loss.item() == pytest.approx(0.25, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("target", "options", "expected"),
+    [
+        (1.0, {}, 0.31326168751822286),  # a certain label: the loss without a target
+        (0.0, {}, 1.31326168751822286),  # a label that is wrong: -log sigmoid(-1)
+        (0.75, {}, 0.56326168751822286),  # 0.75 * 0.3132617 + 0.25 * 1.3132617
+        (0.5, {"label_smoothing": 0.3}, 0.81326168751822286),  # a label that says nothing is not smoothed any further
+        (0.75, {"label_smoothing": 0.1}, 0.61326168751822286),  # reversed with 0.75 * 0.1 + 0.25 * 0.9 = 0.3
+        (1.0, {"loss": "ipo"}, 1.0),
+        (0.0, {"loss": "ipo"}, 9.0),  # (-2 - 1)^2
+        (0.75, {"loss": "ipo"}, 3.0),
+    ],
+)
+def test_a_target_is_the_probability_of_the_label(target: float, options: dict[str, object], expected: float) -> None:
+    assert by_hand(target_P=ONE * target, **options).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_weight_multiplies_the_loss_and_nothing_else() -> None:
+    plain, weighted = by_hand(nll_scale=2.0), by_hand(nll_scale=2.0, pair_weight_P=ONE * 0.25)
+    assert weighted.loss.item() == pytest.approx(0.25 * plain.loss.item(), abs=1e-12)
+    assert weighted.sums["loss"].item() == weighted.loss.item()
+    others = plain.sums.keys() - {"loss"}
+    assert {name: weighted.sums[name] for name in others} == {name: plain.sums[name] for name in others}
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"loss": "ipo"}, {"nll_scale": 0.5}], ids=str)
+def test_a_certain_pair_of_weight_one_is_a_plain_pair_to_the_bit(options: dict[str, object]) -> None:
+    given = by_hand(target_P=ONE, pair_weight_P=ONE, **options)
+    assert torch.equal(given.loss, by_hand(**options).loss)
+
+
 def test_nll_is_per_token_of_the_chosen() -> None:
     # (1 + 2) / 2 = 1.5 nats per token, times 2, beside the loss above
     result = by_hand(nll_scale=2.0)

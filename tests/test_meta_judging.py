@@ -4,17 +4,15 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsrlm.config import Meta
 from rsrlm.meta_judging import (
     EVEN,
     TIE,
-    Weights,
+    PositionWeights,
     battle_matrix,
     bradley_terry,
     comparison_id,
@@ -26,8 +24,22 @@ from rsrlm.meta_judging import (
     position_weights,
     result,
 )
-from rsrlm.records import FinishReason, Judgement, PreferencePair, Response, Sampling, Scored, Unparsed, Verdict
+from rsrlm.recipes.meta_rewarding import Meta
+from rsrlm.records import (
+    FinishReason,
+    Judgement,
+    NoPair,
+    PreferencePair,
+    Preferred,
+    Response,
+    Sampling,
+    Scored,
+    Unparsed,
+    Verdict,
+    Winner,
+)
 
+WINNERS: dict[int, Winner] = {1: "A", 0: "tie", -1: "B"}
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
 UNREAD = Unparsed(reason="no winner line")
 # r by (shown first, shown second), as in the worked example: three judgements, six comparisons
@@ -58,7 +70,7 @@ def judgement(
 
 
 def compared(first: Judgement, second: Judgement, r: int | None) -> Judgement:
-    verdict: Verdict = UNREAD if r is None else Scored(points={1: 1.0, 0: 0.5, -1: 0.0}[r])
+    verdict: Verdict = UNREAD if r is None else Preferred(winner=WINNERS[r])
     return Judgement(
         id=comparison_id(first, second), prompt_id="tea", response_id=first.response_id, index=first.index, role="meta",
         judge="meta", text="", token_ids=(), finish_reason="stop", weight_version="M3", sampling=SAMPLING,
@@ -73,7 +85,7 @@ def all_compared(found: Sequence[Judgement], results: Mapping[tuple[int, int], i
 
 def test_position_weights_of_the_example() -> None:
     comparisons = all_compared([judgement(i) for i in range(3)], EXAMPLE)
-    assert position_weights(comparisons) == Weights(first=0.2, second=0.8)
+    assert position_weights(comparisons) == PositionWeights(first=0.2, second=0.8)
 
 
 @pytest.mark.parametrize(
@@ -81,17 +93,17 @@ def test_position_weights_of_the_example() -> None:
     [
         ([0, 0, None], EVEN),  # nobody won
         ([], EVEN),
-        ([1, 1, 1], Weights(first=0.0, second=1.0)),  # always the first position: such wins say nothing
-        ([-1, None], Weights(first=1.0, second=0.0)),
+        ([1, 1, 1], PositionWeights(first=0.0, second=1.0)),  # always the first position: such wins say nothing
+        ([-1, None], PositionWeights(first=1.0, second=0.0)),
         ([1, -1, 0, None], EVEN),
     ],
 )
-def test_position_weights_at_the_edges(results: list[int | None], expected: Weights) -> None:
+def test_position_weights_at_the_edges(results: list[int | None], expected: PositionWeights) -> None:
     assert position_weights([compared(judgement(0), judgement(1), r) for r in results]) == expected
 
 
 def test_battle_matrix_of_the_example() -> None:
-    found = battle_matrix([0, 1, 2], EXAMPLE, Weights(first=0.2, second=0.8))
+    found = battle_matrix([0, 1, 2], EXAMPLE, PositionWeights(first=0.2, second=0.8))
     assert found == [[0.0, pytest.approx(1.0), 0.2], [0.0, 0.0, 0.2], [0.2, 0.0, 0.0]]
 
 
@@ -100,7 +112,7 @@ def test_battle_matrix_of_the_example() -> None:
     [(0.01, [1.058, -0.768, -0.291]), (1e-9, [1.136, -0.816, -0.320])],
 )
 def test_bradley_terry_of_the_example(ridge: float, expected: list[float]) -> None:
-    battles = battle_matrix([0, 1, 2], EXAMPLE, Weights(first=0.2, second=0.8))
+    battles = battle_matrix([0, 1, 2], EXAMPLE, PositionWeights(first=0.2, second=0.8))
     assert bradley_terry(battles, ridge) == pytest.approx(expected, abs=1e-3)
 
 
@@ -145,7 +157,9 @@ def test_in_a_balanced_round_robin_the_order_is_that_of_the_wins(number: int, se
 
 def test_the_pair_of_the_example() -> None:
     found = [judgement(i) for i in range(3)]
-    pair = judge_pair((1, 9), found, all_compared(found, EXAMPLE), Weights(first=0.2, second=0.8), Meta(), seed=0)
+    pair = judge_pair(
+        (1, 9), found, all_compared(found, EXAMPLE), PositionWeights(first=0.2, second=0.8), Meta(), seed=0
+    )
     assert isinstance(pair, PreferencePair)
     assert pair == PreferencePair(
         id="03/tea/0#0>1",
@@ -176,21 +190,23 @@ def test_a_purely_positional_judge_makes_no_pair() -> None:
     found = [judgement(i) for i in range(3)]
     always_first = all_compared(found, dict.fromkeys(itertools.permutations(range(3), 2), 1))
     for weights in (EVEN, position_weights(always_first)):
-        assert judge_pair((1,), found, always_first, weights, Meta(), seed=0) == "equal judgements"
+        assert judge_pair((1,), found, always_first, weights, Meta(), seed=0) == NoPair(reason="equal judgements")
 
 
 def test_reasons_for_no_pair() -> None:
     a, b = judgement(0), judgement(1)
     wins = [compared(a, b, 1), compared(b, a, -1)]
-    assert judge_pair((1,), [a], [], EVEN, Meta(), 0) == "fewer than two judgements to compare"
+    assert judge_pair((1,), [a], [], EVEN, Meta(), 0) == NoPair(reason="fewer than two judgements to compare")
     unread = [compared(a, b, None), compared(b, a, 0)]
-    assert judge_pair((1,), [a, b], unread, EVEN, Meta(), 0) == "no readable winner"
-    assert judge_pair((1,), [a, b], wins, EVEN, Meta(max_chosen_chars=8), 0) == "chosen too long"  # "because 0"
+    assert judge_pair((1,), [a, b], unread, EVEN, Meta(), 0) == NoPair(reason="no readable winner")
+    assert judge_pair((1,), [a, b], wins, EVEN, Meta(max_chosen_chars=8), 0) == NoPair(
+        reason="chosen too long"
+    )  # "because 0"
     assert isinstance(judge_pair((1,), [a, b], wins, EVEN, Meta(max_chosen_chars=9), 0), PreferencePair)
     same = [judgement(0, tokens=(5, 2)), judgement(1, tokens=(5, 2))]
-    assert judge_pair((1,), same, wins, EVEN, Meta(), 0) == "same tokens"
+    assert judge_pair((1,), same, wins, EVEN, Meta(), 0) == NoPair(reason="same tokens")
     cut = [judgement(0, finish="length"), judgement(1, finish="length")]
-    assert judge_pair((1,), cut, wins, EVEN, Meta(), 0) == "no complete judgement"
+    assert judge_pair((1,), cut, wins, EVEN, Meta(), 0) == NoPair(reason="no complete judgement")
 
 
 def test_a_cut_judgement_may_lose_but_never_win() -> None:
@@ -237,13 +253,11 @@ def test_equal_judgements_are_drawn_by_the_seed() -> None:
 
 
 def test_a_resumed_run_draws_as_before() -> None:
-    """Whose judgements are compared, with whom, and who wins a tie: no release may change it while runs go on."""
+    """Whose judgements are compared, and who wins a tie: no release may change it while runs go on."""
     responses = [response(i) for i in range(4)]
     tied = [judgement(i, p, of) for of in range(4) for i, p in enumerate([2.0, 4.0])]
     uncertain = [most_uncertain(responses, tied, seed) for seed in range(6)]
     assert [one.index for one in uncertain if one] == [0, 1, 0, 1, 0, 0]
-    shown = matches([judgement(i) for i in range(5)], Meta(opponents=2), 7)
-    assert [(a.index, b.index) for a, b in shown if a.index < b.index] == [(0, 2), (0, 3), (1, 3), (1, 4), (2, 4)]
     assert [drawn_pair(seed) for seed in range(6)] == ["1>3", "0>3", "0>2", "1>2", "1>3", "0>3"]
 
 
@@ -251,43 +265,15 @@ def test_who_is_compared() -> None:
     found = [judgement(0, text="x"), judgement(1, text="y"), judgement(2, text="x")]
     assert [one.index for one in contestants(found, Meta())] == [0, 1, 2]
     assert [one.index for one in contestants(found, Meta(collapse=True))] == [0, 1]
-    assert contestants(found, Meta(skip_agreed=True)) == []
     assert contestants([found[0], found[2]], Meta(collapse=True)) == []
-    differing = [judgement(0, 3.0), judgement(1, 4.0)]
-    assert contestants(differing, Meta(skip_agreed=True)) == differing
 
 
-@example(4, 2, 0)
-@given(st.integers(2, 11), st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 99))
-def test_every_two_that_meet_meet_in_both_orders(number: int, opponents: int | None, seed: int) -> None:
-    found = [judgement(i) for i in range(number)]
-    shown = [(a.index, b.index) for a, b in matches(found, Meta(opponents=opponents), seed)]
-    assert len(set(shown)) == len(shown)
-    assert {(b, a) for a, b in shown} == set(shown)
-    met = [len({b for a, b in shown if a == index}) for index in range(number)]
-    if opponents is None:
-        assert set(met) == {number - 1}
-        assert len(shown) == number * (number - 1)
-    else:
-        assert min(met) >= min(opponents, number - 1)
-        assert max(met) <= min(2 * math.ceil(opponents / 2), number - 1)  # as many on either side of a circle
-
-
-@pytest.mark.parametrize(
-    ("judgements", "opponents", "expected"),
-    [
-        (11, None, 110),  # each with the ten others, in both orders
-        (11, 3, 44),  # with at least three others: two on either side in a circle
-        (3, 8, 6),  # there are no eight others
-        (4, 3, 12),
-        (2, 1, 2),
-        (1, None, 0),
-    ],
-)
-def test_most_comparisons_of_a_prompt(judgements: int, opponents: int | None, expected: int, make_config: Any) -> None:
-    config = make_config(judge={"read": "text", "judgements": judgements}, meta={"opponents": opponents})
-    assert most_comparisons(config) == expected
-    assert len(matches([judgement(i) for i in range(judgements)], config.meta, 0)) == expected
+@pytest.mark.parametrize(("number", "comparisons"), [(0, 0), (1, 0), (2, 2), (3, 6), (11, 110)])
+def test_every_two_meet_in_both_orders(number: int, comparisons: int) -> None:
+    shown = [(a.index, b.index) for a, b in matches([judgement(i) for i in range(number)])]
+    assert shown == sorted(shown, key=lambda match: (min(match), max(match)))
+    assert set(shown) == set(itertools.permutations(range(number), 2))
+    assert len(shown) == comparisons == most_comparisons(number)
 
 
 def test_lengths_of_judgements_are_characters_of_the_chosen_one() -> None:
@@ -300,4 +286,4 @@ def test_lengths_of_judgements_are_characters_of_the_chosen_one() -> None:
             assert isinstance(pair, PreferencePair)
             assert (pair.chosen_id[-1], pair.rejected_id[-1]) == ("1", "0")
         else:
-            assert pair == expected
+            assert pair == NoPair(reason=expected)

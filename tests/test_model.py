@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rsrlm.config import BUILTIN_MODEL, ConfigError, Model
 from rsrlm.model import cache_folder, check_folder, folder_of, num_parameters, weight_files
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import BUILTIN_MODEL, Model
 
 
 def safetensors(path: Path, shapes: dict[str, list[int]], metadata: bool = True) -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsrlm.config import Pair
 from rsrlm.pairing import TIE, best_against_worst, candidates, tiers
-from rsrlm.records import PreferencePair, Response, Sampling, Scored, Unparsed, Verdict
+from rsrlm.records import NoPair, PreferencePair, Response, Sampling, Scored, Unparsed, Verdict
+from rsrlm.settings.methods import Pair
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
 UNREAD = Unparsed(reason="no score line")
@@ -42,8 +42,8 @@ def paired(points: Sequence[float | None], rule: Pair | None = None, cut: str = 
         for index in range(len(points))
     ]
     pair = best_against_worst(responses, judged(points), rule or Pair(), 3)
-    if isinstance(pair, str):
-        return pair
+    if isinstance(pair, NoPair):
+        return pair.reason
     return int(pair.chosen_id[-1]), int(pair.rejected_id[-1])
 
 
@@ -72,7 +72,7 @@ def test_a_response_that_nobody_judged_takes_no_part() -> None:
     verdicts = judged([5.0, 3.0, 1.0])
     del verdicts["03/tea/0"], verdicts["03/tea/2"]
     assert best_against_worst([answer(0), answer(1), answer(2)], verdicts, Pair(), 3) == (
-        "fewer than two scored responses"
+        NoPair(reason="fewer than two scored responses")
     )
 
 
@@ -131,7 +131,7 @@ def test_a_chosen_response_that_is_too_long_drops_the_pair() -> None:
     """The pair, not the response: the second best is not taken instead."""
     responses = [answer(0, text="x" * 11), answer(1, text="x" * 10), answer(2, text="y" * 99)]
     points = judged([5.0, 4.0, 1.0])
-    assert best_against_worst(responses, points, Pair(max_chosen_chars=10), 3) == "chosen too long"
+    assert best_against_worst(responses, points, Pair(max_chosen_chars=10), 3) == NoPair(reason="chosen too long")
     pair = best_against_worst(responses, points, Pair(max_chosen_chars=11), 3)
     assert isinstance(pair, PreferencePair)
     assert (pair.chosen_id, pair.rejected_id) == ("03/tea/0", "03/tea/2")
@@ -156,7 +156,7 @@ def test_lengths_in_tokens() -> None:
 def test_the_same_tokens_make_no_pair() -> None:
     """A judge that samples may give the same answer two scores."""
     responses = [answer(0, tokens=(7, 8, 2)), answer(1, tokens=(7, 8, 2))]
-    assert best_against_worst(responses, judged([4.0, 1.0]), Pair(), 3) == "same tokens"
+    assert best_against_worst(responses, judged([4.0, 1.0]), Pair(), 3) == NoPair(reason="same tokens")
 
 
 def test_a_pair_carries_what_its_responses_say() -> None:
@@ -206,7 +206,7 @@ def test_what_holds_for_every_pair(drawn: list[tuple], rule: Pair, data: st.Data
     shuffled = data.draw(st.permutations(responses))
     assert best_against_worst(shuffled, verdicts, rule, 3) == pair
     readable = [response for response in responses if isinstance(verdicts[response.id], Scored)]
-    if isinstance(pair, str):
+    if isinstance(pair, NoPair):
         complete = [r for r in readable if r.complete and r.text.strip()]
         scores = [verdicts[response.id].points for response in complete]
         # Whatever the rule, two good responses that differ in everything are a pair.
@@ -340,7 +340,7 @@ def test_length_control_never_prefers_a_worse_response(found: list[tuple[int, in
     responses = [answer(index, text="x" * length) for index, (_, length) in enumerate(found)]
     pair = best_against_worst(responses, judged(points), Pair(rho=rho), 3)
     if max(points) == min(points):
-        assert pair == "equal scores"
+        assert pair == NoPair(reason="equal scores")
     else:
         assert isinstance(pair, PreferencePair)
         assert pair.chosen_score > pair.rejected_score

@@ -7,30 +7,43 @@ SR is Self-Rewarding (2401.10020v3), MR Meta-Rewarding (2407.19594v2); numbers a
 import asyncio
 import json
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted import context_of, engines_of, groups_of, recipe_of
+from spine import World
 
-from rsrlm import meta_judging, seeds
-from rsrlm.ask import Judging, duel_judge, meta_judge, sampling_of
+from rsrlm import meta_judging
 from rsrlm.chat import ChatEncoder
 from rsrlm.commands import plan as planning
-from rsrlm.config import Config, load, resolve
-from rsrlm.data import self_instruct
+from rsrlm.config import Config, load
+from rsrlm.data import seed_data, self_instruct
 from rsrlm.data.prompts import deal
 from rsrlm.data.ranked import RankedPrompt, Reply
-from rsrlm.loop import starts_from
+from rsrlm.judges.base import Origin, judge_of, sampling_of
+from rsrlm.judges.pairwise import Match, duel_judge, meta_judge
 from rsrlm.losses import pair as losses
 from rsrlm.model import load_tokenizer
 from rsrlm.pairing import best_against_worst
-from rsrlm.produce import judge_pairs
-from rsrlm.records import Completion, Group, Judgement, Prompt, Request, Response, Sampling, Scored
+from rsrlm.recipes import eft, sft
+from rsrlm.recipes.meta_rewarding import MetaRewarding
+from rsrlm.recipes.self_rewarding import SelfRewarding
+from rsrlm.records import (
+    Completion,
+    Group,
+    Judgement,
+    NoPair,
+    Preferred,
+    Prompt,
+    Request,
+    Response,
+    Sampling,
+    Scored,
+)
 from rsrlm.runtime.learner import set_dropout, steps_of
-from rsrlm.store.folder import Journal
 
 ROOT = Path(__file__).parent.parent
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
@@ -51,7 +64,7 @@ class Recorder:
         self.requests.append(request)
         return Completion(
             request_id=request.id, token_ids=(5, 2), text="Fine.\nScore: 3", finish_reason="stop", weight_version="M0",
-            prompt_tokens=1, cached_tokens=0, replica=0, label_logprobs=(-1.0,) * len(request.label_ids),
+            label_logprobs=(-1.0,) * len(request.label_ids),
         )  # fmt: skip
 
 
@@ -79,18 +92,16 @@ RESPONSES = [response(i, text) for i, text in enumerate(["x" * 3000, "x" * 400, 
 POINTS = {f"00/p/{i}": Scored(points=points) for i, points in enumerate([4.0, 3.8, 1.0, 4.0, 1.2])}
 
 
+def recipe_config(config: Config) -> Any:
+    """What the first iteration's recipe is made with."""
+    return config.planned[0].config
+
+
 def asked_of_the_judge(config: Config, encoder: ChatEncoder) -> list[Request]:
     engine = Recorder()
-    judge = Judging(config, encoder)
-
-    async def ask() -> list[Judgement]:
-        prompt = Prompt(id="p", text="Why?")
-        return [
-            await judge.judge(engine, prompt, RESPONSES[2], index, group="00/p", iteration=0)
-            for index in range(judge.per_response)
-        ]
-
-    made = asyncio.run(ask())
+    judge = judge_of(config.judge, context_of(config, encoder))
+    origin = Origin(iteration=0, name="00/p/2")
+    made = asyncio.run(judge(engines_of(engine), Prompt(id="p", text="Why?"), RESPONSES[2], origin))
     assert [one.verdict for one in made] == [Scored(points=3.0)] * len(made)
     return engine.requests
 
@@ -98,16 +109,23 @@ def asked_of_the_judge(config: Config, encoder: ChatEncoder) -> list[Request]:
 def asked_of_the_meta_judge(config: Config, encoder: ChatEncoder) -> list[Request]:
     engine = Recorder()
     fields = {"instruction": "Why?", "response": "So.", "judgement_a": "Score: 1", "judgement_b": "Score: 2"}
-    asyncio.run(
-        meta_judge(config, encoder).ask(
-            engine, "c", fields, prompt_id="p", response_id="r", index=0, role="meta", seed=1, fence_seed=2, priority=0
-        )
+    match = Match(
+        id="c", prompt_id="p", response_id="r", index=0, role="meta", fields=fields, seed=1, fence_seed=2, priority=0
     )
+    judge = meta_judge(recipe_config(config).meta, context_of(config, encoder))
+    asyncio.run(judge(engines_of(engine), [match]))
     return engine.requests
 
 
 def actor_pair(config: Config, encoder: ChatEncoder) -> Any:
-    return best_against_worst(RESPONSES, POINTS, config.pair, 0, config.seed)
+    return best_against_worst(RESPONSES, POINTS, recipe_config(config).pair, 0, config.seed)
+
+
+def pair_of_texts(config: Config, *judged: tuple[str, float]) -> Any:
+    """The pair of responses with these texts and points."""
+    responses = [response(index, text) for index, (text, _) in enumerate(judged)]
+    points = {one.id: Scored(points=points) for one, (_, points) in zip(responses, judged, strict=True)}
+    return best_against_worst(responses, points, recipe_config(config).pair, 0)
 
 
 def judge_pair(config: Config, encoder: ChatEncoder) -> Any:
@@ -118,36 +136,27 @@ def judge_pair(config: Config, encoder: ChatEncoder) -> Any:
         shown = response(0, "an answer", f"00/{name}")
         texts = ("same" * 300, "same" * 300, "other" * 300)
         found = [judgement(shown.id, i, points, texts[i]) for i, points in enumerate([1.0, 4.0, 2.0])]
-        rule = config.meta
-        matches = meta_judging.matches(meta_judging.contestants(found, rule), rule, config.seed)
+        matches = meta_judging.matches(meta_judging.contestants(found, recipe_config(config).meta))
         comparisons = tuple(
             Judgement(
                 id=meta_judging.comparison_id(a, b), prompt_id=name, response_id=shown.id, index=a.index, role="meta",
                 judge="meta", text="", token_ids=(), finish_reason="stop", weight_version="M0", sampling=SAMPLING,
-                verdict=Scored(points={1: 1.0, -1: 0.0}[wins[a.index, b.index]]),
+                verdict=Preferred(winner="A" if wins[a.index, b.index] == 1 else "B"),
             )
             for a, b in matches
         )  # fmt: skip
         groups.append(
             Group(id=f"00/{name}", iteration=0, prompt=Prompt(id=name, text="Why?"), responses=(shown,),
-                  judgements=tuple(found), comparisons=comparisons, pair=None, no_pair_reason="x")
+                  judgements=tuple(found), comparisons=comparisons, no_pair_reason="x")
         )  # fmt: skip
-    found, _ = judge_pairs(groups, Judging(config, encoder), config)
-    return found["00/p#judge"], found["00/q#judge"]
+    found, _ = recipe_of(config, encoder).judge_pairs(groups)
+    return found["00/p"], found["00/q"]
 
 
 def produced(config: Config, encoder: ChatEncoder) -> Any:
     """Everything that is asked for one prompt, in an order of its own, and the pair of responses."""
-    from rsrlm.produce import Producer
-    from rsrlm.runtime.launch import compares
-
     engine = Recorder()
-    with tempfile.TemporaryDirectory() as folder:
-        producer = Producer(
-            config, encoder, engine, engine, Judging(config, encoder), Journal(Path(folder) / "j.jsonl"), 0,
-            lambda *_: None, meta_judge(config, encoder) if compares(config) else None,
-        )  # fmt: skip
-        group = asyncio.run(producer.group(Prompt(id="p", text="Why?")))
+    (group,) = groups_of(recipe_of(config, encoder), engine, [Prompt(id="p", text="Why?")])
     kinds = {"~": [], "#": [], "/": []}  # comparisons, judgements, responses
     for request in engine.requests:
         kinds[next(mark for mark in kinds if mark in request.id)].append(request)
@@ -158,17 +167,20 @@ def produced(config: Config, encoder: ChatEncoder) -> Any:
 def replies_judged(config: Config, encoder: ChatEncoder) -> int:
     engine = Recorder()
     prompt = RankedPrompt(id="p", text="Why?", replies=(Reply(id="r", text="So.", rank=0.0),))
-    with tempfile.TemporaryDirectory() as folder:
-        work = seeds.judge_replies(
-            [prompt], Judging(config, encoder), engine, Journal(Path(folder) / "j.jsonl"), 0,
-            config.data.eft_judgements, lambda *_: None,
-        )  # fmt: skip
-        asyncio.run(work)
+    judge = judge_of(config.judge, context_of(config, encoder))
+    asyncio.run(eft.judge_replies([prompt], judge, engines_of(engine), 0, config.data.eft_judgements))
     return len(engine.requests)
 
 
+def trained_from(config: Config, encoder: ChatEncoder) -> list[str]:
+    """The model that each iteration's training starts from, in a run with scripted engines and learner."""
+    world = World(config, [Prompt(id=f"p{i}", text=f"{i}?") for i in range(8)])
+    world.start()
+    return [job.source for job in world.jobs]
+
+
 def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
-    train = config.train
+    train = recipe_config(config).train
     return [
         losses.lr_at(step, 10, lr=train.lr, lr_final=train.lr_final, warmup_steps=train.warmup_steps,
                      schedule=train.schedule)
@@ -178,13 +190,15 @@ def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
 
 def steps(config: Config, encoder: ChatEncoder) -> Any:
     items: Sequence[Any] = [RESPONSES[0]] * 11
-    return [len(step) for step in steps_of(items, config.train, 0, 0)][: config.train.steps(11)]
+    train = recipe_config(config).train
+    return [len(step) for step in steps_of(items, train, 0, 0)][: train.steps(11)]
 
 
 def requests(config: Config, encoder: ChatEncoder) -> Any:
     from rsrlm.model import folder_of
 
-    planned = planning.plan(config, folder_of(config.model))
+    demands = [step.recipe.demand_of(step.config, step.config.prompts.per_iteration) for step in config.planned]
+    planned = planning.plan(config, demands, folder_of(config.model))
     return SimpleNamespace(**planned.requests, tokens=planned.generated_tokens)
 
 
@@ -194,7 +208,7 @@ def loss(config: Config, encoder: ChatEncoder) -> float:
     from rsrlm.losses.packing import pack_pairs
 
     batch = pack_pairs([((1, 2), (3, 4), (5,))])
-    train = config.train
+    train = recipe_config(config).train
     found = losses.pair_loss(
         torch.tensor([-1.0, -2.0, -2.5]), torch.tensor([-1.5, -2.0, -2.0]), batch, torch.ones(1), beta=train.beta,
         loss=train.loss, label_smoothing=train.label_smoothing, length_normalized=train.length_normalized,
@@ -207,13 +221,13 @@ def dropout(config: Config, encoder: ChatEncoder) -> float:
     from transformers import LlamaConfig
 
     model = LlamaConfig()
-    set_dropout(model, config.train.dropout)
+    set_dropout(model, recipe_config(config).train.dropout)
     return float(model.attention_dropout)
 
 
 def divided(config: Config, encoder: ChatEncoder) -> Any:
-    parts = seeds.divide(config.data)
-    ift = seeds.ift(parts.ift, encoder, config.data)[0]
+    parts = seed_data.divide(config.data)
+    ift = sft.ift(parts.ift, encoder, config.data)[0]
     ids = [{one.id for one in part} for part in (parts.ift, parts.eft, parts.evaluation)]
     return (*ids, len(ift))
 
@@ -230,18 +244,20 @@ def kept_judgements(config: Config, encoder: ChatEncoder) -> Any:
         prompts.append(RankedPrompt(id=name, text="?", replies=replies))
         for i, value in enumerate(points):
             found[f"{name}{i}"] = [judgement(f"00/{name}/{i}", sample, value) for sample in range(2)]
-    kept, _ = seeds.accepted(prompts, found, config.data, config.seed)
-    return [one.judgement.id for one in kept], [seeds.points_of(one.judgement) for one in kept]
+    kept, _ = eft.accepted(prompts, found, config.data, config.seed)
+    return [one.judgement.id for one in kept], [eft.points_of(one.judgement) for one in kept]
 
 
 def mixture(config: Config, encoder: ChatEncoder) -> Any:
-    examples = seeds.positive(
-        [Group(id="00/p", iteration=0, prompt=Prompt(id="p", text="?"), responses=tuple(RESPONSES), judgements=tuple(
-            judgement(one.id, 0, POINTS[one.id].points) for one in RESPONSES), pair=None, no_pair_reason="x")],
-        config.sft.positive_score,
+    own = recipe_config(config)
+    judgements = tuple(judgement(one.id, 0, POINTS[one.id].points) for one in RESPONSES)
+    group = Group(
+        id="00/p", iteration=0, prompt=Prompt(id="p", text="?"), responses=tuple(RESPONSES), judgements=judgements,
+        no_pair_reason="x",
     )  # fmt: skip
-    sources = [(source.path, source.weight, examples) for source in config.sft.sources]
-    return [item.id for item in seeds.mixed(sources, config, 0)]
+    examples = sft.positive([group], own.positive_score)
+    sources = [(source.path, source.weight, examples) for source in own.sources]
+    return [item.id for item in sft.mixed(sources, own.data.minimum, config.seed, 0)]
 
 
 def made_prompts(config: Config, encoder: ChatEncoder) -> Any:
@@ -271,17 +287,34 @@ def dealt(config: Config, encoder: ChatEncoder) -> Any:
 
 
 def pairs_by_iteration(config: Config, encoder: ChatEncoder) -> Any:
-    return [actor_pair(config.at(iteration), encoder) for iteration in range(config.iterations)]
+    return [best_against_worst(RESPONSES, POINTS, step.config.pair, 0, config.seed) for step in config.planned]
+
+
+def comparison_asks(config: Config, encoder: ChatEncoder) -> bool:
+    """Whether engines of ours are asked to compare."""
+    return duel_judge(config, context_of(config, encoder)).needs(9) > 0
 
 
 # -- the rows ----------------------------------------------------------------------------------------------------------
 
 Look = Callable[[Config, ChatEncoder], Any]
-STRUCTURED = {"judge": {"read": "structured", "judgements": 3, "max_tokens": 60}}
-BOTH = {**STRUCTURED, "pair": {"kinds": ["actor", "judge"]}, "engine": {"max_model_len": 2048}}
+
+
+def meta_step(**keys: Any) -> dict[str, Any]:
+    """One iteration of Meta-Rewarding with these keys of its own."""
+    return {"steps": [{"recipe": "meta_rewarding", **keys}]}
+
+
+def sft_step(**keys: Any) -> dict[str, Any]:
+    return {"steps": [{"recipe": "sft", **keys}]}
+
+
+STRUCTURED = {"judge": {"kind": "structured", "judgements": 3, "max_tokens": 60}}
+BOTH = {**STRUCTURED, **meta_step(), "engine": {"max_model_len": 2048}}
 TREES = {"data": {"trees": "TREES", "ift_share": 0.5, "eft_share": 0.3, "minimum": 1}, **STRUCTURED}
 TEXT_DUEL = {"evaluate": {"judge": {"read": "text"}}}
-MIXED = {"sft": {"sources": [{"path": "positive"}], "positive_score": 4.0}, "data": {"minimum": 1}}
+POSITIVE = {"sources": [{"path": "positive"}], "positive_score": 4.0}
+MIXED = {**sft_step(**POSITIVE), "data": {"minimum": 1}}
 
 # (row, what is looked at, config, change of one key, what the change does to what is looked at)
 Check = Callable[[Any, Any], bool]
@@ -310,10 +343,11 @@ def gap(pair: Any) -> float:
 
 ROWS: list[Row] = [
     ("SR 2.4: an iteration of supervised fine-tuning, which answers no prompts", dealt, {"iterations": 2},
-     {"schedule": [{"train": {"method": "sft"}, "sft": {"sources": [{"path": "x.jsonl"}]}}, {}]},
+     {"steps": [{"recipe": "sft", "sources": [{"path": "x.jsonl"}]}, {}]},
      lambda b, a: (b[2], a[2]) == ([4, 4], [0, 4])),
-    ("SR 2.4: M1 starts from M0 again, M2 and M3 from the model before", lambda c, e: starts_from(c.train, "M1"), {},
-     {"train": {"start": "first"}}, lambda b, a: (b, a) == ("M1", "M0")),
+    ("SR 2.4: M1 starts from M0 again, M2 and M3 from the model before", trained_from, {
+        "iterations": 2, "judge": {"kind": "text", "judgements": 2}, "evaluate": {"duel": False}},
+     {"train": {"start": "first"}}, lambda b, a: (b, a) == (["M0", "M1"], ["M0", "M0"])),
     ("SR 3.1.1: seed data", divided, TREES, {"data": {"ift_share": 0.2}},
      lambda b, a: a[0] < b[0] and a[1] == b[1] and a[2] > b[2]),
     ("SR 3.1.1: trees for EFT, and those left for evaluation", divided, TREES, {"data": {"eft_share": 0.1}},
@@ -333,9 +367,10 @@ ROWS: list[Row] = [
      lambda b, a: len(a[0]) == 2 * len(b[0])),
     ("SR 3.1.1: judgements sampled for a reply (open)", replies_judged, TREES, {"data": {"eft_judgements": 7}},
      lambda b, a: (b, a) == (3, 7)),
-    ("SR 2.1: IFT and EFT are mixed", mixture, MIXED, {"sft": {"sources": [{"path": "positive", "weight": 2.0}]}},
+    ("SR 2.1: IFT and EFT are mixed", mixture, MIXED,
+     sft_step(**{**POSITIVE, "sources": [{"path": "positive", "weight": 2.0}]}),
      lambda b, a: sorted(a) == sorted(b * 2)),
-    ("SR A.4: positive examples are those of score 5", mixture, MIXED, {"sft": {"positive_score": 3.8}},
+    ("SR A.4: positive examples are those of score 5", mixture, MIXED, sft_step(**{**POSITIVE, "positive_score": 3.8}),
      lambda b, a: set(a) - set(b) == {"00/p/1"}),
     ("SR 3.1.3: T of the prompt maker", made_prompts, {}, {"self_instruct": {"temperature": 0.9}},
      lambda b, a: (b.sampling.temperature, a.sampling.temperature) == (0.6, 0.9)),
@@ -366,7 +401,7 @@ ROWS: list[Row] = [
     ("SR 3.1.3: top-p of the actor", produced, {}, {"sample": {"top_p": 0.9}},
      lambda b, a: sampled("top_p", 0.9)(b.responses, a.responses)),
     ("SR 2.3: equal scores (open), margin", actor_pair, {}, {"pair": {"min_margin": 3.5}},
-     lambda b, a: gap(b) == 3.0 and a == "margin too small"),
+     lambda b, a: gap(b) == 3.0 and a == NoPair(reason="margin too small")),
     ("SR 3.1.3: prompts of an iteration", dealt, {}, {"prompts": {"per_iteration": 5}},
      lambda b, a: (b[2], a[2]) == ([4], [5])),
     ("SR 3.1.3: learning rate", learning_rates, {}, {"train": {"lr": 2e-3}},
@@ -393,51 +428,44 @@ ROWS: list[Row] = [
     # 2 prompts in both orders: 4 verdicts of 1 token, or of at most 300.
     ("SR 3.2.1, A.6: how a comparison is read", requests, {}, {"evaluate": {"judge": {"read": "text"}}},
      lambda b, a: a.tokens - b.tokens == 4 * 299),
-    ("SR 3.1.3, 3.2.1: who compares", lambda c, e: duel_judge(c, e).needs(9) > 0, TEXT_DUEL,
+    ("SR 3.1.3, 3.2.1: who compares", comparison_asks, TEXT_DUEL,
      {"evaluate": {"judge": {"read": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "claude"}}}},
      lambda b, a: b and not a),  # our engines are not asked
-    ("MR 3.1: which kinds of pairs", produced, BOTH, {"pair": {"kinds": ["actor"]}},
+    ("MR 3.1: which kinds of pairs", produced, BOTH, meta_step(pair={"kinds": ["actor"]}),
      lambda b, a: (len(b.comparisons), len(a.comparisons)) == (6, 0)),
-    ("MR 2.2: identical responses are removed", lambda c, e: best_against_worst(
-        [response(0, "a"), response(1, "a")], {"00/p/0": Scored(points=1.0), "00/p/1": Scored(points=2.0)}, c.pair, 0),
-     {}, {"pair": {"duplicates": "drop"}},
-     lambda b, a: b.chosen_id == "00/p/1" and a == "fewer than two scored responses"),
+    ("MR 2.2: identical responses are removed", lambda c, e: pair_of_texts(c, ("a", 1.0), ("a", 2.0)), {},
+     {"pair": {"duplicates": "drop"}},
+     lambda b, a: b.chosen_id == "00/p/1" and a == NoPair(reason="fewer than two scored responses")),
     # At rho 0.3 good are 3.1 and more, of which the fourth is the shortest; bad 1.9 and less: the last is the longest.
     ("MR 2.2: rho", actor_pair, {}, {"pair": {"rho": 0.3}}, pair_of((0, 2), (3, 4))),
     ("MR 2.2: ties at rho 0 (open)", actor_pair, {}, {"pair": {"ties": "length"}}, pair_of((0, 2), (3, 2))),
-    ("MR 2.2: length in characters", lambda c, e: best_against_worst(
-        [response(0, "long text"), response(1, "x"), response(2, "w")],
-        {"00/p/0": Scored(points=2.0), "00/p/1": Scored(points=2.0), "00/p/2": Scored(points=1.0)}, c.pair, 0),
+    ("MR 2.2: length in characters", lambda c, e: pair_of_texts(c, ("long text", 2.0), ("x", 2.0), ("w", 1.0)),
      {"pair": {"ties": "length"}}, {"pair": {"length": "tokens"}}, pair_of((1, 2), (0, 2))),  # two tokens each
     ("MR A.3: chosen of at most 2,500 characters", actor_pair, {}, {"pair": {"max_chosen_chars": 2500}},
-     lambda b, a: b.chosen_id == "00/p/0" and a == "chosen too long"),
+     lambda b, a: b.chosen_id == "00/p/0" and a == NoPair(reason="chosen too long")),
     ("MR 2.3, fig. 2: the meta-judge's prompt and reading", asked_of_the_meta_judge, BOTH,
-     {"meta": {"read": "letters"}},
+     meta_step(meta={"read": "letters"}),
      lambda b, a: (len(b[0].label_ids), len(a[0].label_ids), a[0].sampling.max_tokens) == (0, 2, 1)),
-    ("MR: sampling of the meta-judge (open)", asked_of_the_meta_judge, BOTH, {"meta": {"temperature": 0.1}},
+    ("MR: sampling of the meta-judge (open)", asked_of_the_meta_judge, BOTH, meta_step(meta={"temperature": 0.1}),
      sampled("temperature", 0.1)),
-    # 11 in a circle, each with 2 neighbours on either side: 22 matches in both orders.
-    ("MR 2.3: every two judgements in both orders, or fewer", produced, {**BOTH, "judge": {
-        **STRUCTURED["judge"], "judgements": 11}}, {"meta": {"opponents": 4}},
-     lambda b, a: (len(b.comparisons), len(a.comparisons)) == (11 * 10, 44)),
-    ("MR 2.3: identical judgements (open)", judge_pair, BOTH, {"meta": {"collapse": True}},
-     lambda b, a: b[0].id == "00/p/0#1>2" and a[0] == "equal judgements" and a[1].id == "00/q/0#2>0"),
+    ("MR 2.3: every two judgements in both orders", produced, BOTH, {"judge": {"judgements": 11}},
+     lambda b, a: (len(b.comparisons), len(a.comparisons)) == (3 * 2, 11 * 10)),
+    ("MR 2.3: identical judgements (open)", judge_pair, BOTH, meta_step(meta={"collapse": True}),
+     lambda b, a: b[0].id == "00/p/0#1>2" and a[0] == NoPair(reason="equal judgements") and a[1].id == "00/q/0#2>0"),
     # p: 1 beats 2 in both orders, all else is position. Counted in p alone, where the first position wins 5 of 6, its
     # wins weigh 1/6 instead of the 1/2 of both prompts together: they blur the order of 1 and 2 less.
-    ("MR 2.3: scope of the position weights (open)", judge_pair, BOTH, {"meta": {"weights": "prompt"}},
+    ("MR 2.3: scope of the position weights (open)", judge_pair, BOTH, meta_step(meta={"weights": "prompt"}),
      lambda b, a: [one.id for one in (b[0], a[0])] == ["00/p/0#1>2"] * 2 and gap(a[0]) > 1.2 * gap(b[0])),
-    ("MR 2.3: Bradley-Terry that stays finite (open)", judge_pair, BOTH, {"meta": {"ridge": 1.0}},
+    ("MR 2.3: Bradley-Terry that stays finite (open)", judge_pair, BOTH, meta_step(meta={"ridge": 1.0}),
      lambda b, a: [one.id for one in a] == [one.id for one in b] and gap(a[0]) < 0.5 * gap(b[0])),
-    ("MR A.3: chosen judgement of at most 1,100 characters", judge_pair, BOTH, {"meta": {"max_chosen_chars": 1100}},
-     lambda b, a: b[0].chosen_id == "00/p/0#1" and a[0] == "chosen too long"),
-    ("MR 2.3: nothing to compare where all agree (open)", lambda c, e: len(meta_judging.contestants(
-        [judgement("00/p/0", i, 3.0) for i in range(3)], c.meta)), BOTH, {"meta": {"skip_agreed": True}},
-     lambda b, a: (b, a) == (3, 0)),
+    ("MR A.3: chosen judgement of at most 1,100 characters", judge_pair, BOTH,
+     meta_step(meta={"max_chosen_chars": 1100}),
+     lambda b, a: b[0].chosen_id == "00/p/0#1" and a[0] == NoPair(reason="chosen too long")),
     ("MR A.3: 10 epochs", steps, {}, {"train": {"epochs": 10}}, lambda b, a: a == b * 10),
     ("MR A.3: the checkpoint of epoch 5", steps, {"train": {"epochs": 10}}, {"train": {"stop_after_epoch": 5}},
      lambda b, a: a * 2 == b),
     ("MR A.3: a setting of its own for each iteration", pairs_by_iteration, {"iterations": 2},
-     {"schedule": [{}, {"pair": {"rho": 0.3}}]},
+     {"steps": [{}, {"pair": {"rho": 0.3}}]},
      lambda b, a: a[0] == b[0] == b[1] and pair_of((0, 2), (3, 4))(*a)),
     # -log sigmoid(-0.1) is 0.1 more than -log sigmoid(0.1): a tenth of that.
     ("DPO and others: smoothing", loss, {}, {"train": {"label_smoothing": 0.1}},
@@ -471,13 +499,15 @@ def test_a_key_alone_alters_what_is_done(
 ) -> None:  # fmt: skip
     trees = tmp_path / "trees.jsonl"
     trees.write_text("".join(json.dumps(tree(number)) + "\n" for number in range(40)))
-    small = make_config().model_dump()
-    text = json.dumps(merged(small, config)).replace("TREES", str(trees))
-    base = resolve(json.loads(text))
-    changed = resolve(merged(base.model_dump(), change))
-    before = look(base, encoder)
-    assert look(base, encoder) == before
-    assert check(before, look(changed, encoder))
+
+    def made(keys: dict[str, Any], name: str) -> Config:
+        data = json.loads(json.dumps(keys).replace("TREES", str(trees)))
+        config: Config = make_config(**{"name": name, **data})
+        return config
+
+    before = look(made(config, "base"), encoder)
+    assert look(made(config, "again"), encoder) == before
+    assert check(before, look(made(merged(config, change), "changed"), encoder))
 
 
 def tree(number: int) -> dict[str, Any]:
@@ -503,22 +533,22 @@ def test_the_recipes_carry_the_papers_values() -> None:
     """2401.10020v3, section 3.1.3; 2407.19594v2, section 3.1 and appendix A.3."""
     sr = load(ROOT / "configs/self_rewarding_llama2_70b.yaml", ["data.trees=x"])
     assert [sr.model_name(index) for index in range(5)] == ["M0", "SFT", "M1", "M2", "M3"]
-    sft, m1, m2, m3 = (sr.at(iteration) for iteration in range(4))
-    for one in (sft, m1):
-        assert (one.train.method, one.train.lr, one.train.lr_final) == ("sft", 5.5e-6, 1.1e-6)
+    assert [step.recipe for step in sr.planned] == [sft.SFT, sft.SFT, SelfRewarding, SelfRewarding]
+    base, m1, m2, m3 = (step.config for step in sr.planned)
+    for one in (base, m1):
+        assert (one.train.lr, one.train.lr_final) == (5.5e-6, 1.1e-6)
     for one in (m2, m3):
-        assert (one.train.method, one.train.start, one.train.lr, one.train.lr_final) == ("dpo", "before", 1e-6, 1e-7)
+        assert (one.train.start, one.train.lr, one.train.lr_final) == ("before", 1e-6, 1e-7)
         assert (one.train.candidate_every_steps, one.train.beta) == (200, 0.1)
         assert (one.sample.responses, one.sample.temperature, one.sample.top_p) == (4, 0.7, 0.9)
         assert (one.judge.judgements, one.judge.temperature, one.judge.top_p) == (3, 0.7, 0.9)
-        assert (one.pair.rho, one.pair.kinds) == (0.0, ["actor"])
-    assert {one.train.pairs_per_step for one in (sft, m1, m2, m3)} == {16}
-    assert {(one.train.candidate_every_steps, one.train.choose, one.train.early_stop) for one in (sft, m1, m2, m3)} == {
-        (200, "duel", True)
-    }
+        assert one.pair.rho == 0.0
+    assert {one.train.pairs_per_step for one in (base, m1, m2, m3)} == {16}
+    chosen = [(one.train.candidate_every_steps, one.train.choose, one.train.early_stop) for one in (base, m1, m2, m3)]
+    assert chosen == [(200, "duel", True)] * 4
     assert (sr.judge.external, sr.validator.external) == (None, "validator")  # rewards its own, early stopping not
-    assert {one.train.dropout for one in (sft, m1, m2, m3)} == {0.1}
-    assert ([s.path for s in sft.sft.sources], [s.path for s in m1.sft.sources]) == (["ift"], ["ift", "eft"])
+    assert {one.train.dropout for one in (base, m1, m2, m3)} == {0.1}
+    assert ([s.path for s in base.sources], [s.path for s in m1.sources]) == (["ift"], ["ift", "eft"])
     assert m1.train.start == "first"
     assert (sr.data.max_ift, sr.data.max_eft, sr.data.accept) == (3200, 1630, "order")
     assert (sr.self_instruct.temperature, sr.self_instruct.top_p) == (0.6, 0.9)
@@ -526,23 +556,20 @@ def test_the_recipes_carry_the_papers_values() -> None:
 
     mr = load(ROOT / "configs/meta_rewarding_llama3_8b.yaml", ["data.trees=x"])
     assert [mr.model_name(index) for index in range(6)] == ["M0", "SFT", "M1", "M2", "M3", "M4"]
-    first, *rest = (mr.at(iteration) for iteration in range(5))
-    assert (first.train.method, first.train.lr, first.train.epochs, first.train.stop_after_epoch) == (
-        "sft",
-        5e-8,
-        10,
-        5,
-    )
-    assert [source.path for source in first.sft.sources] == ["eft"]
+    first, *rest = (step.config for step in mr.planned)
+    assert mr.planned[0].recipe is sft.SFT
+    assert (first.train.lr, first.train.epochs, first.train.stop_after_epoch) == (5e-8, 10, 5)
+    assert [source.path for source in first.sources] == ["eft"]
     for one in rest:
-        assert (one.train.method, one.train.lr, one.train.epochs, one.train.beta) == ("dpo", 5e-6, 10, 0.1)
+        assert (one.train.lr, one.train.epochs, one.train.beta) == (5e-6, 10, 0.1)
         assert (one.train.pairs_per_step, one.train.schedule) == (32, "cosine")
         assert (one.sample.responses, one.sample.temperature, one.sample.top_p) == (7, 0.8, 0.95)
         assert (one.judge.judgements, one.judge.temperature, one.judge.top_p) == (11, 0.8, 0.95)
         assert one.pair.duplicates == "drop"
         assert one.prompts.per_iteration == 5000
     assert [one.pair.rho for one in rest] == [0.0, 0.32, 0.32, 0.4]
-    assert [one.pair.kinds for one in rest] == [["actor", "judge"]] * 2 + [["actor"]] * 2
+    assert [step.recipe for step in mr.planned[1:]] == [MetaRewarding] * 2 + [SelfRewarding] * 2
+    assert [one.pair.kinds for one in rest[:2]] == [["actor", "judge"]] * 2
     assert [one.pair.max_chosen_chars for one in rest] == [2500, None, None, None]
-    assert [one.meta.max_chosen_chars for one in rest] == [1100, 1000, None, None]
+    assert [one.meta.max_chosen_chars for one in rest[:2]] == [1100, 1000]
     assert [one.train.stop_after_epoch for one in rest] == [6, 4, 2, 2]

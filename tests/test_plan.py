@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from rsrlm.commands import plan as planning
-from rsrlm.commands.plan import GIB, Seeds, check, disk, memory, plan, show, total_memory
-from rsrlm.config import ConfigError
+from rsrlm.commands.plan import GIB, Plan, check, show, total_memory
+from rsrlm.recipes.base import Demand
 from rsrlm.report.progress import Report
+from rsrlm.settings.base import ConfigError
 
 PARAMETERS = 100 * 8 + 200  # an embedding of 100 x 8, and a vector
 
@@ -34,11 +35,33 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+def demands(config: Any) -> list[Demand]:
+    return [step.recipe.demand_of(step.config, step.config.prompts.per_iteration) for step in config.planned]
+
+
+def plan(config: Any, model: Path) -> Plan:
+    return planning.plan(config, demands(config), model)
+
+
+def memory(config: Any, model: Path, judge: Path | None = None) -> dict[str, float]:
+    """Bytes of one process of each kind that there is."""
+    found = planning.memory(config, demands(config), model, judge)
+    return {process.name: process.size for process in found if process.number}
+
+
+def total(config: Any, model: Path) -> float:
+    return total_memory(plan(config, model).memory)
+
+
+def records(planned: Plan) -> float:
+    return next(process.size for process in planned.memory if process.name.startswith("records"))
+
+
 # -- requests and tokens: 4 prompts, 2 held out, 2 responses of 24 tokens, a context of 512 ---------------------------
 
 
 def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
-    planned = plan(make_config(judge={"read": "text", "judgements": 3, "max_tokens": 160}), model)
+    planned = plan(make_config(judge={"kind": "text", "judgements": 3, "max_tokens": 160}), model)
     assert planned.requests == {
         "responses": 8,  # 4 * 2
         "judgements": 24,  # 8 * 3
@@ -57,7 +80,7 @@ def test_bounds_of_a_text_judge(make_config: Any, model: Path) -> None:
 
 def test_bounds_of_a_digits_judge(make_config: Any, model: Path) -> None:
     evaluate = {"duel": False, "max_tokens": 32, "kl": False}
-    planned = plan(make_config(judge={"read": "digits"}, evaluate=evaluate), model)
+    planned = plan(make_config(judge={"kind": "digits"}, evaluate=evaluate), model)
     assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (8, 4)
     assert planned.requests["held-out duels"] == 0
     assert planned.generated_tokens == 8 * 24 + 14 * 1 + 4 * 32
@@ -65,7 +88,7 @@ def test_bounds_of_a_digits_judge(make_config: Any, model: Path) -> None:
 
 
 def test_bounds_of_a_function_judge(make_config: Any, model: Path) -> None:
-    planned = plan(make_config(judge={"read": "function", "function": "a:b"}), model)
+    planned = plan(make_config(judge={"kind": "function", "function": "a:b"}), model)
     assert (planned.requests["judgements"], planned.requests["held-out judgements"]) == (0, 0)  # none to an engine
     assert planned.generated_tokens == 8 * 24 + 6 * 96 + 4 + 4
 
@@ -74,7 +97,7 @@ def test_bounds_of_a_function_judge(make_config: Any, model: Path) -> None:
 def test_bounds_of_candidates(make_config: Any, model: Path, choose: str, judgements: int, duels: int) -> None:
     """4 pairs in steps of 1: candidates after steps 1, 2, 3 and the last model, beside the model before."""
     train = {"pairs_per_step": 1, "candidate_every_steps": 1, "choose": choose}
-    planned = plan(make_config(judge={"read": "digits"}, train=train, prompts={"validation": 30}), model)
+    planned = plan(make_config(judge={"kind": "digits"}, train=train, prompts={"validation": 30}), model)
     assert planned.requests["validation answers"] == 30 * 5
     assert planned.requests["validation judgements"] == judgements
     assert planned.requests["validation duels"] == duels
@@ -89,21 +112,21 @@ def test_another_validator_has_engines_and_judges_the_first_model_too(make_confi
     # M0 and M1, each by itself and by the validator
     assert (planned.requests["held-out judgements"], planned.requests["held-out judgements to report"]) == (4, 4)
     server = {"endpoint": {"url": "http://a/v1", "model": "m"}, "read": "text"}
-    asked = plan(make_config(judge={"read": "digits", "max_tokens": 50}, evaluate={"judge": server}), model)
+    asked = plan(make_config(judge={"kind": "digits"}, evaluate={"judge": server}), model)
     assert asked.requests["held-out judgements to report"] == 2 * 2 * 3  # in words, three of each answer
     # instead of 2 judgements and 4 verdicts of duels of one token each
-    more = asked.generated_tokens - plan(make_config(judge={"read": "digits"}), model).generated_tokens
-    assert more == 12 * 50 - 2 + 4 * (300 - 1)
+    more = asked.generated_tokens - plan(make_config(judge={"kind": "digits"}), model).generated_tokens
+    assert more == 12 * 160 - 2 + 4 * (300 - 1)
     assert ("engine (validates)", 2) in [(kind, number) for kind, number, _ in planned.actors]
     alone = plan(make_config(), model)
-    engine = planned.memory["each of 2 validator engines"]
-    assert engine == planned.memory["engine"]
-    assert total_memory(config, planned.memory) - total_memory(config, alone.memory) == pytest.approx(2 * engine)
+    engine = memory(config, model)["validator engine"]
+    assert engine == memory(config, model)["engine"]
+    assert total_memory(planned.memory) - total_memory(alone.memory) == pytest.approx(2 * engine)
 
 
 def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path) -> None:
     """It evaluates M0 before it begins, and M1 at its end, which M1 and M0 judge: see loop.run."""
-    planned = plan(make_config(judge={"read": "digits"}), model)
+    planned = plan(make_config(judge={"kind": "digits"}), model)
     assert planned.requests["held-out answers"] >= 2 * 2
     assert planned.requests["held-out judgements"] + planned.requests["held-out judgements to report"] >= 2 + 2 * 2
 
@@ -126,7 +149,6 @@ def test_actors(make_config: Any, model: Path) -> None:
     assert [(kind, number) for kind, number, _ in one] == [
         ("engine (samples and judges)", 1),
         ("learner rank", 3),
-        ("preference buffer", 1),
     ]
     two = plan(make_config(engine={"replicas": 4, "threads": 7}, judge={"replicas": 2}), model).actors
     assert [(kind, number) for kind, number, _ in two][:2] == [("engine (samples)", 4), ("engine (judges)", 2)]
@@ -158,58 +180,61 @@ def test_memory_of_another_judge(make_config: Any, model: Path, tmp_path: Path) 
     header = json.dumps({"embed": {"dtype": "BF16", "shape": [3000], "data_offsets": [0, 0]}}).encode()
     (judge / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     found = memory(make_config(judge={"replicas": 2}), model, judge)
-    assert found["each of 2 judge engines"] - found["engine"] == 2 * 4 * (3000 - PARAMETERS)
+    assert found["judge engine"] - found["engine"] == 2 * 4 * (3000 - PARAMETERS)
 
 
 def test_memory_of_the_records(make_config: Any, model: Path) -> None:
     """8 responses of 24 tokens and 24 judgements of 160 in the driver; of two kinds of iterations the larger counts."""
-    config = make_config(judge={"read": "text", "judgements": 3, "max_tokens": 160})
+    config = make_config(judge={"kind": "text", "judgements": 3, "max_tokens": 160})
     held = 8 * (1100 + 24 * 40) + 24 * (1100 + 160 * 40)
-    assert plan(config, model).memory[planning.RECORDS] == held
+    assert records(plan(config, model)) == held
     more = make_config(
         iterations=2,
-        judge={"read": "text", "judgements": 3, "max_tokens": 160},
-        schedule=[{}, {"prompts": {"per_iteration": 8}}],
+        judge={"kind": "text", "judgements": 3, "max_tokens": 160},
+        steps=[{}, {"prompts": {"per_iteration": 8}}],
     )
     planned = plan(more, model)
-    assert planned.memory[planning.RECORDS] == 2 * held
-    planned.memory[planning.RECORDS] = 1e18
-    check(planned, more)  # a bound that is far above what is used refuses no run
+    assert records(planned) == 2 * held
+    # A bound that is far above what is used refuses no run.
+    check(
+        replace(planned, memory=[replace(one, size=1e18 if not one.counted else 1.0) for one in planned.memory]), more
+    )
 
 
 def test_memory_of_a_learner(make_config: Any, model: Path) -> None:
-    base = memory(make_config(), model)["learner"]
+    base = memory(make_config(), model)["learner rank"]
     # Weights, gradients and two moments. Activations: min(512, 2 * 24 + 64) = 112 tokens of 3 layers of
     # 14 * 8 + 4 * 20 = 192 floats. Logits: three times 2 * 24 = 48 rows of 100 floats.
     assert base == planning.LEARNER_BASE + 4 * 4 * PARAMETERS + 112 * 3 * 192 * 4 + 3 * 48 * 100 * 4
-    assert memory(make_config(train={"zero_stage": 2}), model)["learner"] - base == 4 * PARAMETERS
-    twice = memory(make_config(train={"micro_batch": 2}), model)["learner"]
+    assert memory(make_config(train={"zero_stage": 2}), model)["learner rank"] - base == 4 * PARAMETERS
+    twice = memory(make_config(train={"micro_batch": 2}), model)["learner rank"]
     assert twice - base == 112 * 3 * 192 * 4 + 3 * 48 * 100 * 4
     # A layer keeps its input (8), written twice.
-    checkpointed = memory(make_config(train={"gradient_checkpointing": True}), model)["learner"]
+    checkpointed = memory(make_config(train={"gradient_checkpointing": True}), model)["learner rank"]
     assert base - checkpointed == 112 * 3 * (192 - 16) * 4
 
 
 def test_all_processes_count(make_config: Any, model: Path) -> None:
+    """But for the records, whose size is a bound."""
     one = memory(make_config(), model)
-    assert total_memory(make_config(), one) == sum(one.values())
+    engine, rank, others = one["engine"], one["learner rank"], one["driver"] + one["ray"]
+    assert total(make_config(), model) == pytest.approx(engine + rank + others)
     many = make_config(engine={"replicas": 5}, judge={"replicas": 3}, train={"workers": 2})
-    expected = 8 * one["engine"] + 2 * one["learner"] + one["driver"] + one["ray"]
-    assert total_memory(many, memory(many, model)) == pytest.approx(expected)
+    assert total(many, model) == pytest.approx(8 * engine + 2 * rank + others)
     mixed = make_config(judge={"replicas": 3}, train={"workers": 2})
-    expected = 4 * one["engine"] + 2 * one["learner"] + one["driver"] + one["ray"]
-    assert total_memory(mixed, memory(mixed, model)) == pytest.approx(expected)
+    assert total(mixed, model) == pytest.approx(4 * engine + 2 * rank + others)
 
 
 def test_disk_of_a_run(make_config: Any, model: Path) -> None:
     config = make_config(iterations=3, train={"checkpoint_every_steps": 2})
-    found = disk(config, model, steps=2)
+    found = planning.disk(config, demands(config), model, [2, 2, 1])
     beside = (model / "config.json").stat().st_size + 5000
     assert found["models"] == 3 * (4 * PARAMETERS + beside)
     assert found["records"] == 3 * 8 * (1800 + 900)
     assert "checkpoint" not in found  # the last step needs none
-    assert disk(config, model, steps=3)["checkpoint"] == 3 * 4 * PARAMETERS
-    assert disk(config, model, steps=2, judged=10)["records"] - found["records"] == 10 * 900
+    assert planning.disk(config, demands(config), model, [2, 3, 1])["checkpoint"] == 3 * 4 * PARAMETERS
+    judged = [replace(demand, requests={"judge": (10, 1)}) for demand in demands(config)]
+    assert planning.disk(config, judged, model, [2, 2, 1])["records"] == 3 * 10 * 900
 
 
 # -- what cannot run ---------------------------------------------------------------------------------------------------
@@ -249,7 +274,7 @@ def test_replicas_count_against_the_memory(make_config: Any, model: Path) -> Non
 def test_the_memory_of_other_machines_is_not_this_ones(make_config: Any, model: Path, changes: dict[str, Any]) -> None:
     config = make_config(judge={"replicas": 100_000}, **changes)
     check(plan(config, model), config)
-    assert total_memory(config, memory(config, model)) > 100_000 * GIB
+    assert total(config, model) > 100_000 * GIB
 
 
 @pytest.mark.parametrize(
@@ -274,7 +299,7 @@ def test_which_cluster_a_run_joins(
 
 
 def test_too_little_disk(make_config: Any, model: Path, tmp_path: Path) -> None:
-    message = checked(make_config(iterations=10**12, prompts={"reuse": True}), model)
+    message = checked(make_config(prompts={"per_iteration": 10**12}), model)
     assert "GiB of disk" in message
     assert f"are free at {tmp_path};" in message  # the runs folder is not there yet
     assert "runs=FOLDER" in message
@@ -325,7 +350,7 @@ def test_shapes(tmp_path: Path, content: dict[str, Any], shape: dict[str, int]) 
 
 def test_the_plan_on_the_screen(make_config: Any, model: Path) -> None:
     screen = io.StringIO()
-    config = make_config(judge={"read": "text"}, engine={"kv_cache_gib": 4})
+    config = make_config(judge={"kind": "text"}, engine={"kv_cache_gib": 4})
     planned = plan(config, model)
     show(planned, config, Report(Console(file=screen, width=200, soft_wrap=True, highlight=False)))
     lines = {tuple(cell.strip() for cell in line.strip("│").split("│")) for line in screen.getvalue().splitlines()}
@@ -337,20 +362,21 @@ def test_the_plan_on_the_screen(make_config: Any, model: Path) -> None:
     assert "max_grad_norm: 1.0" in screen.getvalue()
 
 
-def test_bounds_of_a_schedule(make_config: Any, model: Path) -> None:
+def test_bounds_of_steps(make_config: Any, model: Path) -> None:
     """The largest number of any iteration; judgements are compared in both orders, 4 * 3 of each prompt."""
     config = make_config(
         iterations=3,
-        judge={"read": "structured", "judgements": 4, "max_tokens": 60},
-        meta={"read": "structured", "max_tokens": 70},
+        judge={"kind": "structured", "judgements": 4, "max_tokens": 60},
         evaluate={"duel": False, "kl": False},
-        schedule=[
-            {"train": {"method": "sft", "epochs": 4}, "sft": {"sources": [{"path": "mine.jsonl"}]}},
-            {"pair": {"kinds": ["actor", "judge"]}},
+        steps=[
+            {"recipe": "sft", "sources": ["mine.jsonl"], "train": {"epochs": 4}},
+            {"recipe": "meta_rewarding", "meta": {"read": "structured", "max_tokens": 70}},
             {"prompts": {"per_iteration": 6}},
         ],
     )
-    planned = plan(config, model, [Seeds(examples=21), Seeds(), Seeds()])
+    # As its recipe says: 21 examples, and no prompts.
+    sft = Demand(requests={"actor": (0, 24), "judge": (0, 60)}, items=21, item_tokens=500)
+    planned = planning.plan(config, [sft, *demands(config)[1:]], model)
     assert planned.requests == {
         "responses": 12,  # 6 * 2 in the last
         "judgements": 48,  # 12 * 4

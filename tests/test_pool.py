@@ -72,6 +72,10 @@ class Actor:
             return completion(request, self.held, self.replica)
         return await self.ray.answer(self, request)
 
+    async def do_generate_all(self, requests: list[Request]) -> list[Any]:
+        self.ray.calls.append([one.id for one in requests])
+        return list(await asyncio.gather(*map(self.do_generate, requests), return_exceptions=True))
+
     async def do_update(self, info: dict[str, Any], version: str) -> dict[str, float]:
         await self.ray.updating.wait()
         self.held = version
@@ -95,6 +99,7 @@ class Ray:
         self.updating = asyncio.Event()
         self.updating.set()
         self.made: list[Actor] = []
+        self.calls: list[list[str]] = []
         self.util = SimpleNamespace()
 
     @staticmethod
@@ -188,6 +193,62 @@ def test_what_an_engine_cannot_answer_is_asked_again_and_the_engine_kept(
     assert found.request_id == again.request_id == "unlucky"
     assert asked == ["unlucky"] * MAX_ATTEMPTS + ["bad"] * MAX_ATTEMPTS + ["unlucky"]
     assert made == 2
+
+
+def test_requests_that_come_together_go_to_one_engine_in_one_call(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        requests = [request(str(number)) for number in range(5)]
+        found = await pool.generate_all(requests)
+        assert [one.request_id for one in found] == [one.id for one in requests]
+        assert len({one.replica for one in found}) == 1
+        assert [len(call) for call in ray.calls] == [5]
+        assert [replica.outstanding for replica in pool._replicas] == [0, 0]
+
+    faults(work, make_config, monkeypatch)
+
+
+def test_a_request_that_fails_among_others_is_asked_again_alone(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def answer(actor: Actor, request: Request) -> Completion:
+        asked.append(request.id.partition("~")[0])
+        if asked.count("1") == 1 and asked[-1] == "1":
+            raise RequestFailed("no usable answer")
+        return completion(request, actor.held, actor.replica)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        found = await pool.generate_all([request(str(number)) for number in range(3)])
+        assert [one.request_id for one in found] == ["0", "1", "2"]
+        assert len(ray.made) == 2  # the engine is kept
+
+    faults(work, make_config, monkeypatch, answer)
+    assert sorted(asked) == ["0", "1", "1", "2"]
+
+
+@pytest.mark.parametrize("dies", ["actor", "engine"])
+def test_an_engine_that_dies_under_many_requests_is_replaced_once(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    lost: list[str] = []
+
+    async def answer(actor: Actor, request: Request) -> Completion:
+        if actor is actor.ray.made[0]:
+            if dies == "engine":
+                raise EngineDead("out of memory")
+            actor.killed.set()
+            await asyncio.Event().wait()
+        return completion(request, actor.held, actor.replica)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        found = await pool.generate_all([request(str(number)) for number in range(4)])
+        assert [one.request_id for one in found] == ["0", "1", "2", "3"]
+
+    faults(work, make_config, monkeypatch, answer, lambda kind, **_: lost.append(kind))
+    assert lost.count("engine_lost") == 1
 
 
 def watched(pool: EnginePool) -> None:

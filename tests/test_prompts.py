@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rsrlm.config import Config, ConfigError, Engine, Prompts, resolve
+from rsrlm.config import Config, resolve
 from rsrlm.data.prompts import deal, distinct, file_of, read, usable
 from rsrlm.records import Prompt, wording
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import Engine
+from rsrlm.settings.methods import Prompts
 
 TEA = '{"id": "tea", "prompt": "Describe tea."}'
 
@@ -32,8 +35,11 @@ def test_prompts_come_in_the_order_of_the_file(file: Path) -> None:
         '{"id": "z", "prompt": "One?", "source": "me"}\n\n   \n{"prompt": "  Zwei: \\u00fc\\n\\u2028ß ", "id": "a b"}',
         encoding="utf-8",
     )
-    # Other keys and empty lines do not matter; the text stays as it is.
-    assert read(file) == [Prompt(id="z", text="One?"), Prompt(id="a b", text="  Zwei: ü\n\u2028ß ")]
+    # Other texts are the prompt's data, empty lines do not matter; the text stays as it is.
+    assert read(file) == [
+        Prompt(id="z", text="One?", data={"source": "me"}),
+        Prompt(id="a b", text="  Zwei: ü\n\u2028ß "),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +208,7 @@ def test_what_is_trained_on_anyway_is_not_set_aside() -> None:
     assert not set(held) & set(dealt.heldout)
     assert set(held) <= {prompt for hand in dealt.hands for prompt in hand}
     everything = {wording(prompt.text) for prompt in prompts}
-    with pytest.raises(ConfigError, match=r"sft\.sources trains on 20 of 20 usable prompts, and the others are fewer"):
+    with pytest.raises(ConfigError, match=r"the steps train on 20 of 20 usable prompts, and the others are fewer"):
         deal(prompts, config(), everything)
 
 

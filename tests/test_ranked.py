@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rsrlm.config import ConfigError
 from rsrlm.data import ranked
 from rsrlm.data.ranked import RankedPrompt, Read, Reply, accept, ift_examples, part_of, read, thin
+from rsrlm.settings.base import ConfigError
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TREES = DATA / "openassistant_en_70_trees.jsonl"

@@ -6,10 +6,12 @@ A model with random weights never writes a verdict line: its judgements and comp
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -47,21 +49,25 @@ def folder(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "model": str(tiny_chat_model),
         "prompts": {"path": "builtin", "per_iteration": 8, "heldout": 2, "validation": 30},
         "sample": {"responses": 3, "max_tokens": 20, "temperature": 0.8},
-        "judge": {"read": "structured", "judgements": 3, "max_tokens": 40, "temperature": 1.0, "fence_salt": ""},
-        "meta": {"read": "structured", "max_tokens": 40, "temperature": 1.0},
+        "judge": {"kind": "structured", "judgements": 3, "max_tokens": 40, "temperature": 1.0, "fence_salt": ""},
         "data": {
             "trees": str(folder / "ranked.jsonl"), "ift_share": 0.4, "eft_share": 0.4, "accept": "pairs", "minimum": 2,
         },
         "train": {"lr": 1e-5, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every_steps": 2},
         "evaluate": {"max_tokens": 16},
         "engine": {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 0.5},
-        "schedule": [
+        "steps": [
             {
                 "name": "SFT",
-                "train": {"method": "sft", "epochs": 4, "stop_after_epoch": 2},
-                "sft": {"sources": [{"path": "ift", "weight": 1.5}, {"path": "eft"}]},
+                "recipe": "sft",
+                "sources": [{"path": "ift", "weight": 1.5}, "eft"],
+                "train": {"epochs": 4, "stop_after_epoch": 2},
             },
-            {"name": "M1", "pair": {"kinds": ["actor", "judge"]}},
+            {
+                "name": "M1",
+                "recipe": "meta_rewarding",
+                "meta": {"read": "structured", "max_tokens": 40, "temperature": 1.0},
+            },
             {
                 "name": "M2",
                 "pair": {"rho": 0.3},
@@ -100,11 +106,7 @@ def test_supervised_fine_tuning_comes_first(run: Path) -> None:
     assert row["optimizer_steps"] == 2 * -(-len(examples) // 4)
     assert row["sft_loss_last"] < row["sft_loss_first"]
     assert (row["responses"], row["pairs"], row["weight_version"]) == (0, 0, "SFT")
-    judgements = {
-        entry["judgement"]["id"]: entry["judgement"]
-        for line in (run / "iterations/00/journal.jsonl").read_text().splitlines()
-        if "judgement" in (entry := json.loads(line))
-    }
+    judgements = {(entry := json.loads(line))["id"]: entry for line in (run / "journal.jsonl").read_text().splitlines()}
     for example in examples:
         if example["kind"] == "eft":  # the judge's own tokens, unchanged
             assert example["target_token_ids"] == judgements[example["id"]]["token_ids"]
@@ -159,13 +161,12 @@ def test_the_last_iteration_chose_among_candidates(run: Path) -> None:
     weights = [(run / "models" / name / "model.safetensors").read_bytes() for name in ("M1", "M2")]
     assert (weights[0] == weights[1]) == (best == "M1")
     # They answer prompts of their own; what is measured afterwards is the chosen model on those that report.
-    answers = {path.stem: path for path in (run / "iterations/02/validation").iterdir()}
-    assert set(answers) == {"M1", *choice["found"]}
-    for path in answers.values():
-        entries = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len([one for one in entries if "response" in one]) == 30
-    lines = [json.loads(line) for line in (run / "evaluation/M2.jsonl").read_text().splitlines()]
-    assert {one["response"]["weight_version"] for one in lines if "response" in one} == {"M2"}
+    names = [json.loads(line)["id"] for line in (run / "journal.jsonl").read_text().splitlines()]
+    answered = Counter(found[1] for name in names if (found := re.fullmatch(r"([^/#>]+)/[^/#>]+/0", name)))
+    expected = Counter({"M0": 2, "SFT": 2, "M1": 2, "M2": 2})
+    for name in ("M1", *choice["found"]):
+        expected[name] += 30
+    assert answered == expected
     assert row["signs"]["n_responses"] == 24
     assert row["heldout"]["model"] == "M2"
 
@@ -220,7 +221,7 @@ def test_seed_data_and_prompts_as_files(folder: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{what.upper()} examples" in done.stdout
     sources = json.dumps([{"path": str(folder / f"{what}.jsonl")} for what in ("ift", "eft")])
-    done = rsrlm("plan", config, "schedule=[]", "iterations=1", "train.method=sft", f"sft.sources={sources}")
+    done = rsrlm("plan", config, "iterations=1", f"steps=[{{recipe: sft, sources: {sources}}}]")
     assert done.returncode == 0, done.stdout + done.stderr
     few = rsrlm("data", "ift", config, "--out", str(folder / "few.jsonl"), "data.minimum=1000")
     assert few.returncode == 3
@@ -233,7 +234,7 @@ def test_a_kill_while_judgements_are_written(run: Path, folder: Path) -> None:
     """The same examples, in the same order, and the same first loss as without the kill; no judgement is done twice."""
     command = [*RSRLM, "run", str(folder / "config.yaml"), "name=killed"]
     killed = folder / "runs" / "killed"
-    journal = killed / "iterations" / "00" / "journal.jsonl"
+    journal = killed / "journal.jsonl"
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < 10):
@@ -245,8 +246,8 @@ def test_a_kill_while_judgements_are_written(run: Path, folder: Path) -> None:
     done = rsrlm("resume", str(killed))
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(killed, 0, "examples") == rows(run, 0, "examples")
-    ids = [json.loads(line)["judgement"]["id"] for line in journal.read_text().splitlines()]
-    assert len(ids) == len(set(ids))
+    keys = [json.loads(line)["k"] for line in journal.read_text().splitlines()]
+    assert len(keys) == len(set(keys))
     first, other = (json.loads((one / "summary.json").read_text())["iterations"][0] for one in (run, killed))
     assert other["sft_loss_first"] == pytest.approx(first["sft_loss_first"], rel=1e-6)
 
@@ -283,14 +284,14 @@ def test_another_judge(who: str, folder: Path, tiny_model: Path) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     api = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "price_in": 1.0}
     judge: dict[str, Any] = {
-        "model": {"read": "structured", "judgements": 2, "max_tokens": 40, "model": str(tiny_model), "replicas": 1},
-        "endpoint": {"read": "text", "judgements": 2, "endpoint": api},
-        "validator": {"read": "structured", "judgements": 2, "max_tokens": 40},
+        "model": {"kind": "structured", "judgements": 2, "max_tokens": 40, "model": str(tiny_model), "replicas": 1},
+        "endpoint": {"kind": "text", "judgements": 2, "endpoint": api},
+        "validator": {"kind": "structured", "judgements": 2, "max_tokens": 40},
     }[who]
     validator = {"read": "text", **({"endpoint": api} if who == "validator" else {})}
     try:
         done = rsrlm(
-            "run", str(folder / "config.yaml"), f"name=external-{who}", "schedule=[]", "iterations=1",
+            "run", str(folder / "config.yaml"), f"name=external-{who}", "steps=[{}]", "iterations=1",
             f"judge={json.dumps(judge)}", f"evaluate.judge={json.dumps(validator)}",
         )  # fmt: skip
     finally:

@@ -15,7 +15,6 @@ from rapidfuzz.process import cdist
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from rsrlm.config import ConfigError, Prompts
 from rsrlm.data import prompts as prompt_files
 from rsrlm.data.self_instruct import (
     CUT,
@@ -31,6 +30,8 @@ from rsrlm.data.self_instruct import (
     select,
     split,
 )
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.methods import Prompts
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = ("self_instruct_seed_tasks.jsonl", "user_oriented_instructions.jsonl", "alpaca_eval_instructions.jsonl")

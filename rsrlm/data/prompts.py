@@ -9,21 +9,25 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from rsrlm.config import Config, ConfigError, Prompts
+from rsrlm.config import Config
 from rsrlm.records import Prompt, wording
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.methods import Prompts
 
 BUILTIN = "builtin"
+OWN = {BUILTIN: "instructions.jsonl", "arithmetic": "arithmetic.jsonl"}  # files of the project
 REFUSED = ("Cc", "Zl", "Zp")  # Unicode categories of control characters and line breaks; seeds are separated by one
 
 
 def file_of(prompts: Prompts) -> Path:
-    if prompts.path == BUILTIN:
-        return Path(str(resources.files("rsrlm"))) / "assets" / "prompts" / "instructions.jsonl"
+    if prompts.path in OWN:
+        return Path(str(resources.files("rsrlm"))) / "assets" / "prompts" / OWN[prompts.path]
     return Path(os.path.expanduser(prompts.path))  # Path's own raises for a user that is not there
 
 
 def read(path: Path) -> list[Prompt]:
-    """Prompts of a JSONL file with `id` and `prompt` per line. Raises ConfigError with the line number."""
+    """Prompts of a JSONL file with `id` and `prompt` per line; its other texts and numbers are the prompt's data, such
+    as `answer`. Raises ConfigError with the line number."""
     try:
         # Not splitlines: JSON texts may hold U+2028 and its like as they are.
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -51,14 +55,20 @@ def read(path: Path) -> list[Prompt]:
             )
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"{where}: prompt of {identifier!r} must be a text that is not empty")
-        if lone := [character for character in identifier + text if unicodedata.category(character) == "Cs"]:
+        data = {
+            name: str(value)
+            for name, value in entry.items()
+            if name not in ("id", "prompt") and isinstance(value, str | int | float) and not isinstance(value, bool)
+        }
+        everything = "".join((identifier, text, *data, *data.values()))
+        if lone := [character for character in everything if unicodedata.category(character) == "Cs"]:
             # JSON can write it, UTF-8 cannot: no journal could take it.
             raise ConfigError(f"{where}: {lone[0]!r} is half a surrogate pair; write the whole character")
         if identifier in found:
             raise ConfigError(
                 f"{where}: id {identifier!r} stands in line {found[identifier][1]} already; ids are unique"
             )
-        found[identifier] = (Prompt(id=identifier, text=text), number)
+        found[identifier] = (Prompt(id=identifier, text=text, data=data), number)
     if not found:
         raise ConfigError(f"prompts.path={path}: no prompts in it; write one JSON object with id and prompt per line")
     return [prompt for prompt, _ in found.values()]
@@ -90,29 +100,30 @@ def deal(prompts: list[Prompt], config: Config, seen: Collection[str] = ()) -> D
 
     Prompts whose wording (`records.wording`) is in `seen`, because the run trains on it anyway, are not set aside. An
     iteration that answers none (supervised fine-tuning on data that is there) gets none. Without `prompts.reuse` no
-    prompt is dealt twice; with it, all have had a turn before one has the next. Raises ConfigError when there are too
+    prompt is dealt twice; with it, no prompt repeats until all have been used. Raises ConfigError when there are too
     few.
     """
-    sizes = [(step.prompts.per_iteration if answers(step) else 0, number) for step, number in config.distinct]
+    hand_sizes = [
+        step.config.prompts.per_iteration if step.recipe.answers_prompts(step.config) else 0 for step in config.planned
+    ]
     heldout, validation = config.prompts.heldout, config.prompts.validation
     aside = heldout + validation
-    needed = aside + (max(size for size, _ in sizes) if config.prompts.reuse else sum(s * n for s, n in sizes))
+    needed = aside + (max(hand_sizes) if config.prompts.reuse else sum(hand_sizes))
     if needed > len(prompts):
         chosen_by = f"{validation} for validation, " if validation else ""
-        iterations = sum(number for size, number in sizes if size)
-        each = " or ".join(str(size) for size in sorted({size for size, _ in sizes if size}))
+        iterations = sum(size > 0 for size in hand_sizes)
+        each = " or ".join(str(size) for size in sorted({*hand_sizes} - {0}))
         raise ConfigError(
             f"prompts.path={config.prompts.path}: {len(prompts)} usable prompts, but {needed} are needed "
             f"({heldout} held out, {chosen_by}{each} for each of {iterations} iterations); add prompts, "
             "lower prompts.per_iteration or set prompts.reuse=true"
         )
-    hand_sizes = [size for size, number in sizes for _ in range(number)]
     order = sorted(prompts, key=lambda prompt: prompt.id)
     random.Random(f"prompts {config.seed}").shuffle(order)
     unseen = [prompt for prompt in order if wording(prompt.text) not in seen] if seen else order
     if aside > len(unseen):
         raise ConfigError(
-            f"prompts.path={config.prompts.path}: sft.sources trains on {len(order) - len(unseen)} of {len(order)} "
+            f"prompts.path={config.prompts.path}: the steps train on {len(order) - len(unseen)} of {len(order)} "
             f"usable prompts, and the others are fewer than prompts.heldout={heldout} and prompts.validation="
             f"{validation} together; add prompts, or lower these"
         )
@@ -134,11 +145,6 @@ def deal(prompts: list[Prompt], config: Config, seen: Collection[str] = ()) -> D
             hands.append(deck[:wanted])
             deck = deck[wanted:]
     return Dealt(unseen[:heldout], unseen[heldout:aside], hands)
-
-
-def answers(step: Config) -> bool:
-    """Whether an iteration answers prompts: always but for supervised fine-tuning on data that is there already."""
-    return step.train.method == "dpo" or any(source.path == "positive" for source in step.sft.sources)
 
 
 def usable(

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from rsrlm.config import ConfigError
 from rsrlm.records import wording
+from rsrlm.settings.base import ConfigError
 
 TIE = 1e-9  # means are not exact: a smaller difference is a tie
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")

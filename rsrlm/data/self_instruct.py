@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from rsrlm.config import ConfigError
+from rsrlm.settings.base import ConfigError
 
 HEADER = "Continue this numbered list of varied, open-ended tasks that people give to an assistant:"
 CUT = "cut off by the length limit"

@@ -1,107 +1,70 @@
-"""A judge that is a Python function, in processes of its own: a call that hangs, raises or dies costs its own verdict.
+"""A judge that is a Python function of prompt and response."""
 
-In the event loop it would stop requests, supervision and Ctrl-C for as long as it takes.
-"""
+import functools
+from typing import Any, Self
 
-import asyncio
-import ctypes
-import logging
-import multiprocessing
-import os
-import signal
-import weakref
-from collections.abc import Callable
-from typing import Any
+from pydantic import Field, model_validator
 
-from rsrlm.config import ConfigError
-from rsrlm.judges import verdicts as judging
-from rsrlm.records import Unparsed, Verdict
+from rsrlm.engines import Engines
+from rsrlm.judges import verdicts
+from rsrlm.judges.base import Context, Origin, judgement_of
+from rsrlm.judges.function_pool import FunctionPool
+from rsrlm.records import Judgement, Prompt, Response, Role, Scored, Unparsed, Verdict
+from rsrlm.settings.base import Number
+from rsrlm.settings.methods import JudgeSection
 
-MOST_WORKERS = 8
-TIMED_OUT = Unparsed(reason="function timed out")
-DIED = Unparsed(reason="function's process died")
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
-_function: Callable[[str, str], float] | None = None  # of this worker
+# One pool of processes for all iterations that judge by the same function.
+pool_of = functools.cache(FunctionPool)
 
 
-def _start_worker(dotted: str, parent: int) -> None:
-    """In a new worker, before its first call and so outside of any deadline."""
-    global _function
-    # Not even a loop in C keeps the worker alive when the driver is gone, or wants it to go.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver's to handle
-    if os.getppid() != parent:
-        os._exit(1)  # it went before this process asked to be told
-    try:
-        _function = judging.load_function(dotted)
-    except ConfigError as error:  # though the driver could
-        reason = error
+class Function:
+    class Config(JudgeSection):
+        kind: str = "function"
+        function: str = Field(description="module:name, called with (prompt, response) and returning a number")
+        timeout_s: Number = Field(60.0, gt=0, description="a call that takes longer gives no score")
 
-        def _function(prompt: str, response: str) -> float:
-            raise reason
+        @model_validator(mode="after")
+        def _no_engine_judges(self) -> Self:
+            if self.model or self.replicas:
+                raise ValueError(
+                    f"judge.kind=function: no engine judges; leave out judge.model={self.model} and "
+                    f"judge.replicas={self.replicas}"
+                )
+            return self
 
+    form = verdicts.SCORE
+    per_response = 1
+    max_tokens = 0
 
-def _call(prompt: str, response: str) -> tuple[Verdict, str]:
-    """The verdict, and what was raised."""
-    assert _function is not None
-    try:
-        return judging.call_function(_function, prompt, response), ""
-    except BaseException as error:  # SystemExit too
-        return Unparsed(reason=f"function raised {type(error).__name__}"), f"{type(error).__name__}: {error}"
+    def __init__(self, config: Any, context: Context) -> None:
+        self._function = pool_of(config.function, config.timeout_s)
+        self.name = self.source = config.function
 
+    def needs(self, response_tokens: int) -> int:
+        return 0
 
-class FunctionJudge:
-    """Verdicts of the function that `module:name` names. Raises ConfigError where it cannot be imported.
+    async def __call__(
+        self, engines: Engines, prompt: Prompt, response: Response, origin: Origin, count: int | None = None
+    ) -> tuple[Judgement, ...]:
+        async def compute() -> dict[str, Any]:
+            verdict: Verdict = await self._function(prompt.text, response.text)
+            return {name: getattr(verdict, name) for name in ("points", "reason") if hasattr(verdict, name)}
 
-    A call that takes longer than `timeout_s`, raises, or ends its process is Unparsed; the first one is logged. The
-    processes start with the first call and end with this object.
-    """
-
-    def __init__(self, dotted: str, timeout_s: float) -> None:
-        judging.load_function(dotted)
-        self._dotted = dotted
-        self._timeout_s = timeout_s
-        self._pool: Any = None
-        self._stop: Callable[[], Any] = lambda: None
-        self._told = False
-
-    def _workers(self) -> Any:
-        from pebble import ProcessPool
-
-        if self._pool is None or not self._pool.active:  # a pool is broken when an idle worker is killed
-            self._stop()
-            self._pool = ProcessPool(
-                max_workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))),
-                initializer=_start_worker,
-                initargs=(self._dotted, os.getpid()),
-                # A driver with Ray and threads cannot be forked.
-                context=multiprocessing.get_context("spawn"),
-            )
-            self._stop = weakref.finalize(self, _stop, self._pool)
-        return self._pool
-
-    async def __call__(self, prompt: str, response: str) -> Verdict:
-        from pebble import ProcessExpired
-
-        try:
-            call = self._workers().schedule(_call, (prompt, response), timeout=self._timeout_s)
-            verdict, said = await asyncio.wrap_future(call)
-        except TimeoutError:
-            verdict, said = TIMED_OUT, f"took longer than judge.timeout_s={self._timeout_s:g}"
-        except (ProcessExpired, RuntimeError) as error:
-            verdict, said = DIED, f"its process ended: {error}"
-        if said and not self._told:
-            self._told = True
-            logging.getLogger("rsrlm").warning(
-                "judge.function=%s: %r for the prompt %r; this response has no score, and more of its kind are only "
-                "counted (unreadable_reasons)",
-                *(self._dotted, said[:400], prompt[:200]),
-            )
-        return verdict
-
-
-def _stop(pool: Any) -> None:
-    pool.stop()
-    pool.join()
+        key = ("function", self.name, prompt.text, response.text, origin.name, origin.by)
+        identifier = f"{response.id}#0{origin.by}"
+        value = await engines.remember("judge", identifier, key, compute)
+        verdict = Scored(**value) if "points" in value else Unparsed(**value)
+        role: Role = "judge"
+        return (
+            judgement_of(
+                None,
+                verdict,
+                id=identifier,
+                prompt_id=response.prompt_id,
+                response_id=response.id,
+                index=0,
+                role=role,
+                judge=self.name,
+                sampling=None,
+            ),
+        )

@@ -7,32 +7,17 @@ is judged is altered in the judge's view (`claimed`), so that a judge that only 
 """
 
 import functools
-import hashlib
-import importlib
-import inspect
 import math
-import numbers
-import os
 import re
 import statistics
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, StrictInt, TypeAdapter, ValidationError
+from pydantic import Field, StrictInt
 
-from rsrlm.chat import template_variables
-from rsrlm.config import ConfigError
 from rsrlm.records import FinishReason, Scored, Unparsed, Verdict
-
-ADDITIVE_VARIABLES = frozenset({"instruction", "response"})
-PAIRWISE_VARIABLES = frozenset({"instruction", "response_a", "response_b"})
-META_VARIABLES = frozenset({"instruction", "response", "judgement_a", "judgement_b"})
-OPTIONAL_VARIABLES = frozenset({"fence"})
-TEMPLATES = Path(__file__).parent.parent / "assets" / "templates"
+from rsrlm.settings.base import ConfigError
 
 Winner = Literal["A", "B", "tie"]
 Preferred = Literal["first", "second", "tie"]
@@ -45,7 +30,6 @@ LITTLE_DIGIT_MASS = Unparsed(reason="little mass on digits")
 LITTLE_LETTER_MASS = Unparsed(reason="little mass on letters")
 NO_WINNER = Unparsed(reason="no winner line")
 NONE_READABLE = Unparsed(reason="no readable judgement")
-NO_NUMBER = Unparsed(reason="function returned no number")
 
 CLAIMED = "(claimed)"  # what `claimed` puts in the place of a side, and before a number in words
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -80,37 +64,6 @@ SCORE = Form(label="Score", prefix="Score: ")
 # The bracket, because after "Better answer: " byte-level tokenizers merge the space into the letter's token.
 WINNER = Form(label="Winner", prefix="Better answer: (")
 META_WINNER = Form(label="Winner", prefix="More accurate judgement: (")
-
-_HEADER = re.compile(r"\A\{#-?\s*verdict:(.*?)-?#\}", re.DOTALL)
-_FORM: TypeAdapter[Form] = TypeAdapter(Form)
-
-
-def form_of(source: str, default: Form, key: str = "template") -> Form:
-    """The form that a template names in its first line, `default` where it names none. ConfigError for a wrong one."""
-    header = _HEADER.match(source)
-    if header is None:
-        return default
-    own: dict[str, Any] = {name: getattr(default, name) for name in ("label", "scale", "sides", "prefix")}
-    try:
-        named = yaml.safe_load(header[1])
-        if not isinstance(named, dict) or named.keys() - own.keys():
-            raise ValueError(f"a mapping of {_listed(own)}")
-        if "label" in named and "prefix" not in named and default == SCORE:
-            own["prefix"] = f"{named['label']}: "
-        form = _FORM.validate_python({**own, **named})
-        if form.scale[0] < 0 or form.scale[0] >= form.scale[1] or form.sides[0] == form.sides[1]:
-            raise ValueError("scale is [lowest, highest], from 0 on; sides are two different ones")
-    except (ValidationError, ValueError, yaml.YAMLError, TypeError) as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise ConfigError(
-            f"{key}: its first line names no form of a verdict ({said}); write one such as "
-            "{#- verdict: {label: Score, scale: [0, 10]} -#}"
-        ) from None
-    return form
-
 
 # The possessive `*+` keep the time linear: with `*`, a judge that writes some hundred blanks would stop the run for
 # minutes. ASCII, so that a long s is no s and an Arabic digit no digit. The words before a label are tried last: it may
@@ -171,45 +124,6 @@ def _in_words(number: str) -> str:
     """Digit by digit, such as "four point two five"."""
     number = re.sub(r"(?<=[0-9])\.(?=[0-9])", " point ", number)
     return re.sub("[0-9]", lambda digit: DIGITS[int(digit[0])], re.sub(r"(?<=[0-9])(?=[0-9])", " ", number))
-
-
-def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES, key: str = "template") -> str:
-    """The source of a judge template: the name of one of rsrlm's, or the path of a Jinja2 file. `key` is the config's.
-
-    It must print all of `variables` and may print `fence` (see `fence_of`); anything else is a ConfigError.
-    """
-    own = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
-    path = own.get(name.removesuffix(".jinja"), Path(os.path.expanduser(name)))
-    try:
-        source = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{key}={name!r}: neither one of rsrlm's ({', '.join(own)}) nor a readable Jinja2 file: {error}; "
-            "give one of these names or a path"
-        ) from None
-    try:
-        used = template_variables(source)
-    except ConfigError as error:
-        raise ConfigError(f"{key}={name!r}: {error}") from None
-    if missing := variables - used:
-        raise ConfigError(f"{key}={name!r}: does not use {_listed(missing)}; add {{{{ {min(missing)} }}}}")
-    if unknown := used - variables - OPTIONAL_VARIABLES:
-        known = _listed(variables | OPTIONAL_VARIABLES)
-        raise ConfigError(f"{key}={name!r}: uses {_listed(unknown)}, which nobody fills; known here: {known}")
-    return source
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def fence_of(seed: int) -> str:
-    """Eight hex digits for the tags around a response, which its author cannot guess and so cannot close.
-
-    Pass one seed per response, not per judgement: the N judgements of a response then share their whole prompt, and
-    the engine's prefix cache computes it once.
-    """
-    return hashlib.blake2b(f"fence\x1f{seed}".encode(), digest_size=4).hexdigest()
 
 
 def parse_points(text: str, finish_reason: FinishReason, form: Form = SCORE) -> Verdict:
@@ -289,7 +203,7 @@ def label_ids(tokenizer: Any, prefix: str, labels: Sequence[str]) -> tuple[int, 
         if ids[:-1] != before or ids[-1] in found:
             raise ConfigError(
                 f"{label!r} after {prefix!r} is not one token of its own in this model's tokenizer, so that its "
-                "probability cannot be read; use judge.read=text, and evaluate.duel=false for the letters of a duel"
+                "probability cannot be read; use judge.kind=text, and evaluate.duel=false for the letters of a duel"
             )
         found[ids[-1]] = label
     return tuple(found)
@@ -344,43 +258,3 @@ def combine_orders(first: Winner | Unparsed, second: Winner | Unparsed) -> Prefe
     if (first, second) == ("A", "B"):
         return "first"
     return "second" if (first, second) == ("B", "A") else "tie"
-
-
-def load_function(dotted: str) -> Callable[[str, str], float]:
-    """The function that `module:name` or `pkg.module.name` names, to be called with (prompt, response).
-
-    Its module may be in the working directory, which is searched last. Raises ConfigError.
-    """
-    module, colon, name = dotted.partition(":")
-    if not colon:
-        module, _, name = dotted.rpartition(".")
-    if not module or not name:
-        raise ConfigError(f"judge.function={dotted!r}: write module:name, such as my_judges:shorter")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(
-            f"judge.function={dotted}: cannot be imported: {type(error).__name__}: {error}; put the folder of its "
-            "module on PYTHONPATH"
-        ) from error
-    try:
-        inspect.signature(function).bind("prompt", "response")
-    except TypeError as error:
-        raise ConfigError(
-            f"judge.function={dotted}: must be callable with (prompt, response): {error}; change it accordingly"
-        ) from None
-    return function
-
-
-def call_function(function: Callable[[str, str], float], prompt: str, response: str) -> Verdict:
-    """A verifiable reward: any finite number, where True and False are 1 and 0. Raises what the function raises."""
-    value = function(prompt, response)
-    if not isinstance(value, numbers.Real):
-        return NO_NUMBER
-    try:
-        points = float(value)
-    except OverflowError:
-        return NO_NUMBER
-    return Scored(points=points) if math.isfinite(points) else NO_NUMBER

@@ -44,6 +44,8 @@ def pair_loss(
     batch: PairBatch,
     weight_P: Tensor,
     *,
+    pair_weight_P: Tensor | None = None,
+    target_P: Tensor | None = None,
     beta: float,
     loss: str = "sigmoid",
     label_smoothing: float = 0.0,
@@ -59,6 +61,10 @@ def pair_loss(
       ipo: (h - 1 / (2 beta))^2 (2310.12036 eq. 17; takes no smoothing)
     plus `nll_scale` times the negative log-likelihood of the chosen per token of it (iterative RPO, 2404.19733).
 
+    `target_P` is the probability that the chosen is the better one: with t below 1 the loss of the pair is t times
+    that of its label and 1 - t times that of the label reversed (CREAM, 2410.12735). `pair_weight_P` multiplies the
+    loss of a pair and nothing else that it adds (ScPO, 2411.04109); the loss is still divided by the number of pairs.
+
     `weight_P` multiplies all that a pair adds: 1 for a pair, 0 for a dummy that keeps ranks in step.
 
     sums["kl"] adds exp(r) - 1 - r over the tokens of both responses, r = log pi - log ref of that token (the k3
@@ -73,21 +79,27 @@ def pair_loss(
     if length_normalized:
         ratio_S = ratio_S / batch.length_S
     h_P = ratio_S[0::2] - ratio_S[1::2]
+    ones_P = torch.ones_like(h_P)
+    target_P = ones_P if target_P is None else target_P.to(h_P.dtype)
+    reversed_P = target_P * label_smoothing + (1 - target_P) * (1 - label_smoothing)
+    straight_P = target_P * (1 - label_smoothing) + (1 - target_P) * label_smoothing
     if loss == "sigmoid":
-        loss_P = -(1 - label_smoothing) * logsigmoid(beta * h_P) - label_smoothing * logsigmoid(-beta * h_P)
+        loss_P = -straight_P * logsigmoid(beta * h_P) - reversed_P * logsigmoid(-beta * h_P)
     elif loss == "ipo" and not label_smoothing:
-        loss_P = (h_P - 1 / (2 * beta)) ** 2
+        loss_P = straight_P * (h_P - 1 / (2 * beta)) ** 2 + reversed_P * (h_P + 1 / (2 * beta)) ** 2
     else:
         raise ValueError(f"no loss {loss!r} with label_smoothing={label_smoothing}")
     nll_P = -logp_S[0::2] / batch.length_S[0::2]
-    total = (weight_P * (loss_P + nll_scale * nll_P)).sum()
+    scale_P = ones_P if pair_weight_P is None else pair_weight_P.to(h_P.dtype)
+    whole_P = weight_P * scale_P * (loss_P + nll_scale * nll_P)
+    total = whole_P.sum()
 
     with torch.no_grad():
         weight_R = weight_P.repeat_interleave(2)[batch.segment_R]
         log_ratio_R = logps_R - ref_logps_R
         kl_R = torch.expm1(log_ratio_R) - log_ratio_R
         each = {
-            "loss": weight_P * (loss_P + nll_scale * nll_P),
+            "loss": whole_P,
             "pairs": weight_P,
             "accuracy": weight_P * (h_P > 0),
             "margin": weight_P * beta * h_P,

@@ -1,4 +1,4 @@
-"""Ray actors around plain classes, and the driver's side of them: engine pool, buffer, learner.
+"""Ray actors around plain classes, and the driver's side of them: engine pool, learner.
 
 They decide nothing about scores, pairs or losses. What they do decide is who serves what: requests go to the replica
 with the least outstanding work, and a replica that failed serves nothing until it holds the current weights.
@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rsrlm.buffer import PreferenceBuffer
 from rsrlm.config import Config
+from rsrlm.engines import gather
 from rsrlm.records import Completion, Request, Sampling
 from rsrlm.runtime.engine import EngineDead, RequestFailed, cpu_environment, make_engine
 from rsrlm.runtime.learner import BroadcastJob, TrainJob, serve
@@ -43,6 +43,11 @@ class EngineActor:
 
     async def generate(self, request: Request) -> Completion:
         return await self._engine.generate(request)
+
+    async def generate_all(self, requests: Sequence[Request]) -> list[Completion | BaseException]:
+        """A completion or what went wrong, for each request: one that fails does not spoil the others."""
+        asked = (self._engine.generate(request) for request in requests)
+        return list(await asyncio.gather(*asked, return_exceptions=True))
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         await self._engine.connect(init_info)
@@ -171,6 +176,40 @@ class EnginePool:
                 if ready:
                     return min(ready, key=lambda replica: (replica.outstanding, replica.index))
                 await self._freed.wait()
+
+    async def generate_all(self, requests: Sequence[Request]) -> list[Completion]:
+        """All completions from one replica, asked in one call: prompts that they share are computed once there.
+
+        What fails is asked again, each for itself. Raises PoolFailed.
+        """
+        if len(requests) == 1:
+            return [await self.generate(requests[0])]
+        replica = await self._pick()
+        generation, work = replica.generation, sum(map(_work, requests))
+        replica.outstanding += work
+        sent = []
+        for request in requests:
+            self._attempt += 1
+            sent.append(replace(request, id=f"{request.id}~{self._attempt}"))
+        try:
+            answers = await replica.actor.generate_all.remote(sent)
+            replica.last_answer = time.monotonic()
+        except GONE as error:
+            answers = [error] * len(requests)
+        finally:
+            if replica.generation == generation:
+                replica.outstanding -= work
+
+        async def settled(request: Request, answer: Completion | BaseException) -> Completion:
+            if isinstance(answer, Completion):
+                return replace(answer, request_id=request.id)
+            if isinstance(answer, GONE):
+                self._lost(replica, generation, answer)
+            elif not isinstance(answer, RequestFailed):
+                raise answer
+            return await self.generate(request)
+
+        return await gather([settled(*pair) for pair in zip(requests, answers, strict=True)])
 
     async def generate(self, request: Request) -> Completion:
         """The completion, from whichever replica; done again when an engine dies under it or gives no usable answer.
@@ -397,23 +436,6 @@ def _rendezvous() -> tuple[str, int]:
     with socket.socket() as probe:
         probe.bind((address, 0))
         return address, probe.getsockname()[1]
-
-
-class SharedBuffer:
-    """The preference buffer as a Ray actor, awaitable from the driver."""
-
-    def __init__(self, path: Path) -> None:
-        self._actor: Any = (
-            ray.remote(PreferenceBuffer).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(str(path))
-        )
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """Any method of `PreferenceBuffer`. A restarted actor reads its journal, and every method may be repeated."""
-        return await getattr(self._actor, method).remote(*arguments)
-
-    async def close(self) -> None:
-        with contextlib.suppress(Exception):
-            ray.kill(self._actor)
 
 
 class LearnerFailed(RuntimeError):

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
-from rsrlm.config import ConfigError
-from rsrlm.config import Endpoint as EndpointConfig
 from rsrlm.records import Completion, Sampling
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import Endpoint as EndpointConfig
 
 MOST_BYTES = 16 << 20  # of an answer; those of judges have some kilobytes
 SHORTEST_SECRET = 8  # shorter keys, such as EMPTY, are placeholders, and may well be words of a message

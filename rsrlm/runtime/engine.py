@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from rsrlm.config import Config
-from rsrlm.config import Engine as EngineConfig
 from rsrlm.records import Completion, Request
+from rsrlm.settings.machine import Engine as EngineConfig
 
 EXTENSION = "rsrlm.runtime.vllm_worker.WorkerExtension"
 

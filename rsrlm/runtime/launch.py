@@ -6,40 +6,44 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rsrlm import seeds
-from rsrlm.ask import Judging, meta_judge, validating
 from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.commands import plan as planning
-from rsrlm.config import Config, ConfigError, Judge, Train, Validator
-from rsrlm.config import Endpoint as EndpointConfig
+from rsrlm.config import Config
 from rsrlm.data import prompts as prompt_files
+from rsrlm.data import seed_data
+from rsrlm.data.examples import read_examples
+from rsrlm.engines import Answers
 from rsrlm.evaluate import Evaluation
-from rsrlm.loop import Inputs, NoPairs, Ports, Step, Stopped
-from rsrlm.loop import run as run_loop
+from rsrlm.iterative import Iteration, NoPairs, Spine, Stopped, run_iterations
+from rsrlm.judges.base import Context
+from rsrlm.judges.base import judge_of as judge_of_section
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
-from rsrlm.records import Completion, Example, PreferencePair, Request, wording
-from rsrlm.report import signs as watch
+from rsrlm.recipes.base import Recipe
+from rsrlm.recipes.sft import MADE, SFT, NoExamples
+from rsrlm.records import Example, Task, wording
+from rsrlm.report import alarms
 from rsrlm.report.progress import Report
+from rsrlm.run import Run
 from rsrlm.runtime.endpoint import BudgetSpent, Endpoint, EndpointFailed
 from rsrlm.runtime.learner import set_dropout
-from rsrlm.seeds import NoExamples
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.methods import JudgeSection, Validator
+from rsrlm.settings.steps import Step
+from rsrlm.settings.train import TrainRule
 from rsrlm.store.folder import RunFolder
+from rsrlm.store.journal import CompletionLog
 
 EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
-
-NOTED_EVERY_S = 5.0
-MADE = ("ift", "eft", "positive")  # sources that a run makes by itself
 
 COLUMNS = {
     "iteration": "iteration",
@@ -67,7 +71,11 @@ class Prepared:
     model: Path
     judge: Path | None  # other weights that judge
     validator: Path | None  # other weights that validate
-    inputs: Inputs
+    iterations: Sequence[Iteration]
+    heldout: Evaluation
+    validation: Evaluation  # what candidates are chosen by
+    parts: seed_data.Parts | None  # of the ranked data
+    trained_on: seed_data.TrainedOn
     left_out: list[str]  # ids of prompts that are too long
     repeated: list[str]  # ids of prompts whose wording another one has
 
@@ -116,69 +124,82 @@ def prepare(config: Config, noted: Mapping[str, Any] | None = None) -> Prepared:
     parts = _parts(config)
     wordings: set[str] = set()  # of the questions in files of examples
     needs: dict[str, int] = {}
-    steps: list[Step] = []
-    for iteration, (step, number) in enumerate(config.distinct):
-        watch.limits_of(step)  # refuses a sign that is not known
-        set_dropout(shape, step.train.dropout)
-        own = Judging(step, encoder) if step.judge.read in ("text", "structured") else None
-        files = {}
-        for source in step.sft.sources if step.train.method == "sft" else ():
-            if source.path not in MADE:
-                files[source.path], questions = seeds.read_file(source.path, encoder, own)
-                wordings |= questions
-        made = Step(
-            config=step,
-            model=config.model_name(iteration + 1),
-            judging=Judging(step, judge_encoder),
-            meta=meta_judge(step, encoder) if compares(step) else None,
-            prompts=(),
-            files=files,
-        )
-        for name, tokens in _needs(made, encoder).items() if prompt_files.answers(step) else ():
+    recipes: list[Recipe] = []
+    context = Context(
+        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
+    )
+    judging = replace(context, encoder=judge_encoder)
+    alarms.limits_of(config)  # refuses a sign that is not known
+    for step in config.planned:
+        if recipes and step.config is recipes[-1].config:  # without steps all iterations are alike
+            recipes.append(recipes[-1])
+            continue
+        set_dropout(shape, step.config.train.dropout)
+        recipe, questions = recipe_of(step, context, judging, parts)
+        wordings |= questions
+        for name, tokens in recipe.needs().items() if recipe.answers_prompts(recipe.config) else ():
             needs[name] = max(tokens, needs.get(name, 0))
-        # Without a schedule all iterations are alike.
-        steps += [replace(made, model=config.model_name(iteration + 1 + more)) for more in range(number)]
-    judging = Judging(config, judge_encoder)
-    validates = validating(config, validator_encoder)
-    evaluation = Evaluation(config, encoder, judging, (), validates)  # refuses a template that it cannot use
+        recipes.append(recipe)
+    validator_context = replace(context, encoder=validator_encoder)
+    who: dict[str, Any] = {
+        "judge": judge_of_section(config.judge, judging),
+        "validating": judge_of_section(config.validating, validator_context),
+        "validator_context": validator_context,
+    }
+    evaluation = Evaluation(config, context, **who, prompts=())  # refuses a template that it cannot use
     if config.prompts.heldout or config.prompts.validation:
         needs |= evaluation.needs()
     chat = len(encoder.user(""))
     lengths = {prompt.id: len(encoder.user(prompt.text)) - chat for prompt in prompts}
     usable, left_out = prompt_files.usable(prompts, lengths, needs or {"a chat prompt": chat}, config)
-    dealt = prompt_files.deal(usable, config, seeds.trained_on(parts, wordings).wordings)
-    steps = [replace(step, prompts=hand) for step, hand in zip(steps, dealt.hands, strict=True)]
+    dealt = prompt_files.deal(usable, config, seed_data.trained_on(parts, wordings).wordings)
+    for recipe, hand in zip(recipes, dealt.hands, strict=True):
+        recipe.check(hand)
     asked = (wording(prompt.text) for hand in dealt.hands for prompt in hand)
-    inputs = Inputs(
-        encoder=encoder,
-        judging=judging,
-        validating=validates,
-        heldout=dealt.heldout,
-        validation=dealt.validation,
-        steps=steps,
-        parts=parts,
-        trained_on=seeds.trained_on(parts, (*wordings, *asked)),
-    )
     return Prepared(
         config=config,
         drawn=drawn,
         model=model,
         judge=judge,
         validator=validator,
-        inputs=inputs,
+        iterations=[
+            Iteration(
+                name=step.name,
+                recipe=recipe,
+                tasks=[Task(iteration=number, prompt=prompt) for prompt in hand],
+            )
+            for number, (step, recipe, hand) in enumerate(zip(config.planned, recipes, dealt.hands, strict=True))
+        ],
+        heldout=Evaluation(config, context, **who, prompts=dealt.heldout),
+        validation=Evaluation(config, context, **who, prompts=dealt.validation),
+        parts=parts,
+        trained_on=seed_data.trained_on(parts, (*wordings, *asked)),
         left_out=left_out,
         repeated=repeated,
     )
 
 
-def _parts(config: Config) -> seeds.Parts | None:
+def recipe_of(step: Step, context: Context, judging: Context, parts: seed_data.Parts | None) -> tuple[Recipe, set[str]]:
+    """The recipe of an iteration, and the wordings of the questions in its files of examples."""
+    if not issubclass(step.recipe, SFT):
+        return step.recipe(step.config, context, judging), set()
+    files: dict[str, list[Example]] = {}
+    wordings: set[str] = set()
+    own: Any = judge_of_section(step.config.judge, context) if step.config.judge.in_words else None
+    for source in step.config.sources:
+        if source.path not in MADE:
+            files[source.path], questions = read_examples(source.path, context.encoder, own)
+            wordings |= questions
+    return step.recipe(step.config, context, judging, parts, files), wordings
+
+
+def _parts(config: Config) -> seed_data.Parts | None:
     """The ranked data, where an iteration trains on it. Raises ConfigError where it has nothing for one."""
-    sources = {
-        source.path for step, _ in config.distinct if step.train.method == "sft" for source in step.sft.sources
-    } & {"ift", "eft"}
+    wanted = [step.config for step in config.planned if issubclass(step.recipe, SFT)]
+    sources = {source.path for one in wanted for source in one.sources} & {"ift", "eft"}
     if not sources:
         return None
-    parts = seeds.divide(config.data)
+    parts = seed_data.divide(config.data)
     for made in sorted(sources):
         if not getattr(parts, made):
             raise ConfigError(
@@ -186,22 +207,6 @@ def _parts(config: Config) -> seeds.Parts | None:
                 f"data.{made}_share, or look at data.language and data.max_chars"
             )
     return parts
-
-
-def _needs(step: Step, encoder: ChatEncoder) -> dict[str, int]:
-    """Tokens of each kind of request of an iteration beside those of the question."""
-    answer = step.config.sample.max_tokens
-    judgements = 2 * step.judging.max_tokens
-    return {
-        "sample.max_tokens": len(encoder.user("")) + answer,
-        "the judge of a response": step.judging.needs(answer),
-        "the meta-judge": step.meta.needs(answer + judgements) if step.meta else 0,
-    }
-
-
-def compares(step: Config) -> bool:
-    """Whether an iteration trains on pairs of judgements."""
-    return step.train.method == "dpo" and "judge" in step.pair.kinds
 
 
 def judge_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
@@ -214,7 +219,9 @@ def validator_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, Cha
     return _other(config, "evaluate.judge", config.evaluate.judge, encoder)
 
 
-def _other(config: Config, key: str, who: Judge | Validator, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
+def _other(
+    config: Config, key: str, who: JudgeSection | Validator, encoder: ChatEncoder
+) -> tuple[Path | None, ChatEncoder]:
     if who.endpoint:
         Endpoint(who.endpoint, name=f"{key}.endpoint")  # refuses what it cannot use
     if who.model is None:
@@ -228,23 +235,8 @@ def _other(config: Config, key: str, who: Judge | Validator, encoder: ChatEncode
 
 def planned(prepared: Prepared) -> planning.Plan:
     """What the run would do, with the seed data that is there."""
-    found = []
-    parts = prepared.inputs.parts
-    for step in prepared.inputs.steps:
-        examples = replies = 0
-        for source in step.config.sft.sources if step.config.train.method == "sft" else ():
-            there = 0
-            if source.path == "ift" and parts:
-                there = min(len(parts.ift), step.config.data.max_ift or len(parts.ift))
-            elif source.path == "eft" and parts:
-                replies = sum(reply.rank is not None for prompt in parts.eft for reply in prompt.replies)
-                there = replies * step.config.data.eft_per_reply
-                there = min(there, step.config.data.max_eft or there)
-            elif source.path not in MADE:
-                there = len(step.files[source.path])
-            examples += math.ceil(there * source.weight)
-        found.append(planning.Seeds(examples=examples, replies=replies))
-    return planning.plan(prepared.config, prepared.model, found, prepared.judge, prepared.validator)
+    demands = [one.recipe.demand(len(one.tasks)) for one in prepared.iterations]
+    return planning.plan(prepared.config, demands, prepared.model, prepared.judge, prepared.validator)
 
 
 def _check_devices(config: Config) -> None:
@@ -263,163 +255,6 @@ def _address(config: Config) -> str | None:
     return None if address == "local" else address
 
 
-class Pools:
-    """The sampler pool and, where configured, pools of their own for who judges and who validates."""
-
-    def __init__(
-        self,
-        config: Config,
-        store: RunFolder,
-        first: Path,
-        start: str,
-        broadcast: Any,
-        judge: Path | None = None,
-        validator: Path | None = None,
-        others: Mapping[str, Path] | None = None,
-    ) -> None:
-        """`first` is M0's folder, `judge` and `validator` those of models that judge and validate in its place, and
-        `others` those of models that are not in the run folder."""
-        from rsrlm.runtime.actors import EnginePool
-        from rsrlm.runtime.weights import WeightSet, describe
-
-        self._store = store
-        self._folders = {"M0": first, **(others or {})}
-        self._broadcast = broadcast
-        self._known: dict[str, Any] = {}
-        weights = self._exported(start)
-        self.samplers = EnginePool(config, weights, "engines", config.engine.replicas, store.event)
-        self._all = [self.samplers]
-        self.judges: Any = self.samplers
-        self._frozen: list[EnginePool] = []  # hold other weights, and keep them
-        self._endpoints: dict[str, tuple[Endpoint, dict[str, float]]] = {}  # and what earlier starts used of it
-
-        def behind(endpoint: EndpointConfig, name: str) -> BehindEndpoint:
-            before = store.note(f"endpoint-{name}")
-            key = {"judge": "judge.endpoint", "validator": "evaluate.judge.endpoint"}[name]
-            made = Endpoint(endpoint, spent=before.get("cost", 0.0), name=key)
-            self._endpoints[name] = (made, before)
-            return BehindEndpoint(made, self.endpoint_usage)
-
-        def frozen(folder: Path, name: str, who: Judge | Validator) -> EnginePool:
-            assert who.model is not None
-            its_own = config.model_copy(update={"model": config.model_at(who.model)})
-            weights = WeightSet(version=name, folder=str(folder), files=describe(weight_files(folder)))
-            self._frozen.append(EnginePool(its_own, weights, f"{name}s", who.replicas, store.event))
-            return self._frozen[-1]
-
-        if config.judge.endpoint:
-            self.judges = behind(config.judge.endpoint, "judge")
-        elif judge:
-            self.judges = frozen(judge, "judge", config.judge)
-        elif config.judge.replicas:
-            self.judges = EnginePool(config, weights, "judges", config.judge.replicas, store.event)
-            self._all.append(self.judges)
-        self.validators: Any = self.judges
-        if config.evaluate.judge.endpoint:
-            self.validators = behind(config.evaluate.judge.endpoint, "validator")
-        elif validator:
-            self.validators = frozen(validator, "validator", config.evaluate.judge)
-
-    def _exported(self, version: str, files: Any = None) -> Any:
-        """The version as its model folder holds it; `files` are the learner's transfer files of the same weights."""
-        from rsrlm.runtime.weights import WeightSet, describe
-
-        if version not in self._known:
-            folder = self.folder(version)
-            self._known[version] = WeightSet(
-                version=version, folder=str(folder), files=files or describe(weight_files(folder))
-            )
-        return self._known[version]
-
-    def folder(self, version: str) -> Path:
-        """Of a model by its name."""
-        return self._folders.get(version) or self._store.model(version)
-
-    async def start(self) -> None:
-        await asyncio.gather(*(pool.start() for pool in (*self._all, *self._frozen)))
-
-    async def hold(self, version: str, files: Any = None) -> dict[str, Any]:
-        """Every engine holds this model when it returns; the seconds of each replica."""
-        from rsrlm.runtime.weights import remove
-
-        weights = self._exported(version, files)
-        reports: list[Any] = []
-        started = time.perf_counter()
-        for pool in self._all:
-            if pool.version != version:
-                self._store.event("publishing", version=version, bytes=weights.size)
-                reports += await pool.publish(weights, self._broadcast)
-        if files:
-            # From now on the export serves restarts and later updates: shared memory is free again.
-            remove(files, self._store.folder)
-            del self._known[version]
-        if reports:
-            held = {version for pool in self._all for version in await pool.versions()}
-            if held - {version}:
-                raise RuntimeError(f"weights {version} were published, but an engine reports {held - {version}}")
-            self._store.event("published", version=version, replicas=reports)
-        return {
-            "version": version,
-            "bytes": weights.size,
-            "seconds": round(time.perf_counter() - started, 3),
-            "replicas": reports,
-        }
-
-    def forget(self, version: str, files: Any = None) -> None:
-        """The folder of this model holds other weights now; `files` of the former ones are removed."""
-        from rsrlm.runtime.weights import remove
-
-        self._known.pop(version, None)
-        if files:
-            remove(files, self._store.folder)
-
-    async def stats(self) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for pool in (*self._all, *self._frozen):
-            for one in await pool.stats():
-                for name, value in one.items():
-                    total[name] = total.get(name, 0.0) + value
-        return total
-
-    def endpoint_usage(self) -> dict[str, dict[str, float]]:
-        """What a judge and a validator behind an API have cost so far; empty without. It is kept for a resume."""
-        found = {}
-        for name, (endpoint, before) in self._endpoints.items():
-            counted = endpoint.stats()
-            found[name] = {key: value + before.get(key, 0) for key, value in counted.items()}
-            found[name]["cost"] = counted["cost"]  # begins with what was spent before
-            self._store.write_note(f"endpoint-{name}", found[name])
-        return found
-
-    async def close(self) -> None:
-        self.endpoint_usage()
-        await asyncio.gather(*(pool.close() for pool in (*self._all, *self._frozen)))
-        for endpoint, _ in self._endpoints.values():
-            await endpoint.close()
-
-
-class BehindEndpoint:
-    """A model behind an API in the form of an engine pool. `note` is called every few seconds: what was spent must
-    survive a kill."""
-
-    def __init__(self, endpoint: Endpoint, note: Callable[[], Any]) -> None:
-        self._endpoint = endpoint
-        self._note = note
-        self._noted = time.monotonic()
-
-    @property
-    def slots(self) -> int:
-        return self._endpoint.slots
-
-    async def generate(self, request: Request) -> Completion:
-        try:
-            return await self._endpoint.ask(request.id, request.text, request.sampling)
-        finally:
-            if time.monotonic() - self._noted > NOTED_EVERY_S:
-                self._noted = time.monotonic()
-                self._note()
-
-
 class LearnerPort:
     """The learner group by model names."""
 
@@ -434,8 +269,8 @@ class LearnerPort:
         iteration: int,
         source: str,
         version: str,
-        train: Train,
-        items: Sequence[PreferencePair] | Sequence[Example],
+        train: TrainRule,
+        items: Path,
     ) -> AsyncIterator[dict[str, Any]]:
         from rsrlm.runtime.learner import TrainJob
 
@@ -447,7 +282,7 @@ class LearnerPort:
             output=str(self._store.model(version)),
             version=version,
             train=train,
-            items=tuple(items),
+            items=str(items),
         )
         return self._group.train(job)
 
@@ -456,43 +291,41 @@ class LearnerPort:
 
 
 async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -> list[dict[str, Any]]:
-    from rsrlm.runtime.actors import Learner, SharedBuffer
+    from rsrlm.runtime.actors import Learner
+    from rsrlm.runtime.pools import EnginePools
 
     config = prepared.config
-    buffer = SharedBuffer(store.buffer_path)
     group = Learner(config, store.folder / ".train")
+    models = {config.model_name(0): prepared.model}
+    pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator)
     # Resuming after an iteration's training: the engines come up with its result.
     done = len(store.metrics())
     trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
-    pools = Pools(
-        config,
-        store,
-        prepared.model,
-        config.model_name(done + trained),
-        group.broadcast,
-        prepared.judge,
-        prepared.validator,
-    )
+    answers = CompletionLog(store.folder / "journal.jsonl")
     try:
         report.line("starting engines and learner")
         started = time.perf_counter()
         await group.start()
-        await pools.start()
+        await pools.start(config.model_name(done + trained))
         report.line(f"engines are up after {time.perf_counter() - started:.0f} s")
-        if warning := await buffer.call("warning"):
-            report.line(warning)
-        ports = Ports(
-            pools=pools,
-            buffer=buffer,
+        if len(answers):
+            report.line(f"{len(answers)} answers are known already")
+        run = Run(pools, Answers(answers), report, store.event, await pools.model(config.model_name(0)))
+        spine = Spine(
+            run=run,
             learner=LearnerPort(config, store, prepared.model, group),
             store=store,
-            report=report,
+            heldout=prepared.heldout,
+            validation=prepared.validation,
+            endpoints=pools.endpoint_usage,
             log=log,
+            config=config,
         )
-        return await run_loop(config, prepared.inputs, ports)
+        return await run_iterations(spine, prepared.iterations)
     finally:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(asyncio.gather(group.close(), pools.close(), buffer.close()), 25)
+            await asyncio.wait_for(asyncio.gather(group.close(), pools.close()), 25)
+        answers.close()
 
 
 def interruptible(work: Any) -> Any:
@@ -542,23 +375,23 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
     """Raises ConfigError when prompts, templates or model are no longer those that the run started with; records what
     the start drew, and how the ranked data was divided."""
     store.fix("drawn", prepared.drawn)  # before any other fact: see `started`
-    inputs = prepared.inputs
-    hands = (inputs.heldout, inputs.validation, *(step.prompts for step in inputs.steps))
-    dealt = [[(prompt.id, prompt.text) for prompt in hand] for hand in hands]
-    judges = [
-        source for step in inputs.steps for source in (step.judging.source, step.meta.source if step.meta else "")
-    ]
+    tasks = [[task.prompt for task in one.tasks] for one in prepared.iterations]
+    hands = (prepared.heldout.prompts, prepared.validation.prompts, *tasks)
+    dealt = [[(prompt.id, prompt.text, dict(prompt.data)) for prompt in hand] for hand in hands]
+    recipes = [one.recipe for one in prepared.iterations]
+    judges = [source for recipe in recipes for source in recipe.asks]
     files = [
         [example.prompt_token_ids, example.target_token_ids]
-        for step in inputs.steps
-        for found in step.files.values()
+        for recipe in recipes
+        if isinstance(recipe, SFT)
+        for found in recipe.files.values()
         for example in found
     ]
-    parts = (inputs.parts.ift, inputs.parts.eft) if inputs.parts else ()
+    parts = (prepared.parts.ift, prepared.parts.eft) if prepared.parts else ()
     ranked = [[p.id, p.text, [(r.text, r.rank) for r in p.replies]] for part in parts for p in part]
     now = {
         "prompts": _digest(json.dumps(dealt)),
-        "judge": _digest(json.dumps([inputs.judging.source, judges])),
+        "judge": _digest(json.dumps([prepared.heldout.judge.source, judges])),
         "training data": _digest(json.dumps([files, ranked])),
         "model": [[file.name, file.stat().st_size] for file in weight_files(prepared.model)],
         **{
@@ -572,12 +405,12 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
                 f"{store.folder}: the {name} of this run changed since it was started; restore the former, or start a "
                 "new run with another name"
             )
-    seen = inputs.trained_on
+    seen = prepared.trained_on
     store.write_json(store.trained_on, {"ids": sorted(seen.ids), "wordings": sorted(seen.wordings)})
-    if inputs.parts:
+    if prepared.parts:
         names = ("ift", "eft", "evaluation")
-        ids = {name: [prompt.id for prompt in getattr(inputs.parts, name)] for name in names}
-        store.write_json(store.folder / "split.json", {**ids, "counts": inputs.parts.counts})
+        ids = {name: [prompt.id for prompt in getattr(prepared.parts, name)] for name in names}
+        store.write_json(store.folder / "split.json", {**ids, "counts": prepared.parts.counts})
 
 
 def _digest(text: str) -> str:

@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import time
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsrlm.config import ConfigError, Model, Train
 from rsrlm.records import Example, PreferencePair, seed_of
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import Model
+from rsrlm.settings.train import DPO, Train, TrainRule
 from rsrlm.store.atomic import sync_files
+from rsrlm.store.items import ItemFile
 
 Item = PreferencePair | Example
 Emit = Callable[[dict[str, Any]], None]
@@ -44,7 +48,8 @@ class TrainingFailed(RuntimeError):
 class TrainJob:
     """One iteration's training: `model` on `items` to `output`, named `version`.
 
-    `train` are the iteration's own settings; `items` are pairs for DPO and examples for SFT.
+    `train` are the iteration's own settings; `items` is the file of `rsrlm.store.items` that holds pairs for DPO or
+    examples for SFT in training order, of which every rank reads what it needs.
     """
 
     run: str
@@ -53,8 +58,8 @@ class TrainJob:
     model: str
     output: str
     version: str
-    train: Train
-    items: tuple[Item, ...]
+    train: TrainRule
+    items: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +72,7 @@ class BroadcastJob:
     world_size: int
 
 
-def steps_of(items: Sequence[Item], config: Train, seed: int, iteration: int) -> list[list[Item]]:
+def steps_of(items: Sequence[Any], config: TrainRule, seed: int, iteration: int) -> list[list[Any]]:
     """The items of every optimizer step. The first epoch keeps the given order, later ones shuffle it by seed.
 
     The last step of an epoch takes what is left, be it a single pair: every pair counts once in every epoch, and in a
@@ -122,7 +127,7 @@ def _parts(model_config: Any) -> list[Any]:
     return [model_config, *(part for value in inside for part in _parts(value))]
 
 
-def load_policy(folder: str, model: Model, train: Train) -> Any:
+def load_policy(folder: str, model: Model, train: TrainRule) -> Any:
     """The model of a folder, in training mode, in the dtype of the config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -142,7 +147,7 @@ def load_policy(folder: str, model: Model, train: Train) -> Any:
     return policy.train()
 
 
-def deepspeed_config(train: Train, dtype: str) -> dict[str, Any]:
+def deepspeed_config(train: TrainRule, dtype: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         # The learner accumulates by itself: the number of micro-batches differs from step to step.
@@ -159,7 +164,7 @@ def deepspeed_config(train: Train, dtype: str) -> dict[str, Any]:
 class Policy:
     """A model under DeepSpeed that gives response log-probabilities and takes gradient steps on pairs."""
 
-    def __init__(self, model: Any, train: Train, dtype: str) -> None:
+    def __init__(self, model: Any, train: TrainRule, dtype: str) -> None:
         import deepspeed
         import torch
 
@@ -213,18 +218,19 @@ class Policy:
         )
         return math.ceil(self.train.micro_batch * longest / CHUNK_TOKENS)
 
-    def reference_logps(self, steps: list[list[Item]], tick: Callable[[int], None]) -> dict[str, list[float]]:
+    def reference_logps(self, items: Sequence[Item], tick: Callable[[int], None]) -> dict[str, list[float]]:
         """Per-token log-probabilities of both responses of every pair, chosen first, under the model as it is now."""
         import torch
         import torch.distributed as dist
 
-        unique = list({pair.id: pair for step in steps for pair in step}.values())
         rank, world_size = dist.get_rank(), dist.get_world_size()
         found: dict[str, list[float]] = {}
-        chunks = self.num_chunks(unique)
+        chunks = self.num_chunks(items)
         self.engine.eval()
         with torch.no_grad():
-            for number, (pairs, weights) in enumerate(share_of(unique, rank, world_size, self.train.micro_batch)):
+            shares = share_of(range(len(items)), rank, world_size, self.train.micro_batch)
+            for number, (places, weights) in enumerate(shares):
+                pairs = [items[place] for place in places]
                 batch = self.batch(pairs)
                 values = self.engine(batch, chunks).cpu()
                 owner = torch.div(batch.segment_R.cpu(), 2, rounding_mode="floor")
@@ -262,12 +268,15 @@ class Policy:
             if targets:
                 loss, sums = losses.target_loss(logps_R, packed.segment_R, weight)
             else:
+                assert isinstance(train, DPO)
                 ref_R = torch.tensor([x for item in items for x in reference[item.id]], device=self.device)
                 result = losses.pair_loss(
                     logps_R,
                     ref_R,
                     packed,
                     weight,
+                    pair_weight_P=torch.tensor([item.weight for item in items], device=self.device),
+                    target_P=torch.tensor([item.target for item in items], device=self.device),
                     beta=train.beta,
                     loss=train.loss,
                     label_smoothing=train.label_smoothing,
@@ -313,8 +322,10 @@ class Policy:
             )
         seconds = time.perf_counter() - started
         tokens = summed.pop("tokens")
+        pairs = "tokens_trained" not in summed
+        means = pair_means(summed, getattr(self.train, "nll_scale", 0.0)) if pairs else target_means(summed)
         return {
-            **(target_means(summed) if "tokens_trained" in summed else pair_means(summed, self.train.nll_scale)),
+            **means,
             "grad_norm": norm,
             "lr": lr,
             "tokens": tokens,
@@ -387,23 +398,25 @@ def memory_gib(device: Any) -> float:
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_path(run: Path, iteration: int, step: int) -> Path:
-    return run / "checkpoints" / f"i{iteration:02d}-s{step:06d}"
+def checkpoint_path(run: Path, version: str, step: int) -> Path:
+    return run / "checkpoints" / f"{version}-s{step:06d}"
 
 
-def newest_checkpoint(run: Path, iteration: int) -> tuple[Path, int] | None:
-    """The newest whole checkpoint of an iteration, and the number of optimizer steps it has behind it."""
-    found = sorted((run / "checkpoints").glob(f"i{iteration:02d}-s*[0-9]"))
+def newest_checkpoint(run: Path, version: str) -> tuple[Path, int] | None:
+    """The newest whole checkpoint of the training of a model, and the number of optimizer steps it has behind it."""
+    found = sorted(
+        path for path in (run / "checkpoints").glob("*-s*") if re.fullmatch(re.escape(version) + r"-s\d{6}", path.name)
+    )
     return (found[-1], int(found[-1].name.rpartition("s")[2])) if found else None
 
 
 def save_checkpoint(
-    policy: Policy, run: Path, iteration: int, reference: dict[str, list[float]], rows: list[dict[str, Any]]
+    policy: Policy, run: Path, version: str, reference: dict[str, list[float]], rows: list[dict[str, Any]]
 ) -> None:
     """Published under its name when every rank has written its part; older ones go. `rows` are the steps behind it."""
     import torch.distributed as dist
 
-    path = checkpoint_path(run, iteration, len(rows))
+    path = checkpoint_path(run, version, len(rows))
     scratch = path.with_name(path.name + ".tmp")
     policy.engine.save_checkpoint(
         str(scratch),
@@ -414,7 +427,7 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         sync_files(scratch)
         scratch.rename(path)
-        for old in path.parent.glob("i*-s*"):
+        for old in path.parent.glob("*-s*"):
             if old != path and not old.name.endswith(".tmp"):
                 shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
@@ -460,18 +473,19 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
     started = time.perf_counter()
     policy = Policy(load_policy(job.model, model, train), train, model.dtype)
     try:
-        steps = steps_of(job.items, train, job.seed, job.iteration)
-        last = train.steps(len(job.items))
-        checkpoint = newest_checkpoint(run, job.iteration)
+        items: ItemFile[Any] = ItemFile(Path(job.items))
+        steps = steps_of(range(len(items)), train, job.seed, job.iteration)
+        last = train.steps(len(items))
+        checkpoint = newest_checkpoint(run, job.version)
         if checkpoint:
             path, first = checkpoint
             reference, rows = load_checkpoint(policy, path)
         else:
             first, rows, reference = 0, [], {}
-            rounds = math.ceil(math.ceil(len(job.items) / dist.get_world_size()) / train.micro_batch)
-            if train.method == "dpo":
+            rounds = math.ceil(math.ceil(len(items) / dist.get_world_size()) / train.micro_batch)
+            if isinstance(train, DPO):
                 reference = policy.reference_logps(
-                    steps, lambda number: emit({"event": "reference", "done": number + 1, "of": rounds})
+                    items, lambda number: emit({"event": "reference", "done": number + 1, "of": rounds})
                 )
         # The rows, because a driver that was interrupted may not have seen the last steps before the checkpoint.
         emit({"event": "resumed", "step": first, "of": last, "packed": policy.packed, "rows": rows})
@@ -491,7 +505,7 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
                 waited += time.perf_counter() - asked
                 if last == number:
                     break
-            batch = steps[number]
+            batch = [items[place] for place in steps[number]]
             lr = losses.lr_at(
                 number,
                 len(steps),
@@ -506,7 +520,7 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
             rows.append({"step": number, "pair_ids": [item.id for item in batch], **metrics})
             emit({"event": "step", "row": rows[-1]})
             if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < last:
-                save_checkpoint(policy, run, job.iteration, reference, rows)
+                save_checkpoint(policy, run, job.version, reference, rows)
         trained = time.perf_counter()
         state = policy.state()
         if root:

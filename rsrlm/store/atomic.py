@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,38 @@ def write_whole(path: Path, data: bytes) -> None:
     scratch.replace(path)
 
 
+def append(file: int, end: int, data: bytes) -> None:
+    """Write to a file that ends at `end`. After an OSError (a full disk) it still ends there, not within the data."""
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[os.pwrite(file, left, end + len(data) - len(left)) :]
+    except OSError:
+        with suppress(OSError):  # of a device, which has no length: the first reason counts
+            os.ftruncate(file, end)
+        raise
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """The file has this line as its last one, or after an OSError nothing of it: the next line starts anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        append(file.fileno(), file.tell(), line + b"\n")
+
+
+def sync_path(path: Path) -> None:
+    """What a file or the list of a folder's files holds is on disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_files(folder: Path) -> None:
     """On disk before it is renamed: a power cut must not leave a folder that is whole by its name only."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
 
 
 def read_lines(path: Path, take: Callable[[Any], None]) -> str:

@@ -1,31 +1,23 @@
-"""The run folder: what is where, written whole or not at all.
+"""The run folder: what is where, each file whole or absent.
 
-A journal per iteration takes each response and judgement as it finishes, so that a killed run does none of them again;
-when the iteration's pairs are complete it becomes Parquet files that `datasets.load_dataset` reads.
+Answers go into a journal as they come, so that a killed run asks for none of them again; when an iteration's items are
+complete, its records become Parquet files that `datasets.load_dataset` reads.
 """
 
-import asyncio
 import fcntl
 import json
-import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import TypeAdapter
-
-from rsrlm.config import Config, ConfigError, dump, load
-from rsrlm.records import Example, Judgement, PreferencePair, Prompt, Response, Scored
-from rsrlm.store.atomic import read_lines, sync_files, write_whole
-
-_RESPONSE = TypeAdapter(Response)
-_JUDGEMENT = TypeAdapter(Judgement)
+from rsrlm.config import Config, dump, load
+from rsrlm.records import Example, Group, Judgement, PreferencePair, Prompt, Response
+from rsrlm.settings.base import ConfigError
+from rsrlm.store import tables
+from rsrlm.store.atomic import append_line, sync_files, write_whole
+from rsrlm.store.steps import StepLog
 
 
 def _json(data: Any) -> bytes:
@@ -37,7 +29,6 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.buffer_path = folder / "buffer.jsonl"
         self.checkpoints = folder / "checkpoints"
         self.trained_on = folder / "trained_on.json"  # questions that evaluations leave out
 
@@ -81,8 +72,12 @@ class RunFolder:
         file = (self.folder / ".lock").open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"{self.folder}: another process is running it; wait for it or stop it first") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: its file system cannot lock files ({error.strerror}); choose another with runs=FOLDER"
+            ) from None
         return file
 
     def iteration(self, iteration: int) -> Path:
@@ -141,19 +136,22 @@ class RunFolder:
 
     # -- records ---------------------------------------------------------------------------------------------------
 
-    def journal(self, iteration: int) -> "Journal":
-        return Journal(self.iteration(iteration) / "journal.jsonl")
-
-    def evaluation(self, model: str) -> "Journal":
-        """Held-out answers of a model and the judgements on them."""
-        return Journal(self.folder / "evaluation" / f"{model}.jsonl")
-
-    def validation(self, iteration: int, model: str) -> "Journal":
-        """Answers of a candidate to the validation prompts and the judgements on them."""
-        return Journal(self.iteration(iteration) / "validation" / f"{model}.jsonl")
-
     def steps(self, iteration: int) -> "StepLog":
         return StepLog(self.iteration(iteration) / "steps.jsonl")
+
+    # What takes long may run in a thread: an event loop beside it is never held up for more than some 10 ms.
+
+    def write_groups(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Parquet of everything that was made for the prompts of an iteration, ordered by id."""
+        tables.write_groups(self.iteration(iteration), groups)
+
+    def write_pairs(self, iteration: int, pairs: Iterable[PreferencePair]) -> None:
+        """Parquet of the pairs that an iteration trains on, in training order."""
+        tables.write_table(self.iteration(iteration) / "pairs.parquet", "pairs", pairs)
+
+    def write_examples(self, iteration: int, examples: Iterable[Example]) -> None:
+        """Parquet of what an iteration of supervised fine-tuning trains on, in training order."""
+        tables.write_table(self.iteration(iteration) / "examples.parquet", "examples", examples)
 
     def write_records(
         self,
@@ -164,31 +162,19 @@ class RunFolder:
         comparisons: Sequence[Judgement],
         pairs: Sequence[PreferencePair],
     ) -> None:
-        """Parquet of a complete iteration; `pairs` keeps training order, the others are ordered by id.
+        """`write_groups` and `write_pairs` of records that are all in memory.
 
         A pair carries the tokens and scores that are trained on. Those of the responses that it names can differ, where
         a response was lost after the buffer had the pair and was sampled anew (event "pair_kept").
-
-        `comparisons` are the meta-judge's, and have a file only where there are any.
         """
-        folder = self.iteration(iteration)
-        tables: dict[str, list[dict[str, Any]]] = {
-            "prompts": [asdict(prompt) for prompt in sorted(prompts, key=lambda p: p.id)],
-            "responses": [asdict(response) for response in sorted(responses, key=lambda r: r.id)],
-            "judgements": [_flat(judgement) for judgement in sorted(judgements, key=lambda j: j.id)],
-            **({"comparisons": [_flat(one) for one in sorted(comparisons, key=lambda c: c.id)]} if comparisons else {}),
-            "pairs": [asdict(pair) for pair in pairs],
-        }
-        for name, rows in tables.items():
-            _write_table(folder / f"{name}.parquet", rows, _SCHEMAS[name])
-
-    def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
-        """Parquet of what an iteration of supervised fine-tuning trains on, in training order."""
-        rows = [asdict(example) for example in examples]
-        _write_table(self.iteration(iteration) / "examples.parquet", rows, _SCHEMAS["examples"])
-
-    def records_complete(self, iteration: int) -> bool:
-        return (self.iteration(iteration) / "pairs.parquet").exists()
+        kinds: dict[str, Sequence[Any]] = {"prompts": prompts, "responses": responses, "judgements": judgements}
+        if comparisons:
+            kinds["comparisons"] = comparisons
+        for kind, records in kinds.items():
+            order = tables.order_of(record.id for record in records)
+            path = self.iteration(iteration) / f"{kind}.parquet"
+            tables.write_table(path, kind, (records[index] for index in order))
+        self.write_pairs(iteration, pairs)
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -218,172 +204,14 @@ class RunFolder:
     def event(self, kind: str, **fields: Any) -> None:
         """One line of events.jsonl. `g` in the fields is the id of a group or of what was made for it."""
         line = json.dumps({"t": round(time.time(), 3), "event": kind, **fields}, ensure_ascii=False)
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(self.folder / "events.jsonl", line.encode())
 
     def remove_scratch(self) -> None:
-        """What a kill left half-written: nothing refers to it."""
+        """What a kill left half-written: nothing refers to it. Evaluations in `eval` may be running and keep theirs."""
         for path in [*self.folder.rglob("*.tmp"), *self.folder.rglob(".*.tmp")]:
+            if path.relative_to(self.folder).parts[0] == "eval":
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
-    write_whole(path, sink.getvalue().to_pybytes())
-
-
-class StepLog:
-    """Metrics of an iteration's optimizer steps, in order: `steps.jsonl`.
-
-    To go on without a line that cannot be read is safe: steps before the checkpoint come back with it, and later ones
-    are replayed.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            _tell(read_lines(path, self._take))
-
-    def _take(self, row: dict[str, Any]) -> None:
-        _ = row["step"]  # KeyError or TypeError where this is no row
-        self.rows.append(row)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-
-    def keep_before(self, step: int) -> None:
-        """Forget the steps from `step` on: they were lost and come again. Those before are put in order."""
-        kept = sorted((row for row in self.rows if row["step"] < step), key=lambda row: row["step"])
-        if kept != self.rows:
-            self.rows = kept
-            write_whole(self._path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
-
-
-def _tell(warning: str) -> None:
-    if warning:
-        logging.getLogger("rsrlm").warning(warning)
-
-
-class Journal:
-    """Append-only JSON lines of responses and judgements.
-
-    When it is opened, a last line that a kill cut off is dropped, and lines that cannot be read are set aside.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.responses: dict[str, Response] = {}
-        self.judgements: dict[str, Judgement] = {}
-        if path.exists():
-            _tell(read_lines(path, self._take))
-        self._file = path.open("ab")
-        # What was there may be no further than in the memory of this machine, as after a kill.
-        self._added, self._synced = len(self.responses) + len(self.judgements), 0
-        self._syncing = asyncio.Lock()
-
-    def _take(self, entry: dict[str, Any]) -> None:
-        if "response" in entry:
-            response = _RESPONSE.validate_python(entry["response"])
-            self.responses[response.id] = response
-        else:
-            judgement = _JUDGEMENT.validate_python(entry["judgement"])
-            self.judgements[judgement.id] = judgement
-
-    def add(self, record: Response | Judgement) -> None:
-        """Write a finished record; it survives the death of this process, and with `sync` that of the machine."""
-        if isinstance(record, Response):
-            self.responses[record.id] = record
-            entry = {"response": _RESPONSE.dump_python(record, mode="json")}
-        else:
-            self.judgements[record.id] = record
-            entry = {"judgement": _JUDGEMENT.dump_python(record, mode="json")}
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        self._added += 1
-
-    async def sync(self) -> None:
-        """Returns when all that was added before is on disk. Of those who wait meanwhile, one does it for all."""
-        wanted = self._added
-        async with self._syncing:
-            if self._synced < wanted:
-                added = self._added
-                await asyncio.to_thread(os.fsync, self._file.fileno())
-                self._synced = added
-
-    def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-_IDS = pa.list_(pa.int32())
-_SAMPLING = pa.struct(
-    [
-        ("temperature", pa.float64()),
-        ("top_p", pa.float64()),
-        ("top_k", pa.int64()),
-        ("max_tokens", pa.int64()),
-        ("seed", pa.int64()),
-        ("stop", pa.list_(pa.string())),
-    ]
-)
-
-
-def _schema(text: str, **others: pa.DataType) -> pa.Schema:
-    return pa.schema([*((name, pa.string()) for name in text.split()), *others.items()])
-
-
-_SCHEMAS: dict[str, pa.Schema] = {
-    "prompts": _schema("id text"),
-    "responses": _schema(
-        "id prompt_id role text finish_reason weight_version",
-        index=pa.int64(),
-        token_ids=_IDS,
-        prompt_token_ids=_IDS,
-        sampling=_SAMPLING,
-    ),
-    "judgements": _schema(
-        "id prompt_id response_id role judge text finish_reason weight_version unparsed",
-        index=pa.int64(),
-        token_ids=_IDS,
-        sampling=_SAMPLING,
-        points=pa.float64(),
-        variance=pa.float64(),
-    ),
-    "examples": _schema("id kind", prompt_token_ids=_IDS, target_token_ids=_IDS),
-    "pairs": _schema(
-        "id prompt_id kind chosen_id rejected_id weight_version",
-        prompt_token_ids=_IDS,
-        chosen_token_ids=_IDS,
-        rejected_token_ids=_IDS,
-        chosen_score=pa.float64(),
-        rejected_score=pa.float64(),
-        weight=pa.float64(),
-        target=pa.float64(),
-    ),
-}
-
-
-_SCHEMAS["comparisons"] = _SCHEMAS["judgements"]
-
-
-def _flat(judgement: Judgement) -> dict[str, Any]:
-    row = asdict(judgement)
-    del row["verdict"]
-    verdict = judgement.verdict
-    if isinstance(verdict, Scored):
-        return {**row, "points": verdict.points, "variance": verdict.variance, "unparsed": None}
-    return {**row, "points": None, "variance": None, "unparsed": verdict.reason}
-
-
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one of the Parquet files."""
-    yield from pq.read_table(path).to_pylist()

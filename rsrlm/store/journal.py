@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from rsrlm.store.atomic import sift_lines
+from rsrlm.store.atomic import append, sift_lines, sync_path
 
 KEY_BYTES = 16
 
@@ -36,8 +36,8 @@ class CompletionLog:
             self._read()
         self._file = -1
         if not readonly:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-            _sync_folder(path.parent)  # else a power cut could lose the file with all its synced lines
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            sync_path(path.parent)  # else a power cut could lose the file with all its synced lines
         elif path.exists():
             self._file = os.open(path, os.O_RDONLY)
         self._end = os.fstat(self._file).st_size if self._file >= 0 else 0
@@ -83,13 +83,7 @@ class CompletionLog:
         if self._index.find(key) is not None:
             return
         line = _encoded({"k": key.hex(), **payload}) + b"\n"
-        written = 0
-        try:
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-        except OSError:
-            os.ftruncate(self._file, self._end)  # the next line must not be glued to half of this one
-            raise
+        append(self._file, self._end, line)
         self._index.add(key, self._end, len(line))
         self._end += len(line)
         self._added += 1
@@ -184,11 +178,3 @@ def _decoded(line: bytes) -> dict[str, Any]:
         return msgspec.json.decode(line)
     except msgspec.DecodeError:
         return json.loads(line)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

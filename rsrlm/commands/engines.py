@@ -1,0 +1,135 @@
+"""What commands with engines and no learner share: the engines, the answers kept beside the result, the result."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rsrlm.chat import ChatEncoder, check_tokenizer
+from rsrlm.config import Config
+from rsrlm.engines import Answers, NobodyAnswers
+from rsrlm.judges.base import Context
+from rsrlm.model import folder_of, load_tokenizer
+from rsrlm.report.progress import Report
+from rsrlm.run import Run
+from rsrlm.runtime import launch
+from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import Model
+from rsrlm.store.atomic import write_whole
+from rsrlm.store.folder import RunFolder
+from rsrlm.store.journal import CompletionLog
+
+
+def on_engines(
+    config: Config,
+    folder: Path,
+    models: Mapping[str, Path],
+    work: Callable[[Run], Awaitable[Any]],
+    report: Report,
+    *,
+    drawn: Mapping[str, str],
+    judge: Path | None = None,
+    engines: bool = True,
+) -> Any:
+    """Run `work` with engines that hold the first of `models`, and everything down again. What they answer is kept in
+    `folder`, so that the same command goes on after a kill.
+
+    `drawn` is what `started` gave: prompts that are made again must be those that were asked. `judge` is the folder of
+    another model that judges. Without `engines` nothing starts, for judges that need none.
+    """
+    # No learner, so nobody who could send over gloo: every engine loads from its folder.
+    config = config.model_copy(update={"weights": config.weights.model_copy(update={"transport": "shm"})})
+    folder.mkdir(parents=True, exist_ok=True)
+    store = RunFolder(folder)
+    store.fix("drawn", dict(drawn))
+    first = next(iter(models))
+
+    async def main(started: bool) -> Any:
+        from rsrlm.runtime.pools import EnginePools
+
+        pools = EnginePools(by_judge(config), store, models, None, judge)
+        log = CompletionLog(folder / "journal.jsonl")
+        try:
+            if not started and engines and not len(log):
+                raise NobodyAnswers("nothing is known yet")
+            await pools.start(first, started)
+            if started and len(log):
+                report.line(f"{len(log)} answers are known already")
+            return await work(Run(pools, Answers(log), report, store.event, await pools.model(first)))
+        finally:
+            await pools.close()
+            log.close()
+
+    # Where all answers are known, as after a kill at the very end, no engine starts.
+    try:
+        return launch.interruptible(main(started=False))
+    except (NobodyAnswers, BaseExceptionGroup) as error:
+        if isinstance(error, BaseExceptionGroup) and not error.subgroup(NobodyAnswers):
+            raise
+    with launch.ray_cluster(config, store, learner=False):
+        return launch.interruptible(main(started=True))
+
+
+def started(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
+    """The config with its fence salt, and what was drawn when a command began in `folder` (see `launch.started`)."""
+    return launch.started(config, RunFolder(folder).note("start"))
+
+
+def loaded(model: Model, drawn: Mapping[str, str] | None = None) -> tuple[Path, ChatEncoder]:
+    """The model's folder and its encoder, with the date that was drawn. Raises ConfigError."""
+    folder = folder_of(model)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
+    check_tokenizer(tokenizer, model.path)
+    return folder, ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]) if drawn else None)
+
+
+def context_of(config: Config, encoder: ChatEncoder) -> Context:
+    return Context(
+        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
+    )
+
+
+def by_validator(config: Config) -> Config:
+    """A config in which who validates is the judge: nobody else is asked to compare."""
+    own = config.evaluate.judge
+    if not own.external:
+        return config
+    who = {name: getattr(own, name) for name in ("model", "trust_remote_code", "endpoint")}
+    who["replicas"] = own.replicas if own.model else 0
+    return by_judge(config.model_copy(update={"judge": config.judge.model_copy(update=who)}))
+
+
+def by_judge(config: Config) -> Config:
+    """A config in which nobody validates: no engines of their own are started."""
+    own = config.evaluate.judge.model_copy(update={"model": None, "endpoint": None})
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": own})})
+
+
+def check_out(out: Path, folder: bool = False) -> Path:
+    """The path, or ConfigError where it can be none."""
+    if not out.name or out.name == ".." or (out.is_file() if folder else out.is_dir()):
+        raise ConfigError(f"--out {out}: give the path of a {'folder' if folder else 'file'} to write")
+    return out
+
+
+def work_folder(out: Path) -> Path:
+    """Where a command keeps its answers while it works on the file `out`."""
+    return out.with_name(out.name + ".work")
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+
+
+def figure(measured: Mapping[str, Any]) -> str:
+    """A figure with its interval and denominator; "not estimable" below 30."""
+    if not measured["estimable"]:
+        return f"not estimable (n={measured['n']})"
+    return f"{measured['value']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}] n={measured['n']}"

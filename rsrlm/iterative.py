@@ -1,0 +1,239 @@
+"""The iterative clock: M_t makes the items that train M_{t+1}; then the engines hold M_{t+1}.
+
+Nothing here knows a recipe, and every line is durable: a run that is started again passes what is done and goes on. An
+iteration is finished when its metrics.json is there.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+from rsrlm.candidates import Choice, choose, goes_on
+from rsrlm.config import Config
+from rsrlm.engines import Model
+from rsrlm.evaluate import Evaluation, evaluate
+from rsrlm.judges.base import mean_verdicts
+from rsrlm.recipes.base import Batch, Item, NoItems, Recipe
+from rsrlm.records import Group, PreferencePair, Scored, Task, Unparsed
+from rsrlm.report import alarms
+from rsrlm.report.signs import measure
+from rsrlm.run import Run
+from rsrlm.settings.train import TrainRule
+from rsrlm.store.folder import RunFolder
+from rsrlm.training import GoesOn, Job, Learner, train
+
+
+class NoPairs(NoItems):
+    """An iteration whose groups gave no preference pair."""
+
+
+class Stopped(Exception):
+    """A sign of trouble is beyond the limit at which the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """One iteration as it is planned."""
+
+    name: str  # of the model that it trains
+    recipe: Recipe
+    tasks: Sequence[Task]
+
+    @property
+    def rule(self) -> TrainRule:
+        rule: TrainRule = self.recipe.config.train
+        return rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spine:
+    """What the clock is run over. `log` takes the metrics of a finished iteration, for a tracker."""
+
+    config: Config
+    run: Run
+    learner: Learner
+    store: RunFolder
+    heldout: Evaluation
+    validation: Evaluation
+    endpoints: Callable[[], Mapping[str, Any]]
+    log: Callable[[dict[str, Any]], None]
+
+    async def train(self, job: Job, go_on: GoesOn | None = None) -> dict[str, Any]:
+        return await train(self.learner, self.store, self.run.screen, job, self.config.train.workers, go_on)
+
+    async def train_aside(
+        self, iteration: int, start: Model, items: Sequence[Item], rule: TrainRule, name: str
+    ) -> Model:
+        """A model within an iteration: what it answers may become items of the iteration."""
+        plain = {"candidate_every_steps": None, "choose": "last", "early_stop": False}
+        job = Job(
+            iteration=iteration,
+            source=start.name,
+            name=name,
+            rule=rule.model_copy(update=plain),
+            items=items,
+            folder=self.store.iteration(iteration) / name,
+        )
+        trained = await self.train(job)
+        return await self.run.pools.model(name, trained.get("files"))
+
+
+@dataclass
+class Clock:
+    """Seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Any:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - started, 3)
+
+
+async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[dict[str, Any]]:
+    """All iterations that are not finished yet; returns the metrics of all. Raises NoItems and Stopped."""
+    run, store = spine.run, spine.store
+    rows = store.metrics()
+    run.names = [run.first.name, *(one.name for one in iterations)]
+    for number, one in enumerate(iterations[len(rows) :], start=len(rows)):
+        clock = Clock()
+        run.train_with(partial(spine.train_aside, number))
+        before = await run.model_at(number)
+        if number == 0:
+            with clock("evaluate first model"):
+                store.fix("heldout_first", await evaluate(run, spine.heldout, before, None))
+        with clock("produce"):
+            batch = await one.recipe.iteration(run, number, before, one.tasks)
+            made = await run.aside(keep, store, number, batch, run.prefix_cache_hit_share, one.recipe.trains)
+        choice = Choice(config=spine.config, rule=one.rule, evaluation=spine.validation, before=before)
+        with clock("train"):
+            job = Job(
+                iteration=number,
+                source=before.name if one.rule.start == "before" else run.first.name,
+                name=one.name,
+                rule=one.rule,
+                items=batch.items,
+                folder=store.iteration(number),
+            )
+            trained = await spine.train(job, partial(goes_on, run, store, choice, one.name))
+        files = trained.pop("files", None)
+        if one.rule.choose != "last":
+            with clock("choose"):
+                trained["choice"] = chosen = await choose(run, store, choice, number, one.name)
+            if chosen["chosen"] != one.name:  # the learner's files are those of the last candidate
+                run.pools.discard(files)
+                files = None
+        with clock("publish"):
+            after = await run.pools.model(one.name, files)
+            published = await run.publish(after)
+        with clock("evaluate"):
+            heldout = await evaluate(run, spine.heldout, after, before)
+        row = {
+            "iteration": number,
+            **made,
+            **trained,
+            "weight_version": one.name,
+            "seconds": round(time.perf_counter() - clock.started, 3),
+            "stage_seconds": clock.seconds,
+            "published": published,
+            "heldout": heldout,
+            "signs": await run.aside(signs_of, number, batch, rows, heldout, one, store) if batch.groups else {},
+            **({"endpoints": usage} if (usage := spine.endpoints()) else {}),
+        }
+        store.write_metrics(number, row)
+        store.event("iteration_finished", iteration=number)
+        spine.log(row)
+        rows.append(row)
+        heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run)
+    return rows
+
+
+def keep(store: RunFolder, iteration: int, batch: Batch, cache_share: float | None, trains: str) -> dict[str, Any]:
+    """Write the records of an iteration; returns what they come to. Raises NoPairs."""
+    pairs = [item for item in batch.items if isinstance(item, PreferencePair)]
+    store.write_records(iteration, *records_of(batch.groups), pairs)
+    if trains == "examples":
+        store.write_examples(iteration, batch.items)  # type: ignore[arg-type]
+    elif not pairs:
+        raise NoPairs(f"iteration {iteration} has no pairs: {dict(batch.dropped)}")
+    reasons = {"no_pair_reasons": dict(batch.dropped)} if trains == "pairs" else {}
+    return {
+        **summary_of(batch.groups, pairs),
+        **reasons,
+        "prefix_cache_hit_share": cache_share,
+        **batch.measures,
+    }
+
+
+def records_of(groups: Sequence[Group]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    return (
+        [group.prompt for group in groups],
+        [response for group in groups for response in group.responses],
+        [judgement for group in groups for judgement in group.judgements],
+        [comparison for group in groups for comparison in group.comparisons],
+    )
+
+
+def summary_of(groups: Sequence[Group], pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+    """Counts and means of what was made. `mean_score` is over the responses with a readable score."""
+    prompts, responses, judgements, comparisons = records_of(groups)
+    unread = Counter(j.verdict.reason for j in judgements if isinstance(j.verdict, Unparsed))
+    points = [v.points for v in mean_verdicts(responses, judgements).values() if isinstance(v, Scored)]
+    actor = [pair for pair in pairs if pair.kind == "actor"]
+    return {
+        "prompts": len(prompts),
+        "responses": len(responses),
+        "responses_cut": sum(not response.complete for response in responses),
+        "responses_empty": sum(not response.text.strip() for response in responses),
+        "judgements": len(judgements),
+        "judgements_unreadable": sum(unread.values()),
+        "unreadable_reasons": dict(unread),
+        "comparisons": len(comparisons),
+        "pairs": len(pairs),
+        "pairs_of_kind": dict(Counter(pair.kind for pair in pairs)),
+        "mean_score": fmean(points) if points else None,
+        "responses_scored": len(points),
+        "mean_response_tokens": fmean(len(response.token_ids) for response in responses) if responses else None,
+        "mean_margin": fmean(pair.chosen_score - pair.rejected_score for pair in actor) if actor else None,
+    }
+
+
+def signs_of(
+    iteration: int,
+    batch: Batch,
+    earlier: Sequence[dict[str, Any]],
+    heldout: Mapping[str, Any],
+    one: Iteration,
+    store: RunFolder,
+) -> dict[str, float | None]:
+    """Signs of trouble of a finished iteration, `earlier` being the metrics of those before it and `heldout` what
+    `evaluate` found of its model."""
+    _, responses, judgements, _ = records_of(batch.groups)
+    return measure(
+        batch.groups,
+        mean_verdicts(responses, judgements),
+        [item for item in batch.items if isinstance(item, PreferencePair)],
+        store.steps(iteration).rows,
+        earlier=[row["signs"] for row in earlier if row.get("signs")],
+        kl_to_first=heldout.get("kl_to_first", {}).get("per_token"),
+        form=one.recipe.judge.form,
+    )
+
+
+def heed(iteration: int, found: Mapping[str, float | None], limits: Mapping[str, alarms.Limit], run: Run) -> None:
+    """Say which signs are beyond their limits. Raises Stopped where one is beyond that at which the run ends."""
+    raised = alarms.check(found, limits) if found else []
+    for alarm in raised:
+        run.say(f"iteration {iteration}: {alarm.message}")
+        run.event("alarm", iteration=iteration, sign=alarm.sign, value=alarm.value, action=alarm.action)
+    if stops := [alarm.message for alarm in raised if alarm.action == "stop"]:
+        raise Stopped(f"after iteration {iteration}: {stops[0]}")

@@ -1,0 +1,77 @@
+"""What several recipes build: a pair of two responses, a group, a response that nobody sampled."""
+
+from collections.abc import Sequence
+
+from rsrlm.pairing import TIE, Candidate
+from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Sampling, Task
+
+NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0)
+
+
+def pair_of(
+    group: str, chosen: Candidate, rejected: Candidate, *, weight: float = 1.0, target: float = 1.0
+) -> PreferencePair | NoPair:
+    """The pair of two responses of a group, whichever models sampled them; none with equal scores or equal tokens.
+
+    Its weight version is that of the chosen response.
+    """
+    winner, loser = chosen.response, rejected.response
+    if chosen.points - rejected.points <= TIE:
+        return NoPair(reason="equal scores")
+    if winner.token_ids == loser.token_ids:
+        return NoPair(reason="same tokens")
+    return PreferencePair(
+        id=f"{winner.id}>{loser.id.removeprefix(f'{group}/')}",
+        prompt_id=winner.prompt_id,
+        kind="actor",
+        chosen_id=winner.id,
+        rejected_id=loser.id,
+        prompt_token_ids=winner.prompt_token_ids,
+        chosen_token_ids=winner.token_ids,
+        rejected_token_ids=loser.token_ids,
+        chosen_score=chosen.points,
+        rejected_score=rejected.points,
+        weight_version=winner.weight_version,
+        weight=weight,
+        target=target,
+    )
+
+
+def group_of(
+    task: Task,
+    responses: Sequence[Response],
+    judgements: Sequence[Judgement],
+    made: Sequence[PreferencePair] | PreferencePair | NoPair,
+) -> Group:
+    """The group of a task with the pairs that it gave, or the reason why it gave none."""
+    pairs = (made,) if isinstance(made, PreferencePair) else () if isinstance(made, NoPair) else tuple(made)
+    return Group(
+        id=task.id,
+        iteration=task.iteration,
+        prompt=task.prompt,
+        responses=tuple(responses),
+        judgements=tuple(judgements),
+        pairs=pairs,
+        no_pair_reason=made.reason if isinstance(made, NoPair) else "",
+    )
+
+
+def given(
+    task: Task, text: str, prompt_token_ids: Sequence[int], token_ids: Sequence[int], name: str = "g", index: int = -1
+) -> Response:
+    """A text that nobody sampled as a response, such as a solution that came with the prompt: `00/tea/g`.
+
+    `token_ids` are those of the text as the model would write it, its end token included (`ChatEncoder.target`).
+    """
+    return Response(
+        id=f"{task.id}/{name}",
+        prompt_id=task.prompt.id,
+        index=index,
+        role="data",
+        text=text,
+        token_ids=tuple(token_ids),
+        prompt_token_ids=tuple(prompt_token_ids),
+        finish_reason="stop",
+        weight_version="",
+        sampling=NOT_SAMPLED,
+    )

@@ -1,0 +1,148 @@
+"""The verbs of one run, which recipes and evaluations are written with: `load`, `groups`, `publish`, `validator`.
+
+A recipe is run again from its top after a kill; what lies under the verbs lets it pass what is done.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from rsrlm.engines import Answers, Engines, Model, NotHeld
+from rsrlm.records import Group, Role, Task
+
+Result = TypeVar("Result")
+Trainer = Callable[[Model, Sequence[Any], Any, str], Awaitable[Model]]
+
+
+class Pools(Protocol):
+    """The engines of a run and the weights that they hold."""
+
+    async def model(self, name: str, files: Any = None) -> Model:
+        """A model of the run by its name; `files` are the learner's transfer files of the same weights."""
+        ...
+
+    async def hold(self, model: Model) -> dict[str, Any]:
+        """Load the model on every engine that follows the training, unless they hold it. Returns the seconds of each
+        replica."""
+        ...
+
+    def discard(self, files: Any) -> None:
+        """Remove transfer files of weights that nobody wants."""
+        ...
+
+    def engines(self, model: Model, answers: Answers, hold: Callable[[Model], Awaitable[None]]) -> Engines: ...
+    def validators(self, answers: Answers) -> Engines | None:
+        """Who validates in the place of the models of the run: None where nobody does."""
+        ...
+
+    async def stats(self) -> dict[str, float]: ...
+
+
+class Screen(Protocol):
+    def line(self, text: str) -> None: ...
+    def stage(self, title: str, totals: dict[str, int]) -> Any: ...
+
+
+class Recipe(Protocol):
+    """What `Run.groups` asks of a recipe."""
+
+    @property
+    def width(self) -> int:
+        """Requests that one group makes at once."""
+        ...
+
+    async def group(self, engines: Engines, task: Task) -> Group: ...
+    def requests(self, prompts: int) -> dict[Role, int]: ...
+
+
+LABELS: dict[Role, str] = {"actor": "respond", "judge": "judge", "meta": "compare", "duel": "compare"}
+CACHE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits")
+
+
+class Run:
+    """The verbs of one run."""
+
+    def __init__(
+        self, pools: Pools, answers: Answers, screen: Screen, event: Callable[..., None], first: Model
+    ) -> None:
+        self.pools, self.answers, self.screen, self.event, self.first = pools, answers, screen, event, first
+        self.names = [first.name]  # of the models that the iterations start from, in order
+        self._wanted = first
+        self._holding = asyncio.Lock()
+        self.prefix_cache_hit_share: float | None = None  # of the last groups
+
+    def say(self, text: str) -> None:
+        self.screen.line(text)
+
+    async def model_at(self, iteration: int) -> Model:
+        """The model that an iteration starts from."""
+        return await self.pools.model(self.names[iteration])
+
+    async def load(self, model: Model) -> Engines:
+        """Engines of that model; those of another are stale from now on. The weights move with the first request whose
+        answer is not known yet."""
+        self._wanted = model
+        return self.pools.engines(model, self.answers, self._hold)
+
+    async def _hold(self, model: Model) -> None:
+        if model.digest != self._wanted.digest:
+            raise NotHeld(f"these engines are for {model.name}, but {self._wanted.name} was loaded after it")
+        async with self._holding:
+            await self.pools.hold(model)
+
+    async def publish(self, model: Model) -> dict[str, Any]:
+        """Load a model at once; returns the seconds of each replica."""
+        await self.load(model)
+        async with self._holding:
+            return await self.pools.hold(model)
+
+    async def validator(self, model: Model) -> Engines:
+        """Engines that judge held-out answers: those of the validator if there is one, else of `model`'s judges."""
+        external = self.pools.validators(self.answers)
+        return external or (await self.load(model)).judges
+
+    @contextmanager
+    def stage(self, title: str, totals: Mapping[Role, int]) -> Iterator[None]:
+        """Show how many requests of each role are answered meanwhile."""
+        shown: dict[str, int] = {}
+        for role, total in totals.items():
+            shown[LABELS[role]] = shown.get(LABELS[role], 0) + total
+        with self.screen.stage(title, {label: total for label, total in shown.items() if total}) as tick:
+
+            def count(role: str, items: int, tokens: int) -> None:
+                if shown.get(label := LABELS.get(role, "")):  # type: ignore[call-overload]
+                    tick(label, items, tokens)
+
+            with self.answers.counted(count):
+                yield
+
+    async def groups(self, engines: Engines, recipe: Recipe, tasks: Sequence[Task]) -> list[Group]:
+        """The group of each task, in order."""
+        before = await self.pools.stats()
+
+        async def one(task: Task) -> Group:
+            group = await recipe.group(engines, task)
+            pairs = [pair.id for pair in group.pairs]
+            self.event("group", g=group.id, pairs=pairs, reason=group.no_pair_reason or None)
+            return group
+
+        with self.stage(f"iteration {tasks[0].iteration}", recipe.requests(len(tasks))):
+            groups = await engines.each(one, tasks, recipe.width)
+        after = await self.pools.stats()
+        queries, hits = (after.get(name, 0.0) - before.get(name, 0.0) for name in CACHE_COUNTERS)
+        # A replaced engine counts from 0 again: then the share is not known.
+        self.prefix_cache_hit_share = round(hits / queries, 4) if queries > 0 and 0 <= hits <= queries else None
+        return groups
+
+    def train_with(self, trainer: Trainer) -> None:
+        """What `train` does from here on: another iteration's jobs are others."""
+        self._trainer = trainer
+
+    async def train(self, start: Model, items: Sequence[Any], rule: Any, name: str) -> Model:
+        """The model `name`, trained from `start` on items within an iteration; `rule` is a TrainRule."""
+        return await self._trainer(start, items, rule, name)
+
+    async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Long work in a thread, so that an interruption is heard meanwhile."""
+        return await asyncio.to_thread(work, *arguments)

@@ -1,0 +1,71 @@
+"""What all sections of a config are made of: frozen, strict, and with errors that name key, value and remedy."""
+
+import importlib
+import math
+import os
+import re
+import sys
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class ConfigError(Exception):
+    """A user's mistake in configuration or input; the message says what to do about it. Exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _whole_number_is_a_float(value: Any) -> Any:
+    """YAML writes 1 for 1.0, and PyYAML reads 1e-6 (no dot) as a string: both are plainly numbers."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:  # the same as 1e999, which is refused
+            return math.inf
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_whole_number_is_a_float)]
+
+
+JUDGES = {
+    "text": "rsrlm.judges.rubric:Text",
+    "structured": "rsrlm.judges.rubric:Structured",
+    "digits": "rsrlm.judges.digits:Digits",
+    "function": "rsrlm.judges.function:Function",
+    "answer": "rsrlm.judges.answers:RightAnswer",
+}
+RECIPES = {
+    "sft": "rsrlm.recipes.sft:SFT",
+    "self_rewarding": "rsrlm.recipes.self_rewarding:SelfRewarding",
+    "meta_rewarding": "rsrlm.recipes.meta_rewarding:MetaRewarding",
+    "irpo": "rsrlm.recipes.irpo:Irpo",
+    "scpo": "rsrlm.recipes.scpo:Scpo",
+    "temporal": "rsrlm.recipes.temporal:Temporal",
+    "cream": "rsrlm.recipes.cream:Cream",
+}
+
+
+def plugin(name: str, known: dict[str, str], key: str) -> Any:
+    """The class that a short name or `package.module:Class` names; the latter may lie in the working directory.
+
+    Raises ConfigError with the key.
+    """
+    module, colon, attribute = known.get(name, name).partition(":")
+    if not colon:
+        raise ConfigError(f"{key}={name!r}: known here: {', '.join(known)}, or package.module:Class of your own")
+    if name not in known and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: a file of the user's must not run in the place of a library
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ConfigError(
+            f"{key}={name!r}: {error}; give package.module:Class of a module that can be imported"
+        ) from None

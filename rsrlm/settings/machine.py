@@ -1,0 +1,76 @@
+"""Where a run works: models, engines, servers, the cluster."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rsrlm.settings.base import Number, Section
+
+BUILTIN_MODEL = "smollm2-135m-instruct"
+
+
+class Model(Section):
+    path: str = Field(description=f"Hugging Face id, folder, or the built-in {BUILTIN_MODEL!r}")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of engines, learner and exported models")
+    trust_remote_code: bool = Field(False, description="execute Python code that comes with the model")
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible server."""
+
+    url: str = Field(description="base url, such as https://api.openai.com/v1")
+    model: str
+    key_env: str | None = Field(None, description="environment variable that holds the key; None: no key")
+    max_concurrent: int = Field(16, gt=0, le=1000)
+    requests_per_minute: Number | None = Field(None, gt=0)
+    max_retries: int = Field(5, ge=0)
+    timeout_s: Number = Field(120.0, gt=0, description="for the whole answer to one attempt")
+    price_in: Number = Field(0.0, ge=0, description="per million prompt tokens, in any currency")
+    price_out: Number = Field(0.0, ge=0, description="per million generated tokens")
+    max_cost: Number | None = Field(None, ge=0, description="no request is sent once it has cost this much")
+
+
+class Watched(Section):
+    """A sign of trouble of an iteration: beyond `warn` the run says so, beyond `stop` it ends."""
+
+    warn: Number | None = None
+    stop: Number | None = None
+
+
+class Engine(Section):
+    kind: Literal["inprocess", "async"] = Field(
+        "inprocess", description="inprocess: vLLM's LLMEngine in the actor (small machines); async: AsyncLLM"
+    )
+    replicas: int = Field(1, gt=0)
+    threads: int = Field(2, gt=0, description="CPU threads of one replica")
+    cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one replica (placement only)")
+    gpus: int = Field(0, ge=0, description="GPUs of one replica (tensor parallel size)")
+    max_model_len: int = Field(1024, gt=0, description="tokens of prompt and answer together")
+    max_num_seqs: int = Field(32, gt=0, description="requests that one replica runs at once")
+    kv_cache_gib: Number = Field(1.0, gt=0)
+    block_size: int = Field(32, gt=0)
+    enforce_eager: bool = True
+    start_timeout_s: Number = Field(300.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "inprocess" and self.gpus > 1:
+            raise ValueError(f"engine.gpus={self.gpus} needs engine.kind=async (tensor parallel)")
+        if self.gpus == 0 and self.block_size % 32:
+            raise ValueError(f"engine.block_size={self.block_size}: vLLM on CPUs needs a multiple of 32")
+        return self
+
+
+class Weights(Section):
+    transport: Literal["shm", "gloo"] = Field("shm", description="shm: one file on the host; gloo: between hosts")
+    deadline_s: Number = Field(120.0, gt=0, description="an update that takes longer fails")
+
+
+class Wandb(Section):
+    project: str | None = Field(None, description="None: no wandb")
+    entity: str | None = None
+
+
+class Ray(Section):
+    address: str | None = Field(None, description="join this cluster; None: RAY_ADDRESS if set, else start one here")
+    object_store_mib: int = Field(200, ge=80, description="of a cluster that is started here")

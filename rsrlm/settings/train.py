@@ -1,0 +1,103 @@
+"""How the learner trains: `train` of a config and of a step."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rsrlm.settings.base import Number, Section
+
+
+class TrainRule(Section):
+    """How an iteration trains, whatever on."""
+
+    start: Literal["before", "first"] = Field(
+        "before",
+        description="the model that training starts from: that of the iteration before (M_t), or the first (M0)",
+    )
+    lr: Number = Field(gt=0)
+    lr_final: Number = Field(0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: Number = Field(0.0, ge=0)
+    max_grad_norm: Number = Field(1.0, gt=0)
+    epochs: int = Field(1, gt=0)
+    stop_after_epoch: int | None = Field(
+        None, gt=0, description="train no further than this epoch; the learning rate is that of all epochs"
+    )
+    candidate_every_steps: int | None = Field(
+        None, gt=0, description="export the model every so many steps too, for train.choose"
+    )
+    choose: Literal["last", "score", "duel"] = Field(
+        "last",
+        description="which candidate becomes the next model: the last one; score, duel: the last one whose answers to "
+        "the validation prompts were better than those of the best before it, the model before being the first; score "
+        "goes by mean scores, duel by comparisons in both orders, and better is what a 95 % interval confirms",
+    )
+    early_stop: bool = Field(
+        False, description="judge each candidate when it is there, and end training at the first that is not better"
+    )
+    pairs_per_step: int = Field(
+        gt=0,
+        description="pairs (or examples) of one optimizer step, over all ranks; the last step of an epoch may have "
+        "fewer, of which each then weighs more",
+    )
+    micro_batch: int = Field(1, gt=0, description="pairs (or examples) of one forward pass of one rank")
+    packed: bool = Field(
+        True, description="chosen and rejected in one row behind their shared prompt; examples likewise"
+    )
+    gradient_checkpointing: bool = False
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    checkpoint_every_steps: int = Field(50, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.lr_final > self.lr:
+            raise ValueError(f"train.lr_final={self.lr_final} is above train.lr={self.lr}; lower it")
+        if self.stop_after_epoch is not None and self.stop_after_epoch > self.epochs:
+            raise ValueError(
+                f"train.stop_after_epoch={self.stop_after_epoch} is after train.epochs={self.epochs}; lower it"
+            )
+        if (self.choose == "last") != (self.candidate_every_steps is None):
+            raise ValueError(
+                f"train.choose={self.choose} with train.candidate_every_steps={self.candidate_every_steps}: candidates "
+                "are for choosing among them; set both, or neither"
+            )
+        if self.early_stop and self.choose == "last":
+            raise ValueError(
+                "train.early_stop=true goes by candidates: set train.candidate_every_steps, and train.choose to score "
+                "or duel"
+            )
+        return self
+
+    def steps(self, items: int) -> int:
+        """Optimizer steps of an iteration on so many pairs or examples."""
+        return -(-items // self.pairs_per_step) * (self.stop_after_epoch or self.epochs)
+
+
+class DPO(TrainRule):
+    """Training on preference pairs (2305.18290)."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: Number = Field(0.1, gt=0)
+    label_smoothing: Number = Field(0.0, ge=0, lt=0.5)
+    length_normalized: bool = Field(False, description="mean instead of sum of a response's log-probabilities")
+    nll_scale: Number = Field(0.0, ge=0, description="times the per-token negative log-likelihood of the chosen")
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"train.label_smoothing={self.label_smoothing} does not apply to train.loss=ipo; set it to 0"
+            )
+        return self
+
+
+class Train(DPO):
+    """What all iterations share: the learner's ranks, and the values that a step's own `train` leaves out."""
+
+    workers: int = Field(1, gt=0, description="ranks of the learner group")
+    threads: int = Field(2, gt=0, description="CPU threads of one rank")
+    cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one rank (placement only; threads says how many it uses)")
+    gpus: int = Field(0, ge=0, le=1, description="GPUs of one rank")
+    max_restarts: int = Field(2, ge=0, description="times the group is rebuilt after a rank died")

@@ -1,0 +1,149 @@
+"""Items by reference: what was added comes back, from any process, and only what is asked for is read."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disks import small_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import PAIR
+
+from rsrlm.records import Example, PreferencePair
+from rsrlm.store.items import ItemFile, ItemSegment, decoded, encoded, gather_items, write_items
+
+EXAMPLE = Example(id="ift/1", kind="ift", prompt_token_ids=(), target_token_ids=(0, 2**31 - 1, -1))
+
+
+@dataclass(frozen=True)
+class Graded:
+    """An item of somebody else's method."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    grade: float | None
+    turns: int
+
+
+GRADED = Graded(id="ü", token_ids=(1,), logprobs=(-1 / 3, 0.0, float("-inf")), grade=None, turns=-(2**40))
+
+
+def pairs(count: int) -> list[PreferencePair]:
+    return [
+        replace(PAIR, id=f"00/{number}/1>0", chosen_token_ids=(number,) * (number % 5), weight=number / 3)
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("item", [PAIR, EXAMPLE, GRADED, replace(PAIR, id="\U0001f375\0\n", rejected_score=-0.0)])
+def test_an_item_comes_back(item: Any) -> None:
+    again = decoded(encoded(item), type(item))
+    assert again == item
+    assert repr(again) == repr(item)  # tuples are tuples, and 0.0 is not 0
+
+
+@given(
+    tokens=st.lists(st.integers(-(2**31), 2**31 - 1)).map(tuple),
+    logprobs=st.lists(st.floats(allow_nan=False)).map(tuple),
+    turns=st.integers(-(2**63), 2**64 - 1),
+    text=st.text(st.characters(codec="utf-8")),
+)
+@settings(deadline=None, max_examples=100)
+def test_any_item_comes_back(tokens: tuple, logprobs: tuple, turns: int, text: str) -> None:
+    item = Graded(id=text, token_ids=tokens, logprobs=logprobs, grade=None, turns=turns)
+    assert decoded(encoded(item), Graded) == item
+
+
+@pytest.mark.parametrize("index", [0, 1, 99, -1, -100])
+def test_items_of_a_file(tmp_path: Path, index: int) -> None:
+    path = tmp_path / "00" / "items"
+    made = pairs(100)
+    write_items(path, iter(made))
+    file: ItemFile[PreferencePair] = ItemFile(path)
+    assert len(file) == 100
+    assert file.kind is PreferencePair
+    assert file[index] == made[index]
+    assert list(file) == file[:] == made
+    assert file[10:1:-3] == made[10:1:-3]
+    for outside in (100, -101):
+        with pytest.raises(IndexError):
+            file[outside]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("item", [EXAMPLE, GRADED])
+def test_a_file_knows_the_type_of_its_items(tmp_path: Path, item: Any) -> None:
+    write_items(tmp_path / "items", [item, replace(item, id="2")])
+    file: ItemFile[Any] = ItemFile(tmp_path / "items")
+    assert list(file) == [item, replace(item, id="2")]
+    assert file.kind is type(item)
+
+
+def test_the_digest_is_of_the_items_and_their_order(tmp_path: Path) -> None:
+    made = pairs(3)
+    digest = write_items(tmp_path / "a", made)
+    assert len(digest) == 32
+    assert write_items(tmp_path / "b", iter(pairs(3))) == digest
+    others = [made[:2], made[::-1], [*made[:2], replace(made[2], target=0.5)], [*made[:2], replace(made[2], id="x")]]
+    assert len({digest, *(write_items(tmp_path / "c", other) for other in others)}) == 5
+
+
+@pytest.mark.parametrize("items", [[], [PAIR, EXAMPLE]])
+def test_items_of_one_type_or_none(tmp_path: Path, items: list[Any]) -> None:
+    write_items(tmp_path / "items", [PAIR])
+    before = (tmp_path / "items").read_bytes()
+    with pytest.raises(ValueError, match=f"{len(items)} items of {len(items)} types; a training job has items of one"):
+        write_items(tmp_path / "items", items)
+    assert (tmp_path / "items").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["items"]
+
+
+def test_items_gathered_from_segments(tmp_path: Path) -> None:
+    made = pairs(50)
+    segments = [ItemSegment(tmp_path / f"{number}.items") for number in range(3)]
+    places = [segments[number % 3].add(item) for number, item in enumerate(made)]
+    assert [(place.id, place.tokens) for place in places] == [
+        (one.id, 3 + len(one.chosen_token_ids) - 2) for one in made
+    ]
+    order = places[::-1]
+    digest = gather_items(tmp_path / "gathered", PreferencePair, iter(order))
+    assert list(ItemFile(tmp_path / "gathered")) == made[::-1]
+    assert write_items(tmp_path / "written", made[::-1]) == digest
+    assert (tmp_path / "written").read_bytes() == (tmp_path / "gathered").read_bytes()
+
+
+def test_a_full_disk_loses_no_item(tmp_path: Path) -> None:
+    segment = ItemSegment(tmp_path / "segment")
+    with pytest.raises(OSError, match="File too large"), small_disk():
+        segment.add(replace(PAIR, chosen_token_ids=(7,) * 1000))
+    places = [segment.add(one) for one in pairs(2)]
+    with pytest.raises(OSError, match="File too large"), small_disk(100):
+        gather_items(tmp_path / "items", PreferencePair, places)
+    assert [path.name for path in tmp_path.iterdir()] == ["segment"]
+    gather_items(tmp_path / "items", PreferencePair, places)
+    assert list(ItemFile(tmp_path / "items")) == pairs(2)
+
+
+READER = """
+import sys
+from pathlib import Path
+from rsrlm.store.items import ItemFile
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+file = ItemFile(Path(sys.argv[1]))
+before = resident()
+items = [file[index] for index in (0, len(file) // 2, len(file) - 1)]
+print(len(file), *(item.chosen_token_ids[0] for item in items), resident() - before)
+"""
+
+
+def test_a_reader_holds_what_it_asks_for(tmp_path: Path) -> None:
+    path = tmp_path / "items"
+    write_items(path, (replace(PAIR, chosen_token_ids=(number,) * 10_000) for number in range(1000)))  # 40 MB
+    done = subprocess.run([sys.executable, "-c", READER, str(path)], capture_output=True, text=True, check=True)
+    length, *firsts, grown = map(int, done.stdout.split())
+    assert (length, firsts) == (1000, [0, 500, 999])
+    assert grown < 8_000_000
