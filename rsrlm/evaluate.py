@@ -129,7 +129,8 @@ async def evaluate(run: Run, evaluation: Evaluation, model: Model, before: Model
     # The same judgements where the judge of the rewards validates.
     by = validates(first) if config.evaluate.judge.external else first
     judged = prompts * evaluation.judge.per_response
-    with run.stage(f"held-out {model.name}", {"actor": prompts, "judge": judged}):
+    sampled = prompts if before and config.evaluate.kl else 0
+    with run.stage(f"held-out {model.name}", {"actor": prompts + sampled, "judge": judged}):
         engines = await run.load(model)
         answers = await evaluation.answers(engines)
         drawn = await evaluation.samples(engines) if before and config.evaluate.kl else []

@@ -1,5 +1,4 @@
-"""One run through all methods with real Ray, vLLM and DeepSpeed, and a tiny model that writes hardly anything but 3, 7
-and line breaks."""
+"""One run through all methods with real Ray, vLLM and DeepSpeed, and a tiny model that answers 3 or 7."""
 
 import json
 import os
@@ -13,32 +12,33 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from rsrlm.run import Run
-
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-FUTURE = hasattr(Run, "train")
 STEPS = [
     {"name": "I", "recipe": "irpo", "judge": {"kind": "answer", "where": "end"}, "pairs": 3},
     {"name": "S", "recipe": "scpo", "judge": {"kind": "answer", "where": "end"}, "least": 0.3},
-    {"name": "T", "recipe": "temporal", "future": FUTURE},
+    {"name": "T", "recipe": "temporal"},
     {"name": "C", "recipe": "cream"},
 ]
 
 
 @pytest.fixture(scope="module")
 def digits_model(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first residual dimension is constant and favours the end token (see conftest); here it favours 3, 7 and the
-    line break as well."""
+    """Answers "3" or "7", of one token and the end. The first residual dimension is constant (see conftest): it favours
+    the two digits. The second tells what came before: the end follows a digit, and not the line break of the prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("models") / "digits"
     shutil.copytree(tiny_chat_model, folder)
     model, tokenizer = (one.from_pretrained(folder) for one in (AutoModelForCausalLM, AutoTokenizer))
+    three, seven, line = (tokenizer.encode(text)[0] for text in ("3", "7", "\n"))
     with torch.no_grad():
-        for token in (tokenizer.eos_token_id, *(tokenizer.encode(text)[0] for text in ("3", "7", "\n"))):
-            model.model.embed_tokens.weight[token, 0] = 40.0
+        for token, first, second in (
+            (tokenizer.eos_token_id, 40.0, 30.0), (three, 40.2, 5.0), (seven, 40.5, 5.0), (line, 30.0, -5.0),
+        ):  # fmt: skip
+            model.model.embed_tokens.weight[token, 0] = first
+            model.model.embed_tokens.weight[token, 1] = second
     model.save_pretrained(folder)
     return folder
 
@@ -80,7 +80,7 @@ def row(run: Path, iteration: int) -> dict[str, Any]:
 
 
 def test_right_against_wrong_answers(run: Path) -> None:
-    judged = {one["response_id"]: one["verdict"]["points"] for one in made(run, 0, "judgements")}
+    judged = {one["response_id"]: one["points"] for one in made(run, 0, "judgements")}
     pairs = made(run, 0, "pairs")
     assert {(judged[pair["chosen_id"]], judged[pair["rejected_id"]]) for pair in pairs} == {(1.0, 0.0)}
     assert row(run, 0)["pairs_trained"] == len(pairs) > len({pair["prompt_id"] for pair in pairs})
@@ -99,7 +99,7 @@ def test_most_against_least_frequent_answers(run: Path) -> None:
 def test_responses_of_several_models(run: Path) -> None:
     responses = {one["id"]: one for one in made(run, 2, "responses")}
     versions = {one["weight_version"] for one in responses.values()}
-    assert versions == {"S", "M0", *(["S.ahead"] if FUTURE else [])}
+    assert versions == {"S", "M0", "S.ahead"}
     assert len(responses) == 8 * 6 * len(versions)
     for pair in made(run, 2, "pairs"):
         assert responses[pair["chosen_id"]]["weight_version"] != "M0"
@@ -112,5 +112,5 @@ def test_soft_labels_of_two_rankings(run: Path) -> None:
     assert pairs
     assert {pair["target"] for pair in pairs} == {measure["mean"]}
     assert 0 < measure["mean"] < 1
-    rewards = {one["response_id"]: one["verdict"]["points"] for one in made(run, 3, "judgements")}
+    rewards = {one["response_id"]: one["points"] for one in made(run, 3, "judgements")}
     assert all(rewards[pair["chosen_id"]] == pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
