@@ -198,6 +198,23 @@ def test_everything_is_asked_of_the_weights_that_are_meant(world: Callable[..., 
     assert by == {name: {WEIGHTS[model] for model in meant(name)} for name in by}
     assert Counter(name.partition("/")[0] for name in by if name.count("/") == 2 and "#" not in name)["M2"] == 4
     assert {name.rpartition("@")[2] for name in by if "@" in name} == {"M0", "M1", "M2"}
+    duels = {re.sub("/h[0-9]/0", "", name) for name in by if ">" in name}
+    assert duels == {"M1>M0@M0", "M0>M1@M0", "M2>M1@M0", "M1>M2@M0"}
+
+
+@pytest.mark.parametrize("way", ["score", "duel"])
+def test_candidates_are_judged_by_the_model_before_them(world: Callable[..., World], way: str) -> None:
+    made = world(**{**WORLDS["score"], "train": {"candidate_every_steps": 1, "choose": way}})
+    made.start()
+    role = {"score": "judge", "duel": "duel"}[way]
+    judged = [(weights, one.id) for weights, one in made.asked if one.role == role and "/v" in one.id]
+    by = {(request.rpartition("@")[2], weights) for weights, request in judged}
+    assert by == {("M0", "M0"), ("M1", made.weights()["M1"])}
+    for name, before in (("M1@1", "M0"), ("M2@1", "M1"), ("M2", "M1")):
+        of = {request.rpartition("@")[2] for _, request in judged if re.match(rf"{name}/|.*>{name}/", request)}
+        assert of == {before}
+    answers = {one.id.partition("/")[0] for _, one in made.asked if one.role == "actor" and "/v" in one.id}
+    assert answers == {"M0", "M1@1", "M1", "M2@1", "M2"}
 
 
 def test_figures_of_held_out_answers_by_hand(world: Callable[..., World]) -> None:
