@@ -48,8 +48,7 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "meta_rewarding_smollm2_cpu.yaml"
 NAME = "meta-rewarding-cpu"
 RHOS = (0.0, 0.1, 0.2, 0.3, 0.4)
-TEXT = ("judge.kind=text", "judge.judgements=4")
-DIGITS = ("judge.kind=digits", "judge.judgements=null")
+DIGITS = ("judge.kind=digits",)
 
 
 def rsrlm(*arguments: str) -> None:
@@ -57,6 +56,13 @@ def rsrlm(*arguments: str) -> None:
     code = subprocess.run([sys.executable, "-m", "rsrlm.cli", *arguments], check=False).returncode
     if code:
         raise SystemExit(f"exit code {code}; the same command goes on")
+
+
+def in_text(judge: Any) -> tuple[str, ...]:
+    """Overrides for 4 judgements in free text, sampled as those of the run's judge: another judge.kind starts from its
+    own defaults."""
+    sampled = (f"judge.{name}={getattr(judge, name)}" for name in ("temperature", "top_p", "top_k", "max_tokens"))
+    return ("judge.kind=text", "judge.judgements=4", *sampled)
 
 
 def judges(
@@ -264,16 +270,17 @@ def main() -> None:
         rsrlm("run", str(CONFIG), f"data.trees={Path(arguments.trees).resolve()}", f"runs={work}", *arguments.overrides)
     elif json.loads(summary.read_text())["status"] != "completed":
         rsrlm("resume", str(run))
+    folder, config = RunFolder.open(run)
+    text = in_text(config.judge)
     names = ("M0", "SFT", "M1", "M2") if arguments.all_models else ("M0", "SFT")
     measures = {
-        "held_out_trees_text": judges(run, names, work / "trees-text", arguments.trees, "evaluation", None, TEXT),
+        "held_out_trees_text": judges(run, names, work / "trees-text", arguments.trees, "evaluation", None, text),
         "held_out_trees_digits": judges(run, names, work / "trees-digits", arguments.trees, "evaluation", None, DIGITS),
     }
     if arguments.preferences:
         measures["gpt4_preferences_digits"] = judges(
             run, names, work / "preferences-digits", arguments.preferences, "all", arguments.pairs, DIGITS
         )
-    folder, config = RunFolder.open(run)
     first, second = (groups(folder, iteration) for iteration in (1, 2))
     result = {
         "question": "what do EFT, rho and the position weights do with a 135M model?",
