@@ -4,7 +4,7 @@
 
 rsrlm's side is the real one: recipe and journal over an `EnginePool` of `EngineActor`s in Ray, every response written
 to the journal, which is closed (fsync) within the time. Its judge is a function that returns 0. The other side is an
-`LLM` in a Ray actor with the same environment, given the very requests that the producer makes (same token ids,
+`LLM` in a Ray actor with the same environment, given the very requests that the recipe makes (same token ids,
 sampling parameters and seeds, in the order of submission) in one call; only `LLM.generate` is timed there. Both
 engines stay resident and only one generates at a time; before each timed run its engine answers a full batch of other
 prompts.
@@ -157,7 +157,7 @@ async def answered(prepared: Prepared, pool: Any, journal: Path, number: int) ->
 
 
 async def requests_of(prepared: Prepared, number: int, scratch: Path) -> list[Request]:
-    """The requests that the producer makes in this round."""
+    """The requests that the recipe makes in this round."""
     recorder = Recorder()
     await answered(prepared, recorder, scratch / f"recorded-{number}.jsonl", number)
     return recorder.requests
