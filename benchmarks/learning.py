@@ -13,6 +13,7 @@ cut fewer than 10 %. Results: benchmarks/results/learning.json and learning.png.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -102,9 +103,12 @@ def run_seed(seed: int, runs: Path, extra: list[str]) -> Path:
 
 
 def outputs(folder: Path, model: int) -> list[dict[str, Any]]:
-    """Held-out outputs of M{model}."""
-    lines = (folder / "evaluation" / f"M{model}.jsonl").read_text().splitlines()
-    return [entry["response"] for entry in map(json.loads, lines) if "response" in entry]
+    """Held-out outputs of M{model}: what the journal holds under ids such as M1/tea-0/0. Judgements and the samples for
+    the divergence have longer ids."""
+    held_out = re.compile(rf"M{model}/[^/#]+/0")
+    with (folder / "journal.jsonl").open(encoding="utf-8") as lines:
+        found = {entry["id"]: entry for entry in map(json.loads, lines) if held_out.fullmatch(entry["id"])}
+    return [found[name] for name in sorted(found)]
 
 
 def distinct_2(texts: list[str]) -> float:
