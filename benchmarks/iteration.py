@@ -7,12 +7,13 @@ temporary run folder, and looks at its whole process tree every half second. Two
 round is the default. Stages come from metrics.json and events.jsonl:
 
 - start: process to Ray; then engines and learner until the first iteration begins.
-- evaluate first model, produce, train, publish, evaluate: as the run timed them itself (`stage_seconds`).
-- records: what lies between produce and train; teardown: from the last iteration to the end of the process.
+- evaluate first model, produce, train, choose, publish, evaluate: as the run timed them itself (`stage_seconds`).
+  Writing the records is part of produce.
+- records: what is left between produce and train; teardown: from the last iteration to the end of the process.
 
 Cores per stage are CPU seconds over wall seconds, by kind of process: engine (an engine actor with vLLM's processes),
-learner (a rank), driver (the command line), ray (all the rest of the tree: raylet, GCS, agents, mailbox, buffer,
-idle workers); other is the rest of the machine, idle what nobody used.
+learner (a rank), driver (the command line), ray (all the rest of the tree: raylet, GCS, agents, mailbox, Ray Train's
+fit, idle workers); other is the rest of the machine, idle what nobody used.
 
 Memory: `rss` is the largest resident set seen of the largest process of a kind, shared pages such as libraries and
 mapped weight files included (for ray the sum over its processes, which counts such pages many times); `private` leaves
@@ -43,8 +44,8 @@ from common import RESULTS, cpu_seconds, head, machine_seconds, processes, shown
 from rsrlm import config as configs
 from rsrlm.commands import plan as planning
 from rsrlm.config import Config
-from rsrlm.model import folder_of
 from rsrlm.report.progress import Report
+from rsrlm.runtime import launch
 
 QUESTION = "share of wall time by stage, cores used by whom meanwhile, and peak memory and disk over rsrlm plan's"
 EVERY_S = 0.5
@@ -228,14 +229,14 @@ def spans_of(run: Path, started: float, ended: float) -> list[Span]:
 
 
 def stages_of(iteration: int, seconds: dict[str, float], begin: float, end: float) -> list[Span]:
-    """The first stages follow the beginning, the last ones lead to the end; writing records is between them."""
+    """The first stages follow the beginning, the last ones lead to the end; what no stage timed is between them."""
     first: list[Span] = []
     last: list[Span] = []
     for name in ("evaluate first model", "produce"):
         first.append(Span(stage=name, iteration=iteration, start=begin, end=begin + seconds.get(name, 0.0)))
         begin = first[-1].end
-    for name in ("evaluate", "publish", "train"):
-        last.insert(0, Span(stage=name, iteration=iteration, start=end - seconds[name], end=end))
+    for name in ("evaluate", "publish", "choose", "train"):  # nothing is chosen where there are no candidates
+        last.insert(0, Span(stage=name, iteration=iteration, start=end - seconds.get(name, 0.0), end=end))
         end = last[0].start
     between = Span(stage="records", iteration=iteration, start=begin, end=end)
     return [span for span in (*first, between, *last) if span.seconds > 0]
@@ -341,8 +342,7 @@ def one_round(number: int, path: str, overrides: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rsrlm-iteration-") as scratch:
         overrides = [*overrides, f"runs={scratch}/runs"]
         config = configs.load(path, overrides)
-        demands = [step.recipe.demand_of(step.config, step.config.prompts.per_iteration) for step in config.planned]
-        planned = planning.plan(config, demands, folder_of(config.model))
+        planned = launch.planned(launch.prepare(config))
         command = [str(Path(sys.executable).with_name("rsrlm")), "run", path, *overrides]
         watcher, started, ended = watched_run(command, Path(scratch) / "output.txt")
         rows = profile(config.folder, spans_of(config.folder, started, ended), watcher.samples)
