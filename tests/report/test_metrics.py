@@ -360,9 +360,12 @@ def test_a_report_made_again_says_the_same(measure: str) -> None:
 
     def of(**options: int) -> Any:
         if measure == "scores":
-            found = judge_metrics(drawn(5, 60), readable=0, judgements=0, points=[], **options)
+            found = judge_metrics(drawn(5, 60), readable=0, judgements=0, points=[], bootstrap=100, **options)
             return found["agreement"]["low"], found["spearman"]["high"], found["score_length"]["low"]
-        found = win_rate(wins, **options) if measure == "wins" else pairwise_judge_metrics(outcomes, **options)
+        if measure == "wins":
+            found = win_rate(wins, bootstrap=100, **options)
+        else:
+            found = pairwise_judge_metrics(outcomes, bootstrap=100, **options)
         return [(figure["low"], figure["high"]) for figure in found.values()]
 
     assert of() == of(seed=0)
