@@ -161,7 +161,7 @@ def distinct_2(it: Evidence) -> float | None:
     return _mean([share for texts in it.texts if (share := distinct_n(texts, 2)) is not None])
 
 
-@sign("above", 0.2, "try judge.read=structured", over="judgements")
+@sign("above", 0.2, "try judge.kind=structured", over="judgements")
 def unreadable(it: Evidence) -> float | None:
     """Share of the judgements that could not be read."""
     return _mean([isinstance(judgement.verdict, Unparsed) for judgement in it.judgements])

@@ -1,5 +1,6 @@
 """Limits, the alarms past them, and the page that alarms point to."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from rsrlm.report.alarms import DEFAULT_LIMITS, Limit, check, limits_of
 from rsrlm.report.signs import SIGNS, measure
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import JUDGES, RECIPES, ConfigError, Section, plugin
 
 PAGE = Path(__file__).parents[2] / "docs" / "alarms.md"
 WIDTH = 120
@@ -55,6 +56,20 @@ def test_every_sign_has_its_section(name: str) -> None:
         assert f"\n{start}" in text
     for other in re.findall(r"as for `(\w+)`", text):
         assert other in SIGNS
+
+
+def test_the_keys_and_recipes_that_are_named_exist() -> None:
+    def keys(section: type[Section]) -> set[str]:
+        return {*section.model_fields, *(key for more in section.__subclasses__() for key in keys(more))}
+
+    for name, known in itertools.chain(((name, RECIPES) for name in RECIPES), ((name, JUDGES) for name in JUDGES)):
+        plugin(name, known, "")  # imported, with its own section
+    text = PAGE.read_text(encoding="utf-8")
+    named = re.findall(r"`(?:[a-z]\w+\.)+([a-z]\w+)(?:=\w+)?`", text)
+    named += [key for one in SIGNS.values() for key in re.findall(r"[a-z]\.([a-z_]+)", one.remedy)]
+    assert {"rho", "nll_scale", "kind"} <= set(named)
+    assert set(named) - {"kl_to_first", "json", "py"} <= keys(Section)  # those are of metrics.json and of files
+    assert set(re.findall(r"recipe `(\w+)`", text)) <= RECIPES.keys()
 
 
 def test_every_section_is_a_sign() -> None:
