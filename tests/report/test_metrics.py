@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rsrlm.report.metrics import Compared, Rated, distinct_n, judge_metrics, pairwise_judge_metrics, win_rate
+from rsrlm.report.metrics import (
+    Compared,
+    Rated,
+    distinct_n,
+    judge_metrics,
+    mean_figure,
+    pairwise_judge_metrics,
+    win_rate,
+)
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 RANK_FIGURES = (
@@ -430,6 +438,19 @@ def test_win_rate() -> None:
     assert win_rate(outcomes, bootstrap=1000) == found
     few = win_rate(["first"] * 29)
     assert (few["win"]["value"], few["win"]["count"], few["win"]["n"]) == (None, 29, 29)
+
+
+def test_the_mean_of_one_value_per_prompt() -> None:
+    values = [1.0] * 30 + [-0.5] * 50
+    found = mean_figure(values, bootstrap=1000)
+    assert found == {**found, "n": 80, "prompts": 80, "count": None, "estimable": True}
+    assert found["value"] == pytest.approx(5 / 80)
+    # Variance 30/80 * 1 + 50/80 * 0.25 - (5/80)^2 = 0.527, so 1.96 standard errors are 0.159.
+    assert found["low"] == pytest.approx(5 / 80 - 0.159, abs=0.02)
+    assert found["high"] == pytest.approx(5 / 80 + 0.159, abs=0.02)
+    assert mean_figure(values[::-1], bootstrap=1000) == found == mean_figure(values, bootstrap=1000, seed=0)
+    assert mean_figure(values, bootstrap=1000, seed=1)["low"] != found["low"]
+    assert mean_figure([1.0] * 29)["value"] is None
 
 
 @pytest.mark.parametrize(
