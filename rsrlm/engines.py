@@ -234,9 +234,9 @@ class Engines:
         self._answers.count(role, 1)
         return payload["value"]
 
-    def count(self, role: Role) -> None:
-        """A request of this role is answered, though no engine was asked."""
-        self._answers.count(role, 1)
+    def count(self, role: Role, items: int = 1) -> None:
+        """Requests of this role are answered, though no engine was asked."""
+        self._answers.count(role, items)
 
     async def logprobs(self, responses: Sequence[Response], room: int) -> list[tuple[float, ...]]:
         """Log-probabilities of each response's tokens after its prompt, in nats, at temperature 1.

@@ -96,6 +96,7 @@ class Evaluation:
 
         async def one(prompt: Prompt, a: Response, b: Response) -> verdicts.Preferred | Unparsed:
             if a.token_ids == b.token_ids:
+                engines.count("duel", 2)
                 return "tie"
             assert self._pairwise is not None
             matches = [self._match(prompt, a, b, 0, by), self._match(prompt, b, a, 1, by)]

@@ -13,7 +13,7 @@ from scripted import Memory, context_of, engines_of, groups_of, recipe_of
 
 from rsrlm.chat import ChatEncoder
 from rsrlm.config import Config
-from rsrlm.engines import SAMPLE_PRIORITY, Engines, gather
+from rsrlm.engines import SAMPLE_PRIORITY, Answers, Engines, gather
 from rsrlm.evaluate import EVALUATION, Evaluation, kl_per_token, lengths, mean_score
 from rsrlm.judges.base import judge_of
 from rsrlm.judges.templates import fence_of
@@ -206,8 +206,11 @@ def test_the_same_tokens_are_a_tie_that_nobody_is_asked_about(evaluation: Callab
     new = [replace(one, id=one.id.replace("M1", "M2"), weight_version="M2") for one in old]
     new[2] = replace(new[2], token_ids=(5, 6, 2))
     engines = Answering({"M2/water/0>M1/water/0@M0": A, "M1/water/0>M2/water/0@M0": B})
-    found = run(evaluation().duel(by(engines), "M0", new, old))
+    answers, ticks = Answers(Memory()), []
+    with answers.counted(lambda *tick: ticks.append(tick)):
+        found = run(evaluation().duel(engines_of(engines, answers=answers), "M0", new, old))
     assert sorted(engines.asked) == ["M1/water/0>M2/water/0@M0", "M2/water/0>M1/water/0@M0"]
+    assert sum(items for _, items, _ in ticks) == 8  # both orders of all four: the bar comes to its end
     assert (found["n"], found["unreadable"]) == (4, 0)
     assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.75, 0.0)
 

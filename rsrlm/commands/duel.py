@@ -59,6 +59,7 @@ async def compare(
     async def outcome(asked: tuple[Prompt, Response, Response]) -> Any:
         prompt, a, b = asked
         if a.text == b.text:
+            engines.count("duel", 2)
             return "tie"
         shown = ((a.text, b.text), (b.text, a.text))
         orders = [match(judge.context, prompt, texts, f"{prompt.id}#{n}", str(n)) for n, texts in enumerate(shown)]
