@@ -61,8 +61,8 @@ async def train(
             written.unlink()
             return trained
         screen.line(f"iteration {iteration}: {name} was trained on other {job.what} and is trained again")
-        for path in (finished, job.folder / "steps.jsonl"):
-            path.unlink(missing_ok=True)
+        for name_of in ("training.json", "steps.jsonl", "chosen.json"):  # a choice among other candidates as well
+            (job.folder / name_of).unlink(missing_ok=True)
         store.drop_checkpoints()
     log = StepLog(job.folder / "steps.jsonl")
     files = None

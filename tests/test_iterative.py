@@ -1,6 +1,7 @@
 """The iterative clock over a real run folder, with scripted engines and a scripted learner: who trains from whom, who
 judges whom, and where a run that was killed goes on."""
 
+import itertools
 import json
 import math
 import random
@@ -282,7 +283,7 @@ def test_weights_that_only_bear_the_name_change_the_figures(world: Callable[...,
 # -- kills -------------------------------------------------------------------------------------------------------------
 
 EARLY = {"train": {"candidate_every_steps": 1, "choose": "score", "early_stop": True, "pairs_per_step": 1}}
-SEEDS = 6  # of kills, for each kind of run
+SEEDS = 3  # of kills, for each kind of run
 WORLDS: dict[str, dict[str, Any]] = {
     "self_rewarding": {},
     "meta_rewarding": {"recipe": "meta_rewarding"},
@@ -324,13 +325,13 @@ def test_a_run_that_is_killed_anywhere_comes_to_the_same_and_asks_nothing_twice(
     assert start(undisturbed)
     assert undisturbed.repeated() == []
     expected, kinds = compared(undisturbed), Counter(what.partition(" ")[0] for what in undisturbed.happened)
-    killed = set()
+    killed, turns = set(), itertools.cycle(sorted(kinds))  # each kind has its turn
     for seed in range(SEEDS):
         rng = random.Random(f"{name} {seed}")
         made = world(DATA, name=f"killed{seed}", **WORLDS[name])
         for _ in range(6):
-            kind = rng.choice(sorted(kinds))
-            made.kill = only(f"{kind} ", rng.randint(1, max(1, kinds[kind] // 2)))
+            kind = next(turns)
+            made.kill = only(f"{kind} ", rng.randint(1, max(1, kinds[kind] // 3)))
             if start(made, seed=rng.randrange(99)):
                 break
             killed.add(kind)
@@ -425,6 +426,27 @@ def test_other_items_than_were_trained_on_are_trained_on_again(world: Callable[.
     assert [job.version for job in made.jobs] == ["M1", "M1", "M2"]
     assert "iteration 0: M1 was trained on other pairs and is trained again" in made.screen.lines
     assert len(made.store.steps(0).rows) == 2
+
+
+def test_a_choice_among_other_candidates_is_made_again(world: Callable[..., World]) -> None:
+    """Trained again, since its items are others: what was chosen before says nothing about these candidates."""
+    made = world(**EARLY, iterations=1)
+    made.kill = only("take M1")
+    assert not start(made)
+    chosen = made.store.iteration(0) / "chosen.json"
+    assert json.loads(chosen.read_text())["chosen"] == "M1@1"
+    (made.store.folder / "journal.jsonl").unlink()
+
+    def otherwise(request: Request, weights: str) -> str:
+        """Now every candidate is worth as much as M0."""
+        if request.role == "judge" and "".join(map(chr, request.prompt_token_ids)).startswith("Show"):
+            return "Score: 3"
+        return answer(request, weights).replace("as 2", "as 3")
+
+    made.answer, made.kill = otherwise, lambda _: False
+    (row,) = made.start()
+    assert row["choice"]["chosen"] == json.loads(chosen.read_text())["chosen"] == "M0"
+    assert made.weights() == {"M1": "M0"}
 
 
 # -- choosing and stopping early ---------------------------------------------------------------------------------------
