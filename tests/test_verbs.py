@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import Memory, Pools, Seeded, model, run_of
 
@@ -114,6 +114,7 @@ def test_keys_of_journals_stay_as_they_are() -> None:
     assert digest_of("function", "f", "Say tea.", "Tea.").hex() == "ca1c3b69857ecc429ac7561ba00a1e66"
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.text(max_size=3), max_size=3), min_size=2, max_size=6, unique_by=tuple))
 def test_digests_do_not_run_into_each_other(parts: list[list[str]]) -> None:
     """Such as ("ab", "c") and ("a", "bc")."""
