@@ -5,8 +5,8 @@
 Synthetic prompts, all from one seed: each has as many words as one of the built-in prompts, drawn from the words of
 all of them with their frequency; every tenth is an earlier one with two words replaced, so that some are refused.
 
-- pool: a `rsrlm.data.self_instruct.Pool` that holds the built-in prompts gets them one after the other: the total, the
-  prompts per second, and the last 1,000 apart, when the pool is largest.
+- pool: a `rsrlm.data.prompt_pool.PromptPool` that holds the built-in prompts gets them one after the other: the total,
+  the prompts per second, and the last 1,000 apart, when the pool is largest.
 - rouge_score: `RougeScorer(["rougeL"]).score`, one text against another as in a naive loop, measured on a sample of
   pairs of the same prompts. Its total is extrapolated, never run: seconds per comparison times the comparisons of that
   loop, which sets every prompt against all that were kept before it.
@@ -26,7 +26,7 @@ import typer
 from common import RESULTS, Load, head, interleaved, shown, spread, write
 
 from rsrlm.data import prompts as prompt_files
-from rsrlm.data.self_instruct import Pool
+from rsrlm.data.prompt_pool import PromptPool
 from rsrlm.report.progress import Report
 from rsrlm.settings.methods import Prompts
 
@@ -54,7 +54,7 @@ def synthetic(texts: list[str], count: int, seed: int) -> list[str]:
 
 def adding(known: list[str], texts: list[str]) -> dict[str, Any]:
     """All texts into a fresh pool. `comparisons` is what a naive loop would need to keep the same ones."""
-    pool = Pool(known)
+    pool = PromptPool(known)
     kept = comparisons = 0
     started = last = time.perf_counter()
     for number, text in enumerate(texts):

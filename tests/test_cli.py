@@ -539,7 +539,7 @@ def needing(request: pytest.FixtureRequest, model: Path, marker: Path) -> Path:
 def test_code_of_a_model_is_not_executed(needing: Path, marker: Path, refused: Callable[..., str]) -> None:
     assert refused(f"model={needing}") == (
         f"rsrlm: model.path={needing}: the model brings Python code of its own; read it, then set "
-        "model.trust_remote_code=true to run that of model.path, or judge.trust_remote_code=true for judge.model\n"
+        "model.trust_remote_code=true\n"
     )
     assert not marker.exists()
 
@@ -554,7 +554,11 @@ def test_trust_in_the_model_is_none_in_its_judge(
 ) -> None:
     judge = [f"judge.model={with_code_of_its_own(model)}", "judge.replicas=1"]
     ended = rsrlm("plan", config_file, *judge, "model.trust_remote_code=true")
-    assert (ended.code, "brings Python code of its own" in ended.err) == (2, True)
+    assert (ended.code, ended.err) == (
+        2,
+        f"rsrlm: judge.model={model}: the model brings Python code of its own; read it, then set "
+        "judge.trust_remote_code=true\n",
+    )
     assert not marker.exists()
     ended = rsrlm("plan", config_file, *judge, "judge.trust_remote_code=true")
     assert marker.exists(), ended.err
@@ -610,9 +614,19 @@ def test_trust_in_the_model_is_none_in_those_of_a_duel(
         rsrlm(*command, small_model, other, "--out", tmp_path / "b", "model.trust_remote_code=true")
     assert asked == [(str(other), False), (str(small_model), True)]
     with_code_of_its_own(model)
-    for duel in ([model, small_model], [small_model, model], [small_model, other, "--judge", model]):
+    named = {
+        "A": [model, small_model],
+        "B": [small_model, model],
+        "--judge": [small_model, other, "--judge", model],
+        "judge.model": [small_model, other, f"judge.model={model}", "judge.replicas=1"],
+        "evaluate.judge.model": [small_model, other, f"evaluate.judge.model={model}"],
+    }
+    for key, duel in named.items():
         ended = rsrlm(*command, *duel, "--out", tmp_path / "c", "model.trust_remote_code=true")
-        assert (ended.code, "brings Python code of its own" in ended.err) == (2, True)
+        assert ended.code == 2
+        assert ended.err.startswith(
+            f"rsrlm: {key}={model}: the model brings Python code of its own; read it, then set "
+        )
     assert not marker.exists()
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from rsrlm.model import cache_folder, check_folder, folder_of, num_parameters, weight_files
+from rsrlm.model import (
+    cache_folder,
+    check_folder,
+    folder_of,
+    load_config,
+    load_tokenizer,
+    num_parameters,
+    weight_files,
+)
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import BUILTIN_MODEL, Model
 
@@ -84,6 +92,33 @@ def test_any_kind_of_tokenizer_will_do(model: Path, tokenizer: str) -> None:
 def test_a_folder_that_lacks_something(model: Path, missing: str, said: str) -> None:
     (model / missing).unlink()
     assert refused(model) == f"model.path={model}: {said}"
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_errors_begin_with_the_key_that_names_the_model(model: Path, missing: str) -> None:
+    (model / missing).unlink()
+    with pytest.raises(ConfigError, match=rf"^judge.model={model}: no "):
+        folder_of(Model(path=str(model)), "judge.model")
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("model.path", "set model.trust_remote_code=true"),
+        ("judge.model", "set judge.trust_remote_code=true"),
+        ("evaluate.judge.model", "set evaluate.judge.trust_remote_code=true"),
+        ("A", "set it as model.path, with model.trust_remote_code=true"),
+    ],
+)
+def test_the_key_that_allows_code_is_that_of_the_model(model: Path, key: str, remedy: str) -> None:
+    auto_map = {"AutoConfig": "remote.Config", "AutoTokenizer": ["remote.Tokenizer", None]}
+    (model / "config.json").write_text(json.dumps({"model_type": "remote", "auto_map": auto_map}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Remote", "auto_map": auto_map}))
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(ConfigError) as caught:
+            load(model, False, key)
+        assert str(caught.value).startswith(f"{key}={model}: the model brings Python code of its own")
+        assert str(caught.value).endswith(remedy)
 
 
 def test_pickled_weights_are_none(model: Path) -> None:

@@ -21,6 +21,7 @@ from rsrlm.chat import ChatEncoder
 from rsrlm.commands import plan as planning
 from rsrlm.config import Config, load
 from rsrlm.data import seed_data, self_instruct
+from rsrlm.data.prompt_pool import PromptPool
 from rsrlm.data.prompts import deal
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.judges.base import Origin, judge_of, sampling_of
@@ -270,7 +271,7 @@ def made_prompts(config: Config, encoder: ChatEncoder) -> Any:
     )
     found = self_instruct.Continuation(request=0, text=text, cut=False, model="M", demonstrations=())
     kept, reasons = self_instruct.select(
-        [found], self_instruct.Pool(max_rouge=rule.max_rouge),
+        [found], PromptPool(max_rouge=rule.max_rouge),
         self_instruct.Filters(min_words=rule.min_words, max_words=rule.max_words),
         cut_at_separator=rule.cut_at_separator,
     )  # fmt: skip

@@ -1,16 +1,14 @@
 """`rsrlm data`: IFT and EFT examples from ranked data, and prompts that a model makes."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+from rsrlm.chat import ChatEncoder
 from rsrlm.commands.engines import context_of, loaded, on_engines, started, work_folder, write_lines
 from rsrlm.config import Config
 from rsrlm.data import prompts as prompt_files
 from rsrlm.data import ranked, seed_data, self_instruct
-from rsrlm.engines import SAMPLE_PRIORITY, Engines, gather
+from rsrlm.engines import SAMPLE_PRIORITY, Engines
 from rsrlm.judges.base import judge_of, sampling_of
 from rsrlm.recipes.eft import accepted, judge_replies, points_of, replies_in
 from rsrlm.recipes.sft import NoExamples
@@ -88,67 +86,6 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
     report.line(f"{len(found)} EFT examples: {out}")
 
 
-async def make_prompts(
-    config: Config, engines: Engines, encoder: Any, texts: dict[str, str], number: int, report: Report
-) -> tuple[list[self_instruct.GeneratedPrompt], Counter[str], int]:
-    """New prompts, what was refused and why, and the number of requests; `texts` are the seed prompts by id."""
-    rule, seeds, texts = config.self_instruct, list(texts), dict(texts)
-    filters = self_instruct.Filters(min_words=rule.min_words, max_words=rule.max_words)
-    pool = self_instruct.Pool(texts.values(), max_rouge=rule.max_rouge)
-    kept: list[self_instruct.GeneratedPrompt] = []
-    reasons: Counter[str] = Counter()
-    room = config.engine.max_model_len - rule.max_tokens
-
-    async def one(request: int, generated: Sequence[str]) -> self_instruct.Continuation:
-        shown = self_instruct.demonstrations(
-            seeds,
-            generated,
-            seed=config.seed,
-            batch=request,
-            from_seeds=rule.from_seeds,
-            from_generated=rule.from_generated,
-        )
-        asked = encoder.bare(self_instruct.request_text([texts[name] for name in shown]))
-        if len(asked) > room:
-            raise ConfigError(
-                f"the demonstrations of request {request} take {len(asked)} tokens, engine.max_model_len="
-                f"{config.engine.max_model_len} leaves {room} beside self_instruct.max_tokens; raise the first, "
-                "lower the second, or leave long prompts out of prompts.path"
-            )
-        seed = context_of(config, encoder).seed_of(0, str(request), "prompter", "0")
-        completion = await engines.complete(
-            Request(
-                id=f"prompts/{request}",
-                prompt_token_ids=asked,
-                sampling=sampling_of(rule, seed),
-                priority=SAMPLE_PRIORITY,
-                role="prompter",
-            )
-        )
-        return self_instruct.Continuation(
-            request=request,
-            text=completion.text,
-            cut=completion.finish_reason == "length",
-            model=config.model.path,
-            demonstrations=tuple(shown),
-        )
-
-    with report.stage("prompts", {"kept": number}) as tick:
-        request = barren = 0
-        while len(kept) < number and barren < rule.give_up_after:
-            generated = [prompt.id for prompt in kept]
-            # The size of a round is a setting: what is shown must not depend on the number of engines.
-            found = await gather([one(request + place, generated) for place in range(rule.round)])
-            request += rule.round
-            new, refused = self_instruct.select(found, pool, filters, cut_at_separator=rule.cut_at_separator)
-            reasons += refused
-            barren = 0 if new else barren + 1
-            texts.update({prompt.id: prompt.text for prompt in new})
-            kept += new
-            tick("kept", min(len(new), number - len(kept) + len(new)), 0)
-    return kept, reasons, request
-
-
 def data_prompts(config: Config, number: int, out: Path, report: Report) -> None:
     """New prompts in the manner of Self-Instruct, as a prompt file that says where each one came from."""
     rule = config.self_instruct
@@ -157,27 +94,57 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
         report.line(f"{len(repeated)} prompts are repeats of another's wording and left out: {', '.join(repeated[:5])}")
     config, drawn = started(config, work_folder(out))
     folder, encoder = loaded(config.model, drawn)
+    texts = {prompt.id: prompt.text for prompt in known}
     # Too few seeds: before anything starts.
     self_instruct.demonstrations(
-        [p.id for p in known], [], seed=0, batch=0, from_seeds=rule.from_seeds, from_generated=rule.from_generated
+        list(texts), [], seed=0, batch=0, from_seeds=rule.from_seeds, from_generated=rule.from_generated
     )
-    texts = {prompt.id: prompt.text for prompt in known}
 
-    async def work(run: Run) -> Any:
-        return await make_prompts(config, await run.load(run.first), encoder, texts, number, report)
+    async def work(run: Run) -> self_instruct.NewPrompts:
+        complete = _continuing(config, await run.load(run.first), encoder)
+        with report.stage("prompts", {"kept": number}) as tick:
+            return await self_instruct.make_prompts(
+                complete, texts, number, rule, seed=config.seed, model=config.model.path,
+                count=lambda new: tick("kept", new, 0),
+            )  # fmt: skip
 
-    kept, reasons, requests = on_engines(
-        config, work_folder(out), {config.model.path: folder}, work, report, drawn=drawn
-    )
-    rows = []
-    for prompt in kept[:number]:
-        row = asdict(prompt)
-        rows.append({"id": row.pop("id"), "prompt": row.pop("text"), **row})
-    for reason, count in sorted(reasons.items()):
+    made = on_engines(config, work_folder(out), {config.model.path: folder}, work, report, drawn=drawn)
+    rows = [prompt.row for prompt in made.prompts[:number]]
+    for reason, count in sorted(made.reasons.items()):
         report.line(f"  {count:>8}  {reason}")
     if not rows:
-        raise NoExamples(f"no prompt in {requests} requests passed the filters; try a larger model")
+        raise NoExamples(f"no prompt in {made.requests} requests passed the filters; try a larger model")
     write_lines(out, rows)
-    report.line(f"{len(rows)} prompts from {requests} requests: {out}")
+    report.line(f"{len(rows)} prompts from {made.requests} requests: {out}")
     if len(rows) < number:
         report.line(f"fewer than the {number} asked for: {rule.give_up_after} rounds in a row gave nothing new")
+
+
+def _continuing(
+    config: Config, engines: Engines, encoder: ChatEncoder
+) -> Callable[[int, str], Awaitable[tuple[str, bool]]]:
+    """Asks the model to continue a text outside any chat: what it writes, and whether the length limit cut it."""
+    rule = config.self_instruct
+    room = config.engine.max_model_len - rule.max_tokens
+
+    async def complete(request: int, text: str) -> tuple[str, bool]:
+        tokens = encoder.bare(text)
+        if len(tokens) > room:
+            raise ConfigError(
+                f"the demonstrations of request {request} take {len(tokens)} tokens, engine.max_model_len="
+                f"{config.engine.max_model_len} leaves {room} beside self_instruct.max_tokens; raise the first, "
+                "lower the second, or leave long prompts out of prompts.path"
+            )
+        seed = context_of(config, encoder).seed_of(0, str(request), "prompter", "0")
+        completion = await engines.complete(
+            Request(
+                id=f"prompts/{request}",
+                prompt_token_ids=tokens,
+                sampling=sampling_of(rule, seed),
+                priority=SAMPLE_PRIORITY,
+                role="prompter",
+            )
+        )
+        return completion.text, completion.finish_reason == "length"
+
+    return complete

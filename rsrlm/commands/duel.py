@@ -75,6 +75,21 @@ async def compare(
     }
 
 
+def _without_judge(config: Config) -> Config:
+    """No other model and no server judges."""
+    nobody = config.judge.model_copy(update={"model": None, "replicas": 0, "endpoint": None})
+    return config.model_copy(update={"judge": nobody})
+
+
+def _key_of(config: Config, judge: str | None) -> str:
+    """Where the user named the model that compares."""
+    if judge:
+        return "--judge"
+    if config.evaluate.judge.model:
+        return "evaluate.judge.model"
+    return "judge.model" if config.judge.model else "model.path"
+
+
 def eval_duel(
     config: Config, first: str, second: str, judge: str | None, prompts: Sequence[Prompt], out: Path, report: Report
 ) -> dict[str, Any]:
@@ -82,21 +97,19 @@ def eval_duel(
 
     `judge` is a model that compares; None is the config's judge.model or judge.endpoint, else its model.
     """
+    key = _key_of(config, judge)
     config = by_validator(config)
     # Neither the models of the command line nor another judge are those that model.trust_remote_code speaks of.
-    of = {name: config.model_at(name) for name in (first, second, judge or config.judge.external or config.model.path)}
-    if judge:
-        nobody = {"model": None, "endpoint": None, "replicas": 0}
-        config = config.model_copy(update={"judge": config.judge.model_copy(update=nobody)})
-    config, drawn = started(config, out)
     by = judge or config.judge.external or config.model.path
-    models = {name: loaded(of[name], drawn) for name in dict.fromkeys((first, second))}
+    of = {name: config.model_at(name) for name in (first, second, by)}
+    if judge:
+        config = _without_judge(config)
+    config, drawn = started(config, out)
+    models = {name: loaded(of[name], drawn, side) for name, side in {first: "A", second: "B"}.items()}
     endpoint = config.judge.endpoint
-    folder, encoder = loaded(config.model if endpoint else of[by], drawn)
+    folder, encoder = loaded(config.model, drawn) if endpoint else loaded(of[by], drawn, key)
     # The pool that compares is the only one of its stage: no engines of another judge beside it.
-    alone = config.model_copy(
-        update={"judge": config.judge.model_copy(update={"model": None, "replicas": 0, "endpoint": None})}
-    )
+    alone = _without_judge(config)
     comparing = duel_judge(config, context_of(config, encoder))
     kept = _usable(config, [one for _, one in models.values()], comparing, prompts, report)
     sides = []

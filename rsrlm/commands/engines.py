@@ -76,11 +76,11 @@ def started(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
     return launch.started(config, RunFolder(folder).note("start"))
 
 
-def loaded(model: Model, drawn: Mapping[str, str] | None = None) -> tuple[Path, ChatEncoder]:
-    """The model's folder and its encoder, with the date that was drawn. Raises ConfigError."""
-    folder = folder_of(model)
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
-    check_tokenizer(tokenizer, model.path)
+def loaded(model: Model, drawn: Mapping[str, str] | None = None, key: str = "model.path") -> tuple[Path, ChatEncoder]:
+    """The model's folder and its encoder, with the date that was drawn. Raises ConfigError, which begins with `key`."""
+    folder = folder_of(model, key)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code, key)
+    check_tokenizer(tokenizer, model.path, key)
     return folder, ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]) if drawn else None)
 
 

@@ -1,11 +1,12 @@
 """Files of examples for supervised fine-tuning, and replies of people in the form that judges take."""
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from rsrlm.chat import ChatEncoder
+from rsrlm.data import files
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.judges.base import Origin
 from rsrlm.records import Example, Prompt, Response, Sampling, group_id, wording
@@ -90,22 +91,12 @@ def _judge_prompt(judge: AsksInWords, entry: dict[str, Any], identifier: str) ->
 
 def _entries(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of the file with their line numbers."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"sources path={path}: {error}; give a JSONL file, or one of ift, eft, positive") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"sources path={path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{where}: not JSON ({error})") from None
+    remedy = "give a JSONL file, or one of ift, eft, positive"
+    for number, entry in files.jsonl(Path(os.path.expanduser(path)), "sources path", remedy):
         if not isinstance(entry, dict) or not all(isinstance(value, str) for value in _texts(entry)):
             raise ConfigError(
-                f'{where}: must be an object such as {{"prompt": "...", "target": "..."}}, or {{"instruction": "...", '
-                '"response": "...", "target": "Because ...\\nScore: 4"}'
+                f'sources path={path}, line {number}: must be an object such as {{"prompt": "...", "target": "..."}}, '
+                'or {"instruction": "...", "response": "...", "target": "Because ...\\nScore: 4"}'
             )
         yield number, entry
 

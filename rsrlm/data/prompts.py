@@ -1,4 +1,4 @@
-"""The prompts of a run: read, checked, and dealt out by seed: those set aside first, then a hand per iteration."""
+"""The prompts of a run: read, checked, and dealt out by seed: some set aside first, then a hand for each iteration."""
 
 import json
 import os
@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rsrlm.config import Config
+from rsrlm.data import files
 from rsrlm.records import Prompt, wording
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.methods import Prompts
@@ -22,60 +23,62 @@ REFUSED = ("Cc", "Zl", "Zp")  # Unicode categories of control characters and lin
 def file_of(prompts: Prompts) -> Path:
     if prompts.path in OWN:
         return Path(str(resources.files("rsrlm"))) / "assets" / "prompts" / OWN[prompts.path]
-    return Path(os.path.expanduser(prompts.path))  # Path's own raises for a user that is not there
+    return Path(os.path.expanduser(prompts.path))  # Path's own raises for an unknown user
 
 
 def read(path: Path) -> list[Prompt]:
-    """Prompts of a JSONL file with `id` and `prompt` per line; its other texts and numbers are the prompt's data, such
-    as `answer`. Raises ConfigError with the line number."""
-    try:
-        # Not splitlines: JSON texts may hold U+2028 and its like as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompts.path={path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except OSError as error:
+    """Prompts of a JSONL file with `id` and `prompt` per line; the other keys are the prompt's data, see `data_of`.
+
+    Raises ConfigError with the line number.
+    """
+    key = f"prompts.path={path}"
+    prompts: list[Prompt] = []
+    lines: dict[str, int] = {}
+    remedy = f"give a JSONL file with id and prompt per line, or {BUILTIN!r}"
+    for number, entry in files.jsonl(path, "prompts.path", remedy):
+        where = f"{key}, line {number}"
+        prompt = _prompt(entry, where)
+        if prompt.id in lines:
+            raise ConfigError(f"{where}: id {prompt.id!r} stands in line {lines[prompt.id]} already; ids are unique")
+        lines[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise ConfigError(f"{key}: no prompts in it; write one JSON object with id and prompt per line")
+    return prompts
+
+
+def _prompt(entry: Any, where: str) -> Prompt:
+    if not isinstance(entry, dict) or not entry.keys() >= {"id", "prompt"}:
+        raise ConfigError(f'{where}: must be an object such as {{"id": "tea", "prompt": "Describe tea."}}')
+    identifier, text = entry["id"], entry["prompt"]
+    if not isinstance(identifier, str) or not identifier or any(map(_refused, identifier)):
         raise ConfigError(
-            f"prompts.path={path}: {error.strerror}; give a JSONL file with id and prompt per line, or {BUILTIN!r}"
-        ) from None
-    found: dict[str, tuple[Prompt, int]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"prompts.path={path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(entry, dict) or not entry.keys() >= {"id", "prompt"}:
-            raise ConfigError(f'{where}: must be an object such as {{"id": "tea", "prompt": "Describe tea."}}')
-        identifier, text = entry["id"], entry["prompt"]
-        if not isinstance(identifier, str) or not identifier or any(map(_refused, identifier)):
-            raise ConfigError(
-                f"{where}: id {identifier!r} must be a text without / # >, line breaks and control characters"
-            )
-        if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"{where}: prompt of {identifier!r} must be a text that is not empty")
-        data = {
-            name: str(value)
-            for name, value in entry.items()
-            if name not in ("id", "prompt") and isinstance(value, str | int | float) and not isinstance(value, bool)
-        }
-        everything = "".join((identifier, text, *data, *data.values()))
-        if lone := [character for character in everything if unicodedata.category(character) == "Cs"]:
-            # JSON can write it, UTF-8 cannot: no journal could take it.
-            raise ConfigError(f"{where}: {lone[0]!r} is half a surrogate pair; write the whole character")
-        if identifier in found:
-            raise ConfigError(
-                f"{where}: id {identifier!r} stands in line {found[identifier][1]} already; ids are unique"
-            )
-        found[identifier] = (Prompt(id=identifier, text=text, data=data), number)
-    if not found:
-        raise ConfigError(f"prompts.path={path}: no prompts in it; write one JSON object with id and prompt per line")
-    return [prompt for prompt, _ in found.values()]
+            f"{where}: id {identifier!r} must be a text without / # >, line breaks and control characters"
+        )
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"{where}: prompt of {identifier!r} must be a text that is not empty")
+    data = data_of(entry)
+    everything = "".join((identifier, text, *data, *data.values()))
+    if lone := [character for character in everything if unicodedata.category(character) == "Cs"]:
+        # JSON can write it, UTF-8 cannot: no journal could take it.
+        raise ConfigError(f"{where}: {lone[0]!r} is half a surrogate pair; write the whole character")
+    return Prompt(id=identifier, text=text, data=data)
+
+
+def data_of(entry: Mapping[str, Any]) -> dict[str, str]:
+    """What judges, functions and recipes may see of a line and the actor does not, such as `answer` or `reference`.
+
+    Texts are taken as they are, other values as JSON (`42`, `true`, `["a", "b"]`); null is left out.
+    """
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in entry.items()
+        if name not in ("id", "prompt") and value is not None
+    }
 
 
 def distinct(prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
-    """The first prompt of every wording, and the ids of the others: a question must not be held out and trained on."""
+    """The first prompt of each wording, and the ids of the others: a question must not be held out and trained on."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(wording(prompt.text), prompt)
@@ -99,7 +102,7 @@ def deal(prompts: list[Prompt], config: Config, seen: Collection[str] = ()) -> D
     """Deal the prompts out in an order that depends on ids and seed alone.
 
     Prompts whose wording (`records.wording`) is in `seen`, because the run trains on it anyway, are not set aside. An
-    iteration that answers none (supervised fine-tuning on data that is there) gets none. Without `prompts.reuse` no
+    iteration that answers no prompts (supervised fine-tuning on existing data) gets none. Without `prompts.reuse` no
     prompt is dealt twice; with it, no prompt repeats until all have been used. Raises ConfigError when there are too
     few.
     """
@@ -135,7 +138,7 @@ def deal(prompts: list[Prompt], config: Config, seen: Collection[str] = ()) -> D
         if len(deck) < wanted:
             again = list(rest)
             random.Random(f"prompts {config.seed} {iteration}").shuffle(again)
-            # The last cards of the old deck are in this hand, so their turns in the new one come later.
+            # The rest of the old deck is in this hand, so in the new deck it comes later.
             old = {prompt.id for prompt in deck}
             hand = deck + [prompt for prompt in again if prompt.id not in old][: wanted - len(deck)]
             had = {prompt.id for prompt in hand} - old
@@ -150,10 +153,10 @@ def deal(prompts: list[Prompt], config: Config, seen: Collection[str] = ()) -> D
 def usable(
     prompts: list[Prompt], lengths: Mapping[str, int], needs: Mapping[str, int], config: Config
 ) -> tuple[list[Prompt], list[str]]:
-    """Prompts whose tokens leave room for all that is asked about them, and the ids of the others.
+    """Prompts whose tokens leave room for everything asked about them, and the ids of the others.
 
-    `lengths` counts the tokens of each prompt's text by id, `needs` those that each kind of request takes beside it: an
-    answer that could be sampled but not judged would never take part in a pair. Raises ConfigError where
+    `lengths` are the tokens of each prompt by id, `needs` the tokens that each kind of request takes besides: an answer
+    that could be sampled but not judged would never take part in a pair. Raises ConfigError where
     prompts.overlong=error, and where there is no room for any prompt.
     """
     most = max(needs, key=lambda name: needs[name])

@@ -10,12 +10,15 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+from rsrlm.data.prompt_pool import PromptPool
+from rsrlm.engines import gather
 from rsrlm.settings.base import ConfigError
+from rsrlm.settings.data import SelfInstruct
 
 HEADER = "Continue this numbered list of varied, open-ended tasks that people give to an assistant:"
 CUT = "cut off by the length limit"
@@ -23,7 +26,6 @@ TOO_SIMILAR = "too similar to another prompt"
 
 # Self-Instruct's, without the space after it: that could be the line break before the next number.
 _NUMBER = re.compile(r"\n\d+\s?\.")
-_TOKEN = re.compile(r"[a-z0-9]+")
 # A line that starts with a rule or with a word that announces answers, perhaps as an item of the list.
 _SEPARATOR = re.compile(
     r"^[ \t]*+(?:\d+\s?\.[ \t]*+)?"
@@ -74,6 +76,21 @@ class GeneratedPrompt:
     model: str
     demonstrations: tuple[str, ...]
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """A line of a prompt file that says where the prompt comes from."""
+        fields = asdict(self)
+        return {"id": fields.pop("id"), "prompt": fields.pop("text"), **fields}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPrompts:
+    """What a number of requests gave; `reasons` counts what was left out, and why."""
+
+    prompts: list[GeneratedPrompt]
+    reasons: Counter[str]
+    requests: int
+
 
 def demonstrations(
     seed_prompts: Sequence[str],
@@ -113,11 +130,11 @@ def split(completion: str, cut: bool, *, cut_at_separator: bool = False) -> list
 
     With `cut` (by the length limit) the last item is not whole and is left out. `cut_at_separator` is for a model that
     is trained to answer: it tends to write some prompts, then a separator such as `---`, `###`, `===` or `Answer:` on
-    a line of its own, then answers (2401.10020v3, App. A.5); only what stands before counts, and that is whole.
+    a line of its own, then answers (2401.10020v3, App. A.5); only what is before it counts, and that is whole.
     """
     if cut_at_separator and (separator := _SEPARATOR.search(completion)):
         completion, cut = completion[: separator.start()], False
-    # The line break is for a model that writes once more the number that the request ended with.
+    # The line break is for a model that repeats the number at the end of the request.
     items = _NUMBER.split("\n" + completion.lstrip())
     if cut:
         items.pop()
@@ -160,96 +177,22 @@ def _any_of(keywords: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE) if either else None
 
 
-class Pool:
-    """Prompts of which no new one is too similar to any other.
-
-    Similar is the F-measure of ROUGE-L, 2 LCS / (m + n), over the tokens that the `rouge_score` package makes without
-    stemming: runs of a-z and 0-9 in lower case; m and n are their numbers, LCS is the length of the longest common
-    subsequence. It is 0 for a text without tokens. Compared exactly: F = max_rouge is not too similar. An equal text
-    always is.
-
-    Every different token becomes one character and every prompt a string, which RapidFuzz compares some 10 million
-    times per second; the strings are kept by their length, as most lengths are too different to be similar. Adding to
-    a pool takes time in proportion to its size. Raises ValueError beyond 1,114,112 different tokens.
-    """
-
-    def __init__(self, known: Iterable[str] = (), *, max_rouge: float = 0.7) -> None:
-        """`known` prompts are in it however similar they are to each other."""
-        self._max_rouge = max_rouge
-        self._characters: dict[str, str] = {}
-        self._texts: set[str] = set()
-        # Of each length the strings, and beside them (place in the order of adding, text).
-        self._strings: dict[int, list[str]] = {}
-        self._places: dict[int, list[tuple[int, str]]] = {}
-        for text in known:
-            self._keep(text, self._encode(text))
-
-    def add(self, text: str) -> str | None:
-        """None if the text is in now, else what keeps it out: an equal prompt, or the first of the most alike."""
-        if text in self._texts:
-            return text
-        encoded = self._encode(text)
-        similar = self._most_similar(encoded)
-        if similar is None:
-            self._keep(text, encoded)
-        return similar
-
-    def _encode(self, text: str) -> str:
-        known = self._characters
-        return "".join([known.setdefault(token, chr(len(known))) for token in _TOKEN.findall(text.lower())])
-
-    def _keep(self, text: str, encoded: str) -> None:
-        if text not in self._texts:
-            self._strings.setdefault(len(encoded), []).append(encoded)
-            self._places.setdefault(len(encoded), []).append((len(self._texts), text))
-            self._texts.add(text)
-
-    def _most_similar(self, encoded: str) -> str | None:
-        from rapidfuzz.distance import LCSseq
-        from rapidfuzz.process import extractOne
-
-        best: tuple[float, int, str] | None = None
-        for length, strings in self._strings.items():
-            total = len(encoded) + length
-            needed = _needed(total, self._max_rouge)
-            if needed > min(len(encoded), length):
-                continue
-            # The first of several equally similar ones.
-            found: Any = extractOne(encoded, strings, scorer=LCSseq.similarity, score_cutoff=needed)
-            if found is not None:
-                _, common, index = found
-                place, text = self._places[length][index]
-                one = (-2 * int(common) / total, place, text)
-                best = one if best is None else min(best, one)
-        return None if best is None else best[2]
-
-
-@cache
-def _needed(total: int, max_rouge: float) -> int:
-    """The smallest LCS that is too similar for two prompts of together `total` tokens; at least 1."""
-    common = max(1, int(max_rouge * total / 2) - 1)
-    # The division of integers is rounded once, so that 14 / 20 is the same float as 0.7.
-    while total and 2 * common / total <= max_rouge:
-        common += 1
-    return common
-
-
 def select(
-    continuations: Iterable[Continuation], pool: Pool, filters: Filters, *, cut_at_separator: bool = False
+    continuations: Iterable[Continuation], pool: PromptPool, filters: Filters, *, cut_at_separator: bool = False
 ) -> tuple[list[GeneratedPrompt], Counter[str]]:
-    """The new prompts, and how many items were left out for which reason. The new ones are in the pool afterwards.
+    """The new prompts, which are in the pool afterwards, and how many items were left out for which reason.
 
     In order of the request numbers, whatever the order of arrival. Raises ValueError if two have the same number.
     """
     kept: list[GeneratedPrompt] = []
     reasons: Counter[str] = Counter()
     last: int | None = None
-    for one in sorted(continuations, key=lambda one: one.request):
-        if one.request == last:
-            raise ValueError(f"two continuations of request {one.request}")
-        last = one.request
-        texts = split(one.text, one.cut, cut_at_separator=cut_at_separator)
-        if cut := len(split(one.text, False, cut_at_separator=cut_at_separator)) - len(texts):
+    for written in sorted(continuations, key=lambda written: written.request):
+        if written.request == last:
+            raise ValueError(f"two continuations of request {written.request}")
+        last = written.request
+        texts = split(written.text, written.cut, cut_at_separator=cut_at_separator)
+        if cut := len(split(written.text, False, cut_at_separator=cut_at_separator)) - len(texts):
             reasons[CUT] += cut
         for index, text in enumerate(texts):
             reason = refused(text, filters) or (TOO_SIMILAR if pool.add(text) is not None else "")
@@ -260,13 +203,55 @@ def select(
                 GeneratedPrompt(
                     id=id_of(text),
                     text=text,
-                    request=one.request,
+                    request=written.request,
                     index=index,
-                    model=one.model,
-                    demonstrations=one.demonstrations,
+                    model=written.model,
+                    demonstrations=written.demonstrations,
                 )
             )
     return kept, reasons
+
+
+async def make_prompts(
+    complete: Callable[[int, str], Awaitable[tuple[str, bool]]],
+    seed_prompts: Mapping[str, str],
+    number: int,
+    rule: SelfInstruct,
+    *,
+    seed: int,
+    model: str,
+    count: Callable[[int], None] = lambda new: None,
+) -> NewPrompts:
+    """At least `number` new prompts, or fewer where `rule.give_up_after` rounds in a row give none.
+
+    `complete(request, text)` returns what `model` writes after the text of a request, and whether the length limit cut
+    it. `seed_prompts` are texts by id. `count` is told after each round how many of the prompts wanted came with it.
+    """
+    texts = dict(seed_prompts)
+    pool = PromptPool(texts.values(), max_rouge=rule.max_rouge)
+    filters = Filters(min_words=rule.min_words, max_words=rule.max_words)
+    prompts: list[GeneratedPrompt] = []
+    reasons: Counter[str] = Counter()
+    requests = barren = 0
+
+    async def ask(request: int, generated: Sequence[str]) -> Continuation:
+        numbers = {"from_seeds": rule.from_seeds, "from_generated": rule.from_generated}
+        shown = demonstrations(list(seed_prompts), generated, seed=seed, batch=request, **numbers)
+        text, cut = await complete(request, request_text([texts[name] for name in shown]))
+        return Continuation(request=request, text=text, cut=cut, model=model, demonstrations=tuple(shown))
+
+    while len(prompts) < number and barren < rule.give_up_after:
+        generated = [prompt.id for prompt in prompts]
+        # The size of a round is a setting: what is shown must not depend on the number of engines.
+        continuations = await gather([ask(requests + place, generated) for place in range(rule.round)])
+        new, refusals = select(continuations, pool, filters, cut_at_separator=rule.cut_at_separator)
+        count(min(len(new), number - len(prompts)))
+        requests += rule.round
+        reasons += refusals
+        barren = 0 if new else barren + 1
+        texts.update({prompt.id: prompt.text for prompt in new})
+        prompts += new
+    return NewPrompts(prompts=prompts, reasons=reasons, requests=requests)
 
 
 def id_of(text: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rsrlm.data import ranked
+from rsrlm.data import agreement
 from rsrlm.data.examples import group_of, reply_as_response
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.engines import Engines
@@ -65,7 +65,7 @@ def accepted(
         for one in _accepted_of(prompt, judgements, data, counts)
     ]
     counts["judgements accepted"] = len(found)
-    kept = ranked.thin([(one.judgement.id, points_of(one.judgement)) for one in found], data.most_common, seed)
+    kept = agreement.thin([(one.judgement.id, points_of(one.judgement)) for one in found], data.most_common, seed)
     counts["thinned as the most common score"] = len(found) - len(kept)
     found = [one for one in found if one.judgement.id in kept]
     if data.max_eft is not None and len(found) > data.max_eft:
@@ -88,9 +88,9 @@ def _accepted_of(
     }
     counts["judgements"] += sum(len(points) for points in scores.values())
     counts["judgements unreadable or cut"] += sum(points.count(None) for points in scores.values())
-    agreed = ranked.accept(prompt, scores, data.accept, data.eft_per_reply)
-    if isinstance(agreed, str):
-        counts[f"prompts refused: {agreed}"] += 1
+    agreed = agreement.accept(prompt, scores, data.accept, data.eft_per_reply)
+    if isinstance(agreed, agreement.NoneAccepted):
+        counts[f"prompts refused: {agreed.reason}"] += 1
         return []
     counts["prompts accepted"] += 1
     by_id = {reply.id: (index, reply) for index, reply in enumerate(prompt.replies)}

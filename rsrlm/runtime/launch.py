@@ -227,9 +227,10 @@ def _other(
     if who.model is None:
         return None, encoder
     model = config.model_at(who.model)
-    folder = folder_of(model)
-    tokenizer = load_tokenizer(folder, model.trust_remote_code)
-    check_tokenizer(tokenizer, who.model)
+    named = f"{key}.model"
+    folder = folder_of(model, named)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code, named)
+    check_tokenizer(tokenizer, who.model, named)
     return folder, ChatEncoder(tokenizer, encoder.date)
 
 

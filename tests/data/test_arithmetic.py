@@ -64,4 +64,5 @@ def test_what_else_a_line_holds_is_data(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     row = {"id": "a", "prompt": "?", "answer": 7, "solution": "3 + 4", "share": 0.5, "kept": True, "tags": ["x"]}
     path.write_text(json.dumps(row) + "\n")
-    assert prompts.read(path) == [Prompt(id="a", text="?", data={"answer": "7", "solution": "3 + 4", "share": "0.5"})]
+    data = {"answer": "7", "solution": "3 + 4", "share": "0.5", "kept": "true", "tags": '["x"]'}
+    assert prompts.read(path) == [Prompt(id="a", text="?", data=data)]

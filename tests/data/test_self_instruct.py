@@ -1,40 +1,36 @@
-"""Requests and their answers by hand; near-duplicates against the plain definition and against `rouge_score`."""
+"""Requests and their answers by hand, and rounds of them with a model that writes by a script."""
 
+import asyncio
 import json
-import random
 from collections import Counter
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rapidfuzz.distance import Indel
-from rapidfuzz.process import cdist
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
+from test_prompt_pool import plain_f
 
 from rsrlm.data import prompts as prompt_files
+from rsrlm.data.prompt_pool import PromptPool
 from rsrlm.data.self_instruct import (
     CUT,
     HEADER,
     TOO_SIMILAR,
     Continuation,
     Filters,
-    Pool,
     demonstrations,
     id_of,
+    make_prompts,
     refused,
     request_text,
     select,
     split,
 )
 from rsrlm.settings.base import ConfigError
-from rsrlm.settings.methods import Prompts
+from rsrlm.settings.data import SelfInstruct
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-FILES = ("self_instruct_seed_tasks.jsonl", "user_oriented_instructions.jsonl", "alpaca_eval_instructions.jsonl")
 SEEDS = [f"seed {n}" for n in range(20)]
 NEW = [f"new {n}" for n in range(10)]
 
@@ -203,162 +199,6 @@ def test_own_filters() -> None:
     assert refused("Image", Filters(min_words=0, keywords=())) == ""
 
 
-# -- near-duplicates ---------------------------------------------------------------------------------------------------
-
-
-def plain_lcs(one: list[str], other: list[str]) -> int:
-    row = [0] * (len(other) + 1)
-    for token in one:
-        before = 0
-        for place, against in enumerate(other, start=1):
-            before, row[place] = row[place], before + 1 if token == against else max(row[place], row[place - 1])
-    return row[-1]
-
-
-def plain_f(one: str, other: str) -> Fraction:
-    first, second = (DefaultTokenizer(use_stemmer=False).tokenize(text) for text in (one, other))
-    if not first or not second:
-        return Fraction(0)
-    return Fraction(2 * plain_lcs(first, second), len(first) + len(second))
-
-
-def test_plain_f_by_hand() -> None:
-    assert plain_f("Name a green tea", "Name some tea, please!") == Fraction(2 * 2, 8)
-    assert plain_f("a b c d", "d c b a") == Fraction(2, 8)
-    assert plain_f("Tea", "???") == 0
-
-
-@pytest.mark.parametrize(
-    ("known", "text", "max_rouge", "expected"),
-    [
-        ("a b c d e f g x y z", "a b c d e f g p q r", 0.7, None),  # 14 / 20 is not more than 0.7
-        ("a b c d e f g x y", "a b c d e f g p q r", 0.7, "a b c d e f g x y"),  # 14 / 19 is
-        ("a b c", "x y z", 0.0, None),
-        ("a b c", "x y c", 0.0, "a b c"),
-        ("Tea, please!", "tea PLEASE", 0.7, "Tea, please!"),  # tokens are lower case without punctuation
-        ("Tea, please!", "tea PLEASE", 1.0, None),  # 1 is not more than 1
-        ("Tea, please!", "Tea, please!", 1.0, "Tea, please!"),  # but it is the same text
-        ("お茶", "緑茶", 0.7, None),  # no tokens: nothing in common
-        ("お茶", "お茶", 0.7, "お茶"),
-        ("", "", 0.7, ""),
-        ("a b", "", 0.0, None),
-    ],
-)
-def test_pool_by_hand(known: str, text: str, max_rouge: float, expected: str | None) -> None:
-    pool = Pool([known], max_rouge=max_rouge)
-    assert pool.add(text) == expected
-
-
-def test_the_most_similar_prompt_keeps_it_out() -> None:
-    pool = Pool(["a b c d w x", "a b c d e y z", "a b c d e x", "x a b c d e"], max_rouge=0.5)
-    assert pool.add("a b c d e f") == "a b c d e x"  # 10 / 12 as the last one; the second has 10 / 13
-    assert pool.add("p q r s") is None
-    assert pool.add("p q r s t") == "p q r s"  # an added one counts like a known one
-
-
-def test_known_prompts_count_even_if_similar_to_each_other() -> None:
-    pool = Pool(["a b c d", "a b c d e", "a b c d e f"])
-    assert pool.add("b c d e f g") == "a b c d e f"  # 10 / 12; the first has 6 / 10, the second 8 / 11
-    pool = Pool()
-    assert pool.add("a b c d") is None
-    assert pool.add("a b c d e f") == "a b c d"
-    assert pool.add("c d e f g h") is None  # what was kept out does not keep others out
-
-
-WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "A!", "??", "ä", "e-f"]), max_size=9).map(" ".join)
-LIMITS = st.sampled_from([0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-
-
-@given(known=st.lists(WORDS, max_size=4), texts=st.lists(WORDS, max_size=12), max_rouge=LIMITS)
-@settings(deadline=None, max_examples=200)
-def test_pool_is_the_plain_definition(known: list[str], texts: list[str], max_rouge: float) -> None:
-    pool, there = Pool(known, max_rouge=max_rouge), list(known)
-    limit = Fraction(str(max_rouge))
-    for text in texts:
-        similar = max((plain_f(text, other) for other in there), default=Fraction(0))
-        most = [other for other in there if plain_f(text, other) == similar]
-        if text in there:
-            assert pool.add(text) == text
-        elif similar > limit:
-            assert pool.add(text) == most[0]
-        else:
-            assert pool.add(text) is None
-            there.append(text)
-
-
-def built_in() -> list[str]:
-    return [
-        prompt.text
-        for prompt in prompt_files.read(prompt_files.file_of(Prompts(path=prompt_files.BUILTIN, per_iteration=1)))
-    ]
-
-
-def recorded() -> list[str]:
-    found = []
-    for name in FILES:
-        if not (DATA / name).exists():
-            pytest.skip(f"needs {DATA / name}")
-        lines = (DATA / name).read_text(encoding="utf-8").split("\n")
-        found += [json.loads(line)["instruction"] for line in lines if line]
-    return found
-
-
-def varied(texts: list[str], count: int) -> Iterator[str]:
-    """Texts in between: a word replaced, left out or moved, so that many are near any limit."""
-    rng = random.Random(0)
-    for _ in range(count):
-        words = rng.choice(texts).split()
-        for _ in range(rng.randrange(6)):
-            place = rng.randrange(len(words))
-            word = words.pop(place)
-            if words and rng.random() < 0.7:
-                words.insert(rng.randrange(len(words)), rng.choice([word, "other"]))
-            words = words or [word]
-        yield " ".join(words)
-
-
-@pytest.mark.parametrize("max_rouge", [0.7, 0.4])
-def test_pool_against_rouge_score(max_rouge: float) -> None:
-    """With the package itself. It rounds on the way: exactly 0.7 can come out as 0.7000000000000001."""
-    texts = built_in()[:80]
-    texts += varied(texts, 100)
-    scorer, pool = RougeScorer(["rougeL"], use_stemmer=False), Pool(max_rouge=max_rouge)
-    kept: list[str] = []
-    for text in texts:
-        scores = [round(scorer.score(other, text)["rougeL"].fmeasure, 12) for other in kept]
-        similar = max(scores, default=0.0)
-        if similar > max_rouge:
-            assert pool.add(text) == (text if text in kept else kept[scores.index(similar)])
-        else:
-            assert pool.add(text) is None
-            kept.append(text)
-    assert 20 < len(kept) < 170
-
-
-@pytest.mark.parametrize("max_rouge", [0.7, 0.3])
-def test_pool_on_recorded_prompts(max_rouge: float) -> None:
-    """All against all, by RapidFuzz on whole lists of tokens and without any bound; spot-checked by `rouge_score`."""
-    texts = built_in() + recorded()
-    texts += varied(texts, 400)
-    tokenizer = DefaultTokenizer(use_stemmer=False)
-    tokens = [tokenizer.tokenize(text) for text in texts]
-    assert all(tokens)
-    similarity = cdist(tokens, tokens, scorer=Indel.normalized_similarity)
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    rng = random.Random(1)
-    for _ in range(200):
-        one, other = rng.randrange(len(texts)), rng.randrange(len(texts))
-        assert scorer.score(texts[one], texts[other])["rougeL"].fmeasure == pytest.approx(similarity[one, other], 1e-6)
-    kept: list[int] = []
-    for place in range(len(texts)):
-        # cdist rounds to 32 bits.
-        if not kept or max(similarity[place, kept]) <= max_rouge + 1e-6:
-            kept.append(place)
-    pool = Pool(max_rouge=max_rouge)
-    assert [place for place, text in enumerate(texts) if pool.add(text) is None] == kept
-    assert len(kept) < len(texts) - 100
-
-
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +207,7 @@ def written(request: int, text: str, cut: bool = False) -> Continuation:
 
 
 def test_select() -> None:
-    pool = Pool(["Name four kinds of green tea."])
+    pool = PromptPool(["Name four kinds of green tea."])
     answers = [
         written(10, " Tell me how bees find their way home.\n10. Tell me about the sta", cut=True),
         written(
@@ -390,20 +230,20 @@ def test_select() -> None:
 
 def test_select_passes_the_separator_on() -> None:
     answers = [written(0, " Explain rain to me.\n---\n10. Rain is water that falls.", cut=True)]
-    kept, reasons = select(answers, Pool(), Filters(), cut_at_separator=True)
+    kept, reasons = select(answers, PromptPool(), Filters(), cut_at_separator=True)
     assert ([one.text for one in kept], reasons) == (["Explain rain to me."], Counter())
-    kept, reasons = select(answers, Pool(), Filters())
+    kept, reasons = select(answers, PromptPool(), Filters())
     assert ([one.text for one in kept], reasons) == (["Explain rain to me. ---"], Counter({CUT: 1}))
 
 
 def test_nothing_comes_of_nothing() -> None:
-    assert select([], Pool(), Filters()) == ([], Counter())
-    assert select([written(0, ""), written(1, "", cut=True)], Pool(), Filters()) == ([], Counter())
+    assert select([], PromptPool(), Filters()) == ([], Counter())
+    assert select([written(0, ""), written(1, "", cut=True)], PromptPool(), Filters()) == ([], Counter())
 
 
 def test_two_continuations_of_a_request_have_no_order() -> None:
     with pytest.raises(ValueError, match="two continuations of request 4"):
-        select([written(4, " Name a tea."), written(5, ""), written(4, " Name a cake.")], Pool(), Filters())
+        select([written(4, " Name a tea."), written(5, ""), written(4, " Name a cake.")], PromptPool(), Filters())
 
 
 ITEMS = st.lists(st.lists(st.sampled_from("abcd"), min_size=2, max_size=8).map(" ".join), max_size=4)
@@ -416,8 +256,8 @@ def test_what_holds_for_every_selection(lists: list[list[str]], cuts: list[bool]
         written(number, "".join(f"\n{place}. {item}" for place, item in enumerate(items, start=9)), cuts[number])
         for number, items in enumerate(lists)
     ]
-    kept, reasons = select(answers, Pool(), Filters())
-    assert select(data.draw(st.permutations(answers)), Pool(), Filters()) == (kept, reasons)
+    kept, reasons = select(answers, PromptPool(), Filters())
+    assert select(data.draw(st.permutations(answers)), PromptPool(), Filters()) == (kept, reasons)
     assert len(kept) + reasons.total() == sum(map(len, lists))  # everything is somewhere
     assert len({one.id for one in kept}) == len(kept)
     for one in kept:
@@ -432,3 +272,87 @@ def test_ids_are_those_of_a_prompt_file(tmp_path: Path) -> None:
     path = tmp_path / "generated.jsonl"
     path.write_text("".join(json.dumps({"id": id_of(text), "prompt": text}) + "\n" for text in texts))
     assert [prompt.text for prompt in prompt_files.read(path)] == texts
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+SEED_PROMPTS = {f"s{n}": f"Seed prompt number {n} about {'tea' * n}." for n in range(8)}
+RULE = SelfInstruct(round=3, give_up_after=2)
+
+
+def made(number: int, answers: dict[int, str], rule: SelfInstruct = RULE, seed: int = 0) -> tuple[Any, dict, list[int]]:
+    """With a model that writes these answers, later requests first; what it was asked, and the counts."""
+    asked: dict[int, str] = {}
+    counts: list[int] = []
+
+    async def complete(request: int, text: str) -> tuple[str, bool]:
+        asked[request] = text
+        for _ in range(9 - request % 9):
+            await asyncio.sleep(0)
+        return answers.get(request, ""), request == 7
+
+    work = make_prompts(complete, SEED_PROMPTS, number, rule, seed=seed, model="M", count=counts.append)
+    return asyncio.run(work), asked, counts
+
+
+def test_rounds_go_on_until_there_are_enough() -> None:
+    answers = {
+        0: " Describe a red car.\n10. Name\n11. Explain how rain is made.",
+        2: " Write a poem on snow and ice.\n10. Describe a red car.",
+        4: " Describe a big red car.\n10. Tell me how bees find home.",
+        5: " List some uses of a brick.",
+    }
+    found, asked, counts = made(4, answers)
+    # By request and place, not by arrival; a whole round counts, and a prompt is compared with all before it.
+    assert [(one.request, one.index, one.text) for one in found.prompts] == [
+        (0, 0, "Describe a red car."), (0, 2, "Explain how rain is made."), (2, 0, "Write a poem on snow and ice."),
+        (4, 1, "Tell me how bees find home."), (5, 0, "List some uses of a brick."),
+    ]  # fmt: skip
+    assert found.reasons == Counter({"too short": 1, TOO_SIMILAR: 2})
+    assert (found.requests, sorted(asked), counts) == (6, list(range(6)), [3, 1])
+    # The first round shows seeds alone, the second two of those made in the first.
+    new = {one.id: one.text for one in found.prompts[:3]}
+    for request, text in asked.items():
+        shown = [line.partition(". ")[2] for line in text.splitlines()[1:-1]]
+        assert len(shown) == 8
+        assert sum(line in new.values() for line in shown) == (2 if request > 2 else 0)
+    assert {len(set(one.demonstrations) & new.keys()) for one in found.prompts[3:]} == {2}
+    texts = SEED_PROMPTS | new
+    for one in found.prompts:
+        assert asked[one.request] == request_text([texts[name] for name in one.demonstrations])
+    again, same, _ = made(4, answers)
+    assert (again, same) == (found, asked)
+    assert made(4, answers, seed=1)[1] != asked
+
+
+def test_rounds_without_a_new_prompt_end_it() -> None:
+    """Two in a row; a prompt between them starts the count again. What the length limit cut is left out."""
+    answers = {4: " Describe a red car.", 7: " Write a poem on snow and ice.\n10. Tell me how bees"}
+    found, asked, counts = made(5, answers)
+    assert [one.text for one in found.prompts] == ["Describe a red car.", "Write a poem on snow and ice."]
+    assert (found.requests, len(asked), counts) == (15, 15, [0, 1, 1, 0, 0])
+    assert found.reasons == Counter({CUT: 1})
+    none, _, _ = made(5, {})
+    assert (none.prompts, none.requests) == ([], 6)
+
+
+def test_a_row_says_where_a_prompt_comes_from() -> None:
+    found, _, _ = made(1, {1: " Describe a red car."})
+    (prompt,) = found.prompts
+    assert prompt.row == {
+        "id": id_of("Describe a red car."), "prompt": "Describe a red car.", "request": 1, "index": 0, "model": "M",
+        "demonstrations": prompt.demonstrations,
+    }  # fmt: skip
+
+
+def test_the_rules_of_a_config_are_followed() -> None:
+    answers = {
+        0: " Describe a red car.\n---\n10. It is red.",
+        1: " Describe a red train.",
+        2: " One two three four five",
+    }
+    rule = RULE.model_copy(update={"max_words": 4, "cut_at_separator": True, "max_rouge": 0.9, "give_up_after": 1})
+    found, asked, _ = made(2, answers, rule.model_copy(update={"from_seeds": 3, "from_generated": 0}))
+    assert [one.text for one in found.prompts] == ["Describe a red car.", "Describe a red train."]
+    assert found.reasons == Counter({"too long": 1})
+    assert all(len(text.splitlines()) == 3 + 2 for text in asked.values())

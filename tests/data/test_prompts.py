@@ -42,6 +42,19 @@ def test_prompts_come_in_the_order_of_the_file(file: Path) -> None:
     ]
 
 
+def test_other_keys_are_what_a_prompt_carries(file: Path) -> None:
+    """Texts as they are, other values as JSON; null is nothing."""
+    entry = {
+        "id": "a", "prompt": "x", "answer": 42, "reference": "Tee ü", "share": 0.5, "right": True,
+        "documents": ["ä", {"b": 1}], "solution": None,
+    }  # fmt: skip
+    file.write_text(json.dumps(entry))
+    (prompt,) = read(file)
+    assert prompt.data == {
+        "answer": "42", "reference": "Tee ü", "share": "0.5", "right": "true", "documents": '["ä", {"b": 1}]',
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -109,7 +122,15 @@ def test_only_line_feeds_end_a_line(file: Path, character: str) -> None:
     assert read(file) == [Prompt(id="a", text=text), Prompt(id="tea", text="Describe tea.")]
 
 
-@pytest.mark.parametrize("line", ['{"id": "a", "prompt": "\\ud83d"}', '{"id": "\\ud83d", "prompt": "x"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": "a", "prompt": "\\ud83d"}',
+        '{"id": "\\ud83d", "prompt": "x"}',
+        '{"id": "a", "prompt": "x", "answer": "\\ud83d"}',
+        '{"id": "a", "prompt": "x", "\\ud83d": ["b"]}',
+    ],
+)
 def test_half_a_surrogate_pair_is_refused(file: Path, line: str) -> None:
     """JSON allows it, UTF-8 does not: the journal and Parquet could not be written after hours of sampling."""
     file.write_text(f"{TEA}\n{line}\n")
