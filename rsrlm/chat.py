@@ -1,13 +1,12 @@
-"""Chat prompts out of text that nobody vouches for: prompts of a data set, responses of a model.
+"""Chat prompts from untrusted text: prompts of a data set, responses of a model.
 
-Such text never passes through Jinja2 or a chat template, and never becomes a special token: templates are rendered with
-placeholders, and the text goes in as token ids between the pieces that they leave. Whatever a response says, the
-tokens around it stay the same.
+Such text never passes through Jinja2 or a chat template and never becomes a special token: templates are rendered with
+placeholders, and the text is inserted as token ids between the pieces around them. Whatever a response says, the tokens
+around it stay the same.
 
-The tokens are those of the model's own chat prompt, but for two things that come with this: white space around a text
-stays, also where the template would trim it, and no token reaches from a
-piece into a text. A tokenizer that would join the end of a text with what follows it ("." and a line break in a judge's
-template) gives one token there, and here it is two.
+The tokens are those of the model's own chat prompt, with two differences: white space around a text stays even where
+the template would trim it, and no token spans the border between a piece and a text. Where a tokenizer would join the
+end of a text with what follows it ("." and a line break in a judge's template), there are two tokens instead of one.
 """
 
 import copy
@@ -19,15 +18,8 @@ from datetime import datetime
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from rsrlm.placeholders import placeholder, render, split
 from rsrlm.settings.base import ConfigError
-
-# Private-use characters: no case, no white space and no markup, so that filters such as trim leave them alone.
-_OPEN, _CLOSE = "\U000f5a1d", "\U000f5a1e"
-_PLACEHOLDER = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}")
-_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=False)
 
 
 def check_tokenizer(tokenizer: Any, name: str, key: str = "model.path") -> None:
@@ -45,34 +37,11 @@ def check_tokenizer(tokenizer: Any, name: str, key: str = "model.path") -> None:
         )
 
 
-def template_variables(source: str) -> frozenset[str]:
-    """The variables of a Jinja2 template, each of which it may only print as it is, as in `{{ response }}`.
-
-    ConfigError if it does anything else with one (values come in after the rendering, so that a filter or a condition
-    would look at a placeholder) or is not valid Jinja2.
-    """
-    if _OPEN in source or _CLOSE in source:
-        raise ConfigError(f"contains {_OPEN!r} or {_CLOSE!r}, which stand for the values while rendering; remove them")
-    try:
-        tree = _JINJA.parse(source)
-        names = frozenset(meta.find_undeclared_variables(tree))
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"line {error.lineno}: {error.message}; correct the Jinja2 syntax") from None
-    printed = {id(node) for output in tree.find_all(nodes.Output) for node in output.nodes}
-    for node in tree.find_all(nodes.Name):
-        if node.name in names and id(node) not in printed:
-            raise ConfigError(
-                f"line {node.lineno}: {node.name} may only be printed as {{{{ {node.name} }}}}, without filters, "
-                "conditions or assignments, as its value is put in after the rendering"
-            )
-    return names
-
-
-# Where a text stands: at the start of the prompt, right behind an added token such as <s>, or within other text.
+# Where a text stands: at the start of the prompt, right after an added token such as <s>, or within other text.
 # SentencePiece's tokenizers put a blank of their own before the first, and some of them before the second.
-Where = Literal["start", "behind", "within"]
+Where = Literal["start", "after", "within"]
 
-# What stands behind a blank that is not its own: all up to a fence is one piece, whatever the fence.
+# The blank before these belongs to the piece: all tokens up to a fence are then the same, whatever the fence.
 _APART = frozenset({"fence"})
 
 
@@ -95,7 +64,7 @@ SPELLINGS = "|".join(
 
 
 class _Field(NamedTuple):
-    """A field's place between the trusted pieces; `blanks` stand before it and are tokenised with its text."""
+    """A field's place between the trusted pieces; the `blanks` before it are tokenised with its text."""
 
     name: str
     blanks: str
@@ -110,16 +79,15 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, date: datetime | None = None) -> None:
-        """`date` is what chat templates print that ask for the time, now if None: a prompt that is made again must be
-        the one that an engine saw. Raises ConfigError for a tokenizer that cannot take its special tokens' spellings
-        as text."""
+        """`date` is what chat templates print that ask for the time (default: now), so that the same prompt can be made
+        again later. Raises ConfigError for a tokenizer that cannot read its special tokens' spellings as text."""
         self.tokenizer = tokenizer
         self.date = date or datetime.now()
-        # A copy, because split_special_tokens=True in a call stays set in the Rust tokenizer behind the wrapper.
+        # A copy, because split_special_tokens=True in a call stays set in the Rust tokenizer inside the wrapper.
         start = copy.deepcopy(tokenizer)
         self._at: dict[Where, Any] = {
             "start": start,
-            "behind": _without_prefix(start, everywhere=False),
+            "after": _without_prefix(start, everywhere=False),
             "within": _without_prefix(start, everywhere=True),
         }
         vocabulary = tokenizer.get_added_vocab()
@@ -131,7 +99,7 @@ class ChatEncoder:
         either = "|".join([*map(re.escape, longest_first), SPELLINGS])
         # A look-ahead, as spellings may overlap.
         self._spelled = re.compile(f"(?=(?:{either})).", re.DOTALL)
-        # N judgements of a response, and all comparisons of those, ask for the same texts again and again.
+        # All comparisons of a response's judgements, and their duels, encode the same texts again.
         self._encoded = functools.lru_cache(maxsize=512)(self._encode_literally)
         self._pieces: dict[tuple[str, str, frozenset[str]], tuple[_Field | tuple[int, ...], ...]] = {}
         self._answer: tuple[str, Where] | None = None
@@ -145,11 +113,10 @@ class ChatEncoder:
     def encode(self, template: str, fields: Mapping[str, str], answer_prefix: str = "") -> tuple[int, ...]:
         """The prompt of a user turn: `template` is Jinja2 that prints `fields`, `answer_prefix` opens the answer.
 
-        Template and prefix are trusted: a special token's text in them is that token. Field values are not: they come
-        out as the tokens of their text alone, with lone surrogates as U+FFFD. Blanks that a template puts before a
-        field are tokenised with the value, as tokenizers make one token of a blank and the word behind it. ConfigError
-        if the template does not fit the fields, or if the model's chat template does not print the turn exactly once
-        and unchanged.
+        Template and prefix are trusted: a special token's text in them is that token. Field values are not: they become
+        the tokens of their text alone, with lone surrogates as U+FFFD. Blanks before a field are tokenised with its
+        value, as tokenizers make one token of a blank and the word after it. Raises ConfigError if the template does
+        not fit the fields, or if the model's chat template does not print the turn exactly once and unchanged.
         """
         key = (template, answer_prefix, frozenset(fields))
         if key not in self._pieces:
@@ -169,63 +136,63 @@ class ChatEncoder:
     def text(self, template: str, fields: Mapping[str, str]) -> str:
         """The user turn as text, for a model behind an API: `template` with the fields put in after the rendering.
 
-        Its server tokenises the chat and knows special tokens by their spelling, so that in field values a spelling
-        gets an invisible U+2060 behind its first character. Which tokenizer it has is not known here: this
-        tokenizer's added tokens and those of common families count.
+        The server tokenises the chat and knows special tokens by their spelling, so in field values an invisible U+2060
+        follows the first character of each spelling. Its tokenizer is not known here: this tokenizer's added tokens and
+        those of common families count.
         """
-        pieces = _split(_render(template, sorted(fields)))
+        pieces = split(render(template, sorted(fields)))
         return "".join(self._unspelled(fields[piece]) if place % 2 else piece for place, piece in enumerate(pieces))
 
     def _unspelled(self, text: str) -> str:
         return self._spelled.sub(lambda match: match[0] + "\u2060", text)
 
     def bare(self, text: str) -> tuple[int, ...]:
-        """`text` outside of any chat, as a base model reads it: the tokens of the text alone, between those that the
-        tokenizer puts around any text, such as a BOS token."""
+        """`text` outside any chat, as a base model reads it: the tokens of the text alone, between those that the
+        tokenizer puts around every text, such as a BOS token."""
         tokenizer = self._at["start"]
         whole, alone = (tokenizer.encode("a", add_special_tokens=added) for added in (True, False))
         place = next(place for place in range(len(whole)) if whole[place : place + len(alone)] == alone)
         return (*whole[:place], *self._encode_literally(text, "start"), *whole[place + len(alone) :])
 
     def target(self, text: str) -> tuple[int, ...]:
-        """The answer `text` as a model would write it behind a prompt: the tokens of the text alone, after the blank
-        that some chat templates put before an answer, and the end token."""
+        """The answer `text` as a model would write it: the tokens of the text alone, after the blank that some chat
+        templates put before an answer, and the end token."""
         blanks, where = self._before_answer()
         return (*self._encode_literally(blanks + text, where), self.tokenizer.eos_token_id)
 
     def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """The chat as text. Raises ConfigError with what the chat template says."""
+        """The chat as text. Raises ConfigError with the chat template's own error."""
         # A variable hides the global of this name that transformers gives to templates.
         clock = {"strftime_now": self.date.strftime} if "strftime_now" in str(self.tokenizer.chat_template) else {}
         try:
-            found: str = self.tokenizer.apply_chat_template(
+            chat: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
             )
         except Exception as error:
             raise ConfigError(f"the model's chat template failed on a user message: {error}; correct it") from error
-        return found
+        return chat
 
     def _before_answer(self) -> tuple[str, Where]:
-        """The blanks that the chat template puts between a prompt and its answer, and where these stand."""
+        """The blanks between a prompt and its answer in the chat template, and where these stand."""
         if self._answer is None:
-            user, answer = ({"role": role, "content": f"{_OPEN}{role}{_CLOSE}"} for role in ("user", "assistant"))
+            user, answer = ({"role": role, "content": placeholder(role)} for role in ("user", "assistant"))
             prompt = self._rendered([user], True)
             try:
                 whole = self._rendered([user, answer], False)
             except ConfigError:  # a template for one message: answers follow its prompt
                 whole = prompt
-            between = whole.removeprefix(prompt).partition(_OPEN)[0] if whole.startswith(prompt) else ""
+            between = whole.removeprefix(prompt).partition(answer["content"])[0] if whole.startswith(prompt) else ""
             blanks = "" if between.strip(" ") else between
-            self._answer = blanks, self._behind(self._encode_trusted(prompt, "start"), "start")
+            self._answer = blanks, self._place_after(self._encode_trusted(prompt, "start"), "start")
         return self._answer
 
     def _trusted_pieces(
         self, template: str, answer_prefix: str, names: list[str]
     ) -> tuple[_Field | tuple[int, ...], ...]:
         """Token ids of the trusted pieces, and between them the places of the fields."""
-        turn = _render(template, names)
-        pieces = _split(self._rendered([{"role": "user", "content": turn}], True))
-        if pieces[1::2] != _split(turn)[1::2]:
+        turn = render(template, names)
+        pieces = split(self._rendered([{"role": "user", "content": turn}], True))
+        if pieces[1::2] != split(turn)[1::2]:
             raise ConfigError("the model's chat template does not print a user message exactly once; correct it")
         result: list[_Field | tuple[int, ...]] = []
         where: Where = "start"
@@ -238,41 +205,41 @@ class ChatEncoder:
                 shorter = self._encode_trusted(piece.rstrip(" "), where)
                 if shorter != ids:  # else the token before the blanks swallows them
                     ids, blanks = shorter, piece[len(piece.rstrip(" ")) :]
-            result += [ids, _Field(name, blanks, self._behind(ids, where))]
+            result += [ids, _Field(name, blanks, self._place_after(ids, where))]
             where = "within"
         if answer_prefix:
             blanks, place = self._before_answer()
             ids += self._encode_trusted(blanks + answer_prefix, place)
         return (*result, ids)
 
-    def _behind(self, ids: Sequence[int], where: Where) -> Where:
-        """Where a text stands that follows a piece with these tokens, which stands at `where`."""
+    def _place_after(self, ids: Sequence[int], where: Where) -> Where:
+        """Where a text stands that follows a piece of these tokens; the piece itself stands at `where`."""
         if not ids:
             return where
-        return "behind" if ids[-1] in self._ends_section else "within"
+        return "after" if ids[-1] in self._ends_section else "within"
 
     def _encode_trusted(self, text: str, where: Where) -> tuple[int, ...]:
         tokenizer = self._at[where]
         options = {"add_special_tokens": False, "split_special_tokens": False}
-        if where != "within" or tokenizer is self._at["behind"]:
+        if where != "within" or tokenizer is self._at["after"]:
             return tuple(tokenizer.encode(text, **options))
-        # Up to its first added token it goes on with what is before it; behind that token the blank comes again.
-        found = tokenizer(text, return_offsets_mapping=True, **options)
-        ids = found["input_ids"]
+        # Up to its first added token the text continues what is before it; after that token the blank comes again.
+        encoded = tokenizer(text, return_offsets_mapping=True, **options)
+        ids = encoded["input_ids"]
         place = next((place for place, token in enumerate(ids) if token in self._ends_section), None)
         if place is None:
             return tuple(ids)
-        rest = text[found["offset_mapping"][place][1] :]
-        return (*ids[: place + 1], *self._encode_trusted(rest, "behind"))
+        rest = text[encoded["offset_mapping"][place][1] :]
+        return (*ids[: place + 1], *self._encode_trusted(rest, "after"))
 
     def _encode_literally(self, text: str, where: Where) -> Sequence[int]:
-        # JSON can carry half of a surrogate pair, which no tokenizer takes.
+        # JSON can hold half of a surrogate pair, which no tokenizer takes.
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         options = {"add_special_tokens": False, "split_special_tokens": True}
         ids: list[int] = self._at[where].encode(text, **options)
         if self._added_ids.isdisjoint(ids):
             return ids
-        # Models also declare tokens such as <think> that are not called special and are matched all the same.
+        # Models also declare tokens such as <think> that are not special and are matched all the same.
         parts = self._added_text.split(text)
         apart = [item for index, part in enumerate(parts) for item in (part if index % 2 else [part]) if item]
         places: list[Where] = [where, *["within"] * (len(apart) - 1)]  # type: ignore[list-item]
@@ -284,9 +251,9 @@ class ChatEncoder:
 
 
 def _without_prefix(tokenizer: Any, *, everywhere: bool) -> Any:
-    """A copy that puts no blank of its own before the start of a text, nor, with `everywhere`, behind added tokens.
+    """A copy that puts no blank of its own before a text at the start nor, with `everywhere`, after added tokens.
 
-    The tokenizer itself where it does not anyway, and where it has no Rust tokenizer inside.
+    The tokenizer itself where it puts none anyway, or has no Rust tokenizer inside.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -301,16 +268,16 @@ def _without_prefix(tokenizer: Any, *, everywhere: bool) -> Any:
         return tokenizer
     from tokenizers import normalizers, pre_tokenizers
 
-    mine = copy.deepcopy(tokenizer)
+    without = copy.deepcopy(tokenizer)
     for part, state in changed.items():
         component = normalizers.Sequence([]) if part == "normalizer" else pre_tokenizers.Sequence([])
-        component.__setstate__(json.dumps(state).encode())  # of any type: the class is only a name for it
-        setattr(mine.backend_tokenizer, part, component)
-    return mine
+        component.__setstate__(json.dumps(state).encode())  # state of any type: the class does not matter
+        setattr(without.backend_tokenizer, part, component)
+    return without
 
 
 def _unprefixed(state: dict[str, Any], everywhere: bool) -> dict[str, Any]:
-    """The JSON of a normalizer or pre-tokenizer that adds no blank; only the start's where not `everywhere`."""
+    """The JSON of a normalizer or pre-tokenizer that adds no blank, or with `everywhere` false none at the start."""
     match state.get("type"):
         case "Prepend" if everywhere:
             return {"type": "Sequence", "normalizers": []}
@@ -320,7 +287,7 @@ def _unprefixed(state: dict[str, Any], everywhere: bool) -> dict[str, Any]:
             return {**state, "add_prefix_space": False}
         case "Sequence":
             key = "normalizers" if "normalizers" in state else "pretokenizers"
-            # A pre-tokenizer behind another sees words, and its blank is then the mark of each word.
+            # A pre-tokenizer after another sees words, and its blank then marks each word.
             return {
                 **state,
                 key: [
@@ -329,25 +296,3 @@ def _unprefixed(state: dict[str, Any], everywhere: bool) -> dict[str, Any]:
                 ],
             }
     return state
-
-
-def _render(template: str, names: list[str]) -> str:
-    """The template with a placeholder for every field, each used field at least once."""
-    variables = template_variables(template)
-    if unknown := variables - set(names):
-        raise ConfigError(f"the template uses {', '.join(sorted(unknown))}; it may use {', '.join(names)}")
-    try:
-        turn = _JINJA.from_string(template).render({name: f"{_OPEN}{name}{_CLOSE}" for name in names})
-    except Exception as error:
-        raise ConfigError(f"the template cannot be rendered: {error}; correct it") from error
-    if lost := variables - set(_split(turn)[1::2]):
-        raise ConfigError(f"the template does not print {', '.join(sorted(lost))} in every case; print it always")
-    return turn
-
-
-def _split(text: str) -> list[str]:
-    """Trusted pieces at even places, field names between them."""
-    pieces = _PLACEHOLDER.split(text)
-    if any(character in piece for piece in pieces[::2] for character in (_OPEN, _CLOSE)):
-        raise ConfigError("a template changed the text it was to print; remove its filters")
-    return pieces

@@ -37,6 +37,12 @@ class Evaluation:
         )  # fmt: skip
         self._pairwise = duel_judge(config, validator_context) if config.compares else None
 
+    @property
+    def asks(self) -> list[str]:
+        """Sources of the templates and names of the functions that it asks with."""
+        comparing = [self._pairwise.source] if self._pairwise else []
+        return [self.judge.source, self.validating.source, *comparing]
+
     def needs(self) -> dict[str, int]:
         """Tokens of each kind of request beside those of the question."""
         answer = self.config.evaluate.max_tokens
@@ -116,6 +122,7 @@ class Evaluation:
             seed=self.context.seed_of(EVALUATION, prompt.id, "duel", f"{a.id}>{b.id}"),
             fence_seed=self.context.seed_of(EVALUATION, prompt.id, "duel", "fence"),
             priority=SAMPLE_PRIORITY,
+            data=prompt.data,
         )
 
 

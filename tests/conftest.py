@@ -35,10 +35,10 @@ def function_here(dotted: str, timeout_s: float) -> Any:
 
     function = function_pool.load_function(dotted)
 
-    async def judge(prompt: str, response: str) -> Any:
+    async def judge(prompt: str, response: str, data: Any = None) -> Any:
         await asyncio.sleep(0)  # as for another process, others go on
         try:
-            return function_pool.call_function(function, prompt, response)
+            return function_pool.call_function(function, prompt, response, data)
         except Exception as error:
             return Unparsed(reason=f"function raised {type(error).__name__}")
 

@@ -1,5 +1,6 @@
-"""A driver whose judge never returns. Started by test_functions.py: function_run.py JOURNAL RESPONSE; prints "judging"
-when it does."""
+"""A driver whose judge never returns, for judges/test_function_processes.py: function_run.py JOURNAL RESPONSE.
+
+Prints "judging" when it does."""
 
 import sys
 from pathlib import Path

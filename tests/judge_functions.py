@@ -40,3 +40,15 @@ def by_order(prompt: str, response: str) -> float:
 
 def long_or_short(prompt: str, response: str) -> float:
     return 1.0 if len(response) > 12 else 0.0
+
+
+def by_reference(prompt: str, response: str, reference: dict[str, str]) -> float:
+    return float(len(reference["reference"]))
+
+
+def by_optional_data(prompt: str, response: str, data: dict[str, str] | None = None) -> float:
+    return float(len((data or {})["reference"]))
+
+
+def with_a_weight(prompt: str, response: str, weight: float = 0.5) -> float:
+    return weight

@@ -16,7 +16,7 @@ LAYERS = (
     {"records", "settings"},
     {"config", "engines"},
     {"run"},
-    {"chat", "model", "losses", "store"},
+    {"placeholders", "chat", "model", "losses", "store"},
     {"judges", "data", "pairing"},
     {"report"},
     {"meta_judging", "recipes", "evaluate", "candidates", "training", "iterative"},
@@ -38,7 +38,7 @@ HEAVY_ROOMS = {"losses", "runtime"}  # every other module can be imported withou
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 330, 50, 8
 # What is larger still. It may shrink, and an entry that is not needed any more must go.
 LARGE = {
-    "chat": 353, "runtime.actors": 580, "runtime.endpoint": 357, "runtime.engine": 389,
+    "runtime.actors": 580, "runtime.endpoint": 357, "runtime.engine": 389,
     "runtime.launch": 700, "runtime.learner": 660,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Chat prompts out of text that nobody vouches for: what surrounds it never depends on it."""
+"""Chat prompts from untrusted text: what surrounds it never depends on it."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_tokenizers import KINDS, METASPACE, TEMPLATES, tokenizer_of
 from tokenizers.processors import TemplateProcessing
 
-from rsrlm.chat import ChatEncoder, check_tokenizer, template_variables
+from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.judges.templates import ADDITIVE_VARIABLES, PAIRWISE_VARIABLES, load_template
 from rsrlm.judges.verdicts import SCORE, WINNER
 from rsrlm.settings.base import ConfigError
@@ -225,11 +225,6 @@ def test_chat_templates_that_do_not_print_the_message(tokenizer: Any, chat_templ
 def test_templates_that_are_refused(encoder: ChatEncoder, template: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         encoder.encode(template, {"a": "x", "b": "y"})
-
-
-def test_template_variables() -> None:
-    assert template_variables("{{ a }}{% for i in [1, 2] %}{{ i }}{{ b }}{% endfor %}") == {"a", "b"}
-    assert template_variables("plain") == set()
 
 
 def test_templates_lose_one_final_newline_and_escape_nothing(tokenizer: Any, encoder: ChatEncoder) -> None:

@@ -682,12 +682,52 @@ def test_a_template_for_something_else(refused: Callable[..., str]) -> None:
     )
 
 
+@pytest.mark.parametrize("key", ["judge.template", "evaluate.judge.template"])
+def test_what_a_template_prints_is_carried_by_each_prompt(
+    key: str, rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path
+) -> None:
+    texts = "{{ response_a }}{{ response_b }}" if "evaluate" in key else "{{ response }}"
+    (tmp_path / "mine.jinja").write_text("{{ instruction }} {{ data.reference }}" + texts)
+    ended = rsrlm("plan", config_file, f"{key}={tmp_path / 'mine.jinja'}")
+    assert ended.code == 2
+    assert re.fullmatch(
+        rf"rsrlm: prompts.path={tmp_path / 'prompts.jsonl'}: prompt '\w+' has no 'reference', which the judge's "
+        r"template prints as \{\{ data.reference \}\}; add it to the line of the prompt, or take it out of the "
+        r"template\n",
+        ended.err,
+    )
+    write_prompts(tmp_path / "prompts.jsonl", [{**prompt, "reference": "Tea."} for prompt in PROMPTS])
+    assert rsrlm("plan", config_file, f"{key}={tmp_path / 'mine.jinja'}").code == 0
+    # A reference takes room too: one that leaves none is left out, as a long prompt is.
+    long = [{**prompt, "reference": "Tea. " * (0 if number else 900)} for number, prompt in enumerate(PROMPTS)]
+    write_prompts(tmp_path / "prompts.jsonl", long)
+    ended = rsrlm("plan", config_file, f"{key}={tmp_path / 'mine.jinja'}", "prompts.overlong=error")
+    assert (ended.code, f"prompt {PROMPTS[0]['id']!r} has " in ended.err) == (2, True)
+
+
+def test_ranked_data_carries_nothing_for_templates(
+    rsrlm: Callable[..., Ended], config_file: Path, ranked: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ instruction }} {{ data.reference }} {{ response }}")
+    judge = (f"judge.template={tmp_path / 'mine.jinja'}", "judge.kind=text", f"data.trees={ranked}")
+    said = "judge.template prints {{ data.reference }}, which ranked data does not carry"
+    for command in (
+        ("eval", "judge", config_file, "--data", ranked),
+        ("data", "eft", config_file, "--out", tmp_path / "eft.jsonl"),
+    ):
+        ended = rsrlm(*command, *judge)
+        assert (ended.code, said in ended.err) == (2, True), ended
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
         ("their_judge:longer", "=their_judge:longer: cannot be imported: AttributeError: "),
         ("no_such_module:shorter", "=no_such_module:shorter: cannot be imported: ModuleNotFoundError: "),
-        ("their_judge:alone", "=their_judge:alone: must be callable with (prompt, response): "),
+        (
+            "their_judge:alone",
+            "=their_judge:alone: must be callable with (prompt, response) or (prompt, response, data): ",
+        ),
         ("shorter", "='shorter': write module:name, such as my_judges:shorter"),
     ],
 )

@@ -10,7 +10,7 @@ from rsrlm.data import prompts as prompt_files
 from rsrlm.data import ranked, seed_data, self_instruct
 from rsrlm.engines import SAMPLE_PRIORITY, Engines
 from rsrlm.judges.base import judge_of, sampling_of
-from rsrlm.recipes.eft import accepted, judge_replies, points_of, replies_in
+from rsrlm.recipes.eft import accepted, check_judge, judge_replies, points_of, replies_in
 from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import Judgement, Request
 from rsrlm.report.progress import Report
@@ -57,6 +57,7 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
     folder, encoder = loaded(config.model, drawn)
     other, judge_encoder = launch.judge_of(config, encoder)
     judge = judge_of(config.judge, context_of(config, judge_encoder))
+    check_judge(judge.source)
     each, replies = config.data.eft_judgements, replies_in(parts.eft)
 
     async def work(run: Run) -> dict[str, list[Judgement]]:

@@ -48,6 +48,7 @@ def match(context: Context, prompt: Prompt, shown: Sequence[str], name: str, ord
         seed=context.seed_of(EVALUATION, prompt.id, "duel", order),
         fence_seed=context.seed_of(EVALUATION, prompt.id, "duel", "fence"),
         priority=SAMPLE_PRIORITY,
+        data=prompt.data,
     )
 
 

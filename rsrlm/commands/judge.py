@@ -21,7 +21,7 @@ from rsrlm.evaluate import EVALUATION
 from rsrlm.judges.base import Judge, judge_of
 from rsrlm.judges.pairwise import Pairwise, duel_judge, winner_of
 from rsrlm.judges.verdicts import mean_points
-from rsrlm.recipes.eft import judge_replies
+from rsrlm.recipes.eft import check_judge, judge_replies
 from rsrlm.records import Judgement, Prompt, Scored, Unparsed
 from rsrlm.report import metrics
 from rsrlm.report.progress import Report
@@ -178,6 +178,7 @@ def eval_judge(
     context = context_of(config, judge_encoder)
     judge = judge_of(config.judge, context)
     comparing = duel_judge(config, context) if pairwise else None
+    check_judge((comparing or judge).source)
     if config.judge.external and len(models) > 1:
         raise ConfigError(
             f"judge.model={config.judge.external} judges in the place of {', '.join(models)}: all would measure the "

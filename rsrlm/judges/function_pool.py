@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rsrlm.records import Scored, Unparsed, Verdict
@@ -27,11 +27,12 @@ DIED = Unparsed(reason="function's process died")
 NO_NUMBER = Unparsed(reason="function returned no number")
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-_function: Callable[[str, str], float] | None = None  # of this worker
+_function: Callable[..., float] | None = None  # of this worker
 
 
-def load_function(dotted: str) -> Callable[[str, str], float]:
-    """The function that `module:name` or `pkg.module.name` names, to be called with (prompt, response).
+def load_function(dotted: str) -> Callable[..., float]:
+    """The function that `module:name` or `pkg.module.name` names, to be called with (prompt, response), and with what
+    the prompt carries as the third argument where `takes_data` says so.
 
     Its module may be in the working directory, which is searched last. Raises ConfigError.
     """
@@ -50,17 +51,30 @@ def load_function(dotted: str) -> Callable[[str, str], float]:
             "module on PYTHONPATH"
         ) from error
     try:
-        inspect.signature(function).bind("prompt", "response")
-    except TypeError as error:
+        inspect.signature(function).bind("prompt", "response", *([{}] if takes_data(function) else []))
+    except (TypeError, ValueError) as error:  # the latter for functions in C that do not say what they take
         raise ConfigError(
-            f"judge.function={dotted}: must be callable with (prompt, response): {error}; change it accordingly"
+            f"judge.function={dotted}: must be callable with (prompt, response) or (prompt, response, data): {error}; "
+            "change it accordingly"
         ) from None
     return function
 
 
-def call_function(function: Callable[[str, str], float], prompt: str, response: str) -> Verdict:
-    """A verifiable reward: any finite number, where True and False are 1 and 0. Raises what the function raises."""
-    value = function(prompt, response)
+def takes_data(function: Callable[..., float]) -> bool:
+    """Whether it needs three arguments, or calls its third one `data`: other arguments with a default are its own."""
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [one for one in inspect.signature(function).parameters.values() if one.kind in places]
+    return len(parameters) > 2 and (parameters[2].default is inspect.Parameter.empty or parameters[2].name == "data")
+
+
+def call_function(
+    function: Callable[..., float], prompt: str, response: str, data: Mapping[str, str] | None = None
+) -> Verdict:
+    """A verifiable reward: any finite number, where True and False are 1 and 0. `data` is passed on unless it is None.
+
+    Raises what the function raises.
+    """
+    value = function(prompt, response, *([dict(data)] if data is not None else []))
     if not isinstance(value, numbers.Real):
         return NO_NUMBER
     try:
@@ -84,15 +98,15 @@ def _start_worker(dotted: str, parent: int) -> None:
     except ConfigError as error:  # though the driver could
         reason = error
 
-        def _function(prompt: str, response: str) -> float:
+        def _function(*_: Any) -> float:
             raise reason
 
 
-def _call(prompt: str, response: str) -> tuple[Verdict, str]:
+def _call(prompt: str, response: str, data: dict[str, str] | None) -> tuple[Verdict, str]:
     """The verdict, and what was raised."""
     assert _function is not None
     try:
-        return call_function(_function, prompt, response), ""
+        return call_function(_function, prompt, response, data), ""
     except BaseException as error:  # SystemExit too
         return Unparsed(reason=f"function raised {type(error).__name__}"), f"{type(error).__name__}: {error}"
 
@@ -127,11 +141,13 @@ class FunctionPool:
             self._stop = weakref.finalize(self, _stop, self._pool)
         return self._pool
 
-    async def __call__(self, prompt: str, response: str) -> Verdict:
+    async def __call__(self, prompt: str, response: str, data: Mapping[str, str] | None = None) -> Verdict:
+        """`data` is what the prompt carries, for a function that takes it (see `takes_data`)."""
         from pebble import ProcessExpired
 
+        carried = dict(data) if data is not None else None
         try:
-            call = self._workers().schedule(_call, (prompt, response), timeout=self._timeout_s)
+            call = self._workers().schedule(_call, (prompt, response, carried), timeout=self._timeout_s)
             verdict, said = await asyncio.wrap_future(call)
         except TimeoutError:
             verdict, said = TIMED_OUT, f"took longer than judge.timeout_s={self._timeout_s:g}"

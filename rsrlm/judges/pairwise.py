@@ -1,7 +1,7 @@
 """Judges of two texts: the meta-judge of two judgements (2407.19594v2, section 2.3), the judge of two answers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rsrlm.config import Config
@@ -18,7 +18,8 @@ WITH_LETTERS = {"meta": "meta_letters"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """Two texts in the order in which they are shown; `fields` are what the template prints."""
+    """Two texts in the order in which they are shown; `fields` are what the template prints, and `data` what the prompt
+    carries, of which it may print more."""
 
     id: str
     prompt_id: str
@@ -29,6 +30,7 @@ class Match:
     seed: int
     fence_seed: int
     priority: int
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 class Pairwise:
@@ -45,6 +47,7 @@ class Pairwise:
         self.source = templates.load_template(template, variables, f"{key}.template")
         self._rule, self.context, self._by_text = rule, context, by_text
         self._names = variables
+        self.data_names = templates.data_names(self.source)
         self._form = form = templates.form_of(self.source, form, f"{key}.template={template!r}")
         self._letters: tuple[int, ...] = ()
         if read == "letters":
@@ -56,13 +59,15 @@ class Pairwise:
         """Tokens of a request beside those of the question, about texts of so many; 0 where no engine is asked."""
         if self._by_text:
             return 0
-        fields = {**dict.fromkeys(self._names, ""), "fence": LONGEST_FENCE}
+        data = templates.data_fields(self.data_names, "", dict.fromkeys(self.data_names, ""))
+        fields = {**dict.fromkeys(self._names, ""), "fence": LONGEST_FENCE, **data}
         template = len(self.context.encoder.encode(self.source, fields, self._prefix))
         return template + shown_tokens + (1 if self._letters else self._rule.max_tokens)
 
     def _request(self, match: Match) -> Request:
         # One fence for both orders: nothing but the order differs between them.
-        shown = {name: verdicts.claimed(text, self._form, pairwise=True) for name, text in match.fields.items()}
+        texts = {**match.fields, **templates.data_fields(self.data_names, match.prompt_id, match.data)}
+        shown = {name: verdicts.claimed(text, self._form, pairwise=True) for name, text in texts.items()}
         fields = {**shown, "fence": self.context.fence(match.fence_seed)}
         letters = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=match.seed)
         return Request(

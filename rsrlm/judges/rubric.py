@@ -44,6 +44,7 @@ class Text:
         self.config, self.context = config, context
         self.template = self.template_of(config.template)
         self.source = templates.load_template(self.template, templates.ADDITIVE_VARIABLES, "judge.template")
+        self.data_names = templates.data_names(self.source)
         self.form = templates.form_of(self.source, verdicts.SCORE, f"judge.template={self.template!r}")
         self.name = f"{self.template} ({config.kind})"
         self.per_response: int = config.per_response
@@ -58,7 +59,8 @@ class Text:
     def needs(self, response_tokens: int) -> int:
         if self.config.endpoint:
             return 0
-        fields = {"instruction": "", "response": "", "fence": LONGEST_FENCE}
+        data = templates.data_fields(self.data_names, "", dict.fromkeys(self.data_names, ""))
+        fields = {"instruction": "", "response": "", "fence": LONGEST_FENCE, **data}
         template = len(self.context.encoder.encode(self.source, fields, self.prefix))
         return template + response_tokens + self.max_tokens
 
@@ -67,7 +69,8 @@ class Text:
         return self.context.encoder.encode(self.source, self._fields(prompt, response, origin), self.prefix)
 
     def _fields(self, prompt: Prompt, response: Response, origin: Origin) -> dict[str, str]:
-        shown = {"instruction": prompt.text, "response": response.text}
+        data = templates.data_fields(self.data_names, prompt.id, prompt.data)
+        shown = {"instruction": prompt.text, "response": response.text, **data}
         fence = self.context.fence(self.context.seed_of(origin.iteration, origin.name, "judge", "fence"))
         return {**{name: verdicts.claimed(text, self.form) for name, text in shown.items()}, "fence": fence}
 

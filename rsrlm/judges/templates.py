@@ -3,15 +3,16 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rsrlm.chat import template_variables
 from rsrlm.judges.verdicts import SCORE, Form
+from rsrlm.placeholders import DATA, template_variables
+from rsrlm.records import Prompt
 from rsrlm.settings.base import ConfigError
 
 ADDITIVE_VARIABLES = frozenset({"instruction", "response"})
@@ -54,7 +55,8 @@ def form_of(source: str, default: Form, key: str = "template") -> Form:
 def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES, key: str = "template") -> str:
     """The source of a judge template: the name of one of rsrlm's, or the path of a Jinja2 file. `key` is the config's.
 
-    It must print all of `variables` and may print `fence` (see `fence_of`); anything else is a ConfigError.
+    It must print all of `variables`, and may print `fence` (see `fence_of`) and what prompts carry (see `data_names`).
+    Raises ConfigError for anything else.
     """
     own = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
     path = own.get(name.removesuffix(".jinja"), Path(os.path.expanduser(name)))
@@ -71,10 +73,39 @@ def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES, key
         raise ConfigError(f"{key}={name!r}: {error}") from None
     if missing := variables - used:
         raise ConfigError(f"{key}={name!r}: does not use {_listed(missing)}; add {{{{ {min(missing)} }}}}")
-    if unknown := used - variables - OPTIONAL_VARIABLES:
-        known = _listed(variables | OPTIONAL_VARIABLES)
+    if unknown := {name for name in used - variables - OPTIONAL_VARIABLES if not name.startswith(DATA)}:
+        known = f"{_listed(variables | OPTIONAL_VARIABLES)}, and {DATA}NAME for what prompts carry"
         raise ConfigError(f"{key}={name!r}: uses {_listed(unknown)}, which nobody fills; known here: {known}")
     return source
+
+
+def data_names(source: str) -> tuple[str, ...]:
+    """What a template prints of what its prompt carries (`Prompt.data`): `reference` for `{{ data.reference }}`."""
+    return tuple(sorted(name.removeprefix(DATA) for name in template_variables(source) if name.startswith(DATA)))
+
+
+def data_fields(names: Iterable[str], prompt_id: str, data: Mapping[str, str]) -> dict[str, str]:
+    """The fields of a template that prints these. Raises ConfigError where the prompt does not carry one of them."""
+    names = tuple(names)
+    if missing := [name for name in names if name not in data]:
+        raise ConfigError(_not_carried(prompt_id, missing[0]))
+    return {DATA + name: data[name] for name in names}
+
+
+def check_data(sources: Iterable[str], prompts: Iterable[Prompt], key: str) -> None:
+    """Raise ConfigError for a prompt that lacks what one of the templates prints; `key` names its file in messages."""
+    names = sorted({name for source in sources for name in data_names(source)})
+    for prompt in prompts if names else ():
+        for name in names:
+            if name not in prompt.data:
+                raise ConfigError(f"{key}: {_not_carried(prompt.id, name)}")
+
+
+def _not_carried(prompt_id: str, name: str) -> str:
+    return (
+        f"prompt {prompt_id!r} has no {name!r}, which the judge's template prints as {{{{ {DATA}{name} }}}}; add it to "
+        "the line of the prompt, or take it out of the template"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

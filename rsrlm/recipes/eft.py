@@ -10,15 +10,26 @@ from rsrlm.data import agreement
 from rsrlm.data.examples import group_of, reply_as_response
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.engines import Engines
+from rsrlm.judges import templates
 from rsrlm.judges.base import Judge, Origin
 from rsrlm.judges.rubric import Text
 from rsrlm.records import Example, Judgement, Prompt, Scored
+from rsrlm.settings.base import ConfigError
 from rsrlm.settings.data import Data
 
 
 def replies_in(prompts: Sequence[RankedPrompt]) -> int:
     """Replies that have a rank."""
     return sum(reply.rank is not None for prompt in prompts for reply in prompt.replies)
+
+
+def check_judge(source: str) -> None:
+    """Raise ConfigError for a template that prints what ranked data does not carry."""
+    if names := templates.data_names(source):
+        raise ConfigError(
+            f"judge.template prints {{{{ data.{names[0]} }}}}, which ranked data does not carry: its replies cannot be "
+            "judged with it; use a template without it"
+        )
 
 
 async def judge_replies(

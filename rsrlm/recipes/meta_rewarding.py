@@ -112,6 +112,7 @@ class MetaRewarding(SelfRewarding):
                 seed=context.seed_of(task.iteration, origin, "meta", f"{first.index}~{second.index}"),
                 fence_seed=context.seed_of(task.iteration, origin, "meta", "fence"),
                 priority=JUDGE_PRIORITY,
+                data=task.prompt.data,
             )
             for first, second in meta_judging.matches(contestants)
         ]

@@ -20,7 +20,7 @@ from rsrlm.engines import Engines, Model
 from rsrlm.judges.base import Context, mean_verdicts
 from rsrlm.judges.rubric import Text
 from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand, NoItems
-from rsrlm.recipes.eft import accepted, eft, judge_replies, replies_in
+from rsrlm.recipes.eft import accepted, check_judge, eft, judge_replies, replies_in
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Example, Group, Scored, Task
 from rsrlm.run import Run
@@ -94,6 +94,8 @@ class SFT(SelfRewarding):
         """`parts` is the divided ranked data, `files` holds the examples of each source that is a file."""
         super().__init__(config, context, judge_context)
         self._parts, self.files = parts, files or {}
+        if "eft" in self.sources:
+            check_judge(self.judge.source)
 
     async def iteration(self, run: Run, number: int, before: Model, tasks: Sequence[Task]) -> Batch:
         """The examples of all sources, mixed; for each source how many there were and what was dropped, and why."""

@@ -25,12 +25,13 @@ from rsrlm.data.examples import read_examples
 from rsrlm.engines import Answers
 from rsrlm.evaluate import Evaluation
 from rsrlm.iterative import Iteration, NoPairs, Spine, Stopped, run_iterations
+from rsrlm.judges import templates
 from rsrlm.judges.base import Context
 from rsrlm.judges.base import judge_of as judge_of_section
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
 from rsrlm.recipes.base import Recipe
 from rsrlm.recipes.sft import MADE, SFT, NoExamples
-from rsrlm.records import Example, Task, wording
+from rsrlm.records import Example, Prompt, Task, wording
 from rsrlm.report import alarms
 from rsrlm.report.progress import Report
 from rsrlm.run import Run
@@ -149,11 +150,11 @@ def prepare(config: Config, noted: Mapping[str, Any] | None = None) -> Prepared:
     evaluation = Evaluation(config, context, **who, prompts=())  # refuses a template that it cannot use
     if config.prompts.heldout or config.prompts.validation:
         needs |= evaluation.needs()
-    chat = len(encoder.user(""))
-    lengths = {prompt.id: len(encoder.user(prompt.text)) - chat for prompt in prompts}
-    usable, left_out = prompt_files.usable(prompts, lengths, needs or {"a chat prompt": chat}, config)
+    usable, left_out = _usable(config, encoder, prompts, [*evaluation.asks, *_asks(recipes)], needs)
     dealt = prompt_files.deal(usable, config, seed_data.trained_on(parts, wordings).wordings)
+    templates.check_data(evaluation.asks, [*dealt.heldout, *dealt.validation], f"prompts.path={path}")
     for recipe, hand in zip(recipes, dealt.hands, strict=True):
+        templates.check_data(recipe.asks, hand, f"prompts.path={path}")
         recipe.check(hand)
     asked = (wording(prompt.text) for hand in dealt.hands for prompt in hand)
     return Prepared(
@@ -177,6 +178,26 @@ def prepare(config: Config, noted: Mapping[str, Any] | None = None) -> Prepared:
         left_out=left_out,
         repeated=repeated,
     )
+
+
+def _asks(recipes: Sequence[Recipe]) -> list[str]:
+    return [source for recipe in recipes for source in recipe.asks]
+
+
+def _usable(
+    config: Config, encoder: ChatEncoder, prompts: list[Prompt], asks: Sequence[str], needs: Mapping[str, int]
+) -> tuple[list[Prompt], list[str]]:
+    """Usable prompts and ids of the others, where the length of a prompt is that of its text and of those of its data
+    that the templates in `asks` print."""
+    chat = len(encoder.user(""))
+    names = {name for source in asks for name in templates.data_names(source)}
+
+    def tokens(prompt: Prompt) -> int:
+        texts = (prompt.text, *(prompt.data.get(name, "") for name in names))
+        return sum(len(encoder.user(text)) - chat for text in texts)
+
+    lengths = {prompt.id: tokens(prompt) for prompt in prompts}
+    return prompt_files.usable(prompts, lengths, needs or {"a chat prompt": chat}, config)
 
 
 def recipe_of(step: Step, context: Context, judging: Context, parts: seed_data.Parts | None) -> tuple[Recipe, set[str]]:

@@ -17,7 +17,7 @@ from rsrlm.judges.function_pool import DIED, MOST_WORKERS, TIMED_OUT, FunctionPo
 from rsrlm.records import Scored, Unparsed, Verdict
 from rsrlm.settings.base import ConfigError
 
-SCRIPT = Path(__file__).parent / "function_run.py"
+SCRIPT = Path(__file__).parent.parent / "function_run.py"
 
 
 def judged(*responses: str, timeout_s: float = 60.0, prompt: str = "Why?") -> list[Verdict]:
@@ -40,6 +40,14 @@ def test_verdicts_come_from_other_processes_in_the_order_of_the_questions() -> N
     (verdict,) = judged("pid")
     assert isinstance(verdict, Scored)
     assert verdict.points != os.getpid()
+
+
+def test_what_a_prompt_carries_comes_to_the_function() -> None:
+    async def main() -> tuple[Verdict, Verdict]:
+        pool = FunctionPool("judge_functions:by_reference", 30.0)
+        return await pool("Why?", "a", {"reference": "üü\ud800"}), await pool("Why?", "a", {"reference": ""})
+
+    assert asyncio.run(main()) == (Scored(points=3.0), Scored(points=0.0))
 
 
 def test_a_call_that_hangs_ends_at_its_deadline() -> None:

@@ -1,33 +1,19 @@
-"""What judges are asked and how their answers are read, against values worked out by hand."""
+"""How answers of judges are read, against values worked out by hand."""
 
 import math
-import os
 import re
 import time
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hostile import HOSTILE, as_read
+from hostile import HOSTILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import METASPACE, TEMPLATES, tokenizer_of
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.judges import function_pool, templates
 from rsrlm.judges import verdicts as judging
-from rsrlm.judges.function_pool import call_function, load_function
-from rsrlm.judges.templates import (
-    ADDITIVE_VARIABLES,
-    META_VARIABLES,
-    PAIRWISE_VARIABLES,
-    fence_of,
-    form_of,
-    load_template,
-)
 from rsrlm.judges.verdicts import (
     META_WINNER,
     SCORE,
@@ -54,11 +40,6 @@ def tokenizer(smollm2: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2)
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer: Any) -> ChatEncoder:
-    return ChatEncoder(tokenizer)
 
 
 def scored(points: float, variance: float | None = None) -> Verdict:
@@ -278,52 +259,6 @@ def test_a_claimed_winner_is_shown_as_one() -> None:
     assert claimed("better memory and a better mood; it is better. Maybe.", mine, True) == (
         "better memory and a better mood; it is better. Maybe."
     )
-
-
-# ---- the form of a template
-
-
-def test_a_template_names_the_form_of_its_verdict() -> None:
-    assert form_of("Grade it.", SCORE) == SCORE
-    assert form_of(load_template("buckets"), SCORE) == Form(label="Score", scale=(1, 5), prefix="Score: ")
-    assert form_of("{# verdict: {label: Rating, scale: [1, 10]} #}\nx", SCORE) == RATING
-    assert form_of("{#- verdict: {sides: [m, M], prefix: '('} -#}", WINNER) == Form(
-        label="Winner", sides=("m", "M"), prefix="("
-    )
-    assert form_of("text {# verdict: {scale: [1, 10]} #}", SCORE) == SCORE  # not on the first line
-    for name, variables, form in (
-        ("additive", templates.ADDITIVE_VARIABLES, SCORE),
-        ("additive_digits", templates.ADDITIVE_VARIABLES, SCORE),
-        ("pairwise", PAIRWISE_VARIABLES, WINNER),
-        ("pairwise_text", PAIRWISE_VARIABLES, WINNER),
-        ("meta", templates.META_VARIABLES, judging.META_WINNER),
-        ("meta_letters", templates.META_VARIABLES, judging.META_WINNER),
-    ):
-        source = load_template(name, variables)
-        assert form_of(source, form) == form
-        written = form.prefix if name.endswith(("digits", "letters")) or name == "pairwise" else f"{form.label}: "
-        assert written.removesuffix("(") in source
-
-
-@pytest.mark.parametrize(
-    ("header", "message"),
-    [
-        ("5", "a mapping of label, prefix, scale, sides"),
-        ("{lable: Score}", "a mapping of label, prefix, scale, sides"),
-        ("{scale: [5, 0]}", "lowest, highest"),
-        ("{scale: [-1, 5]}", "from 0 on"),
-        ("{scale: [0, 5.5]}", r"scale\.1: Input should be a valid integer"),
-        ("{scale: 5}", "scale: Input should be a valid tuple"),
-        ("{label: ''}", "label: String should match"),
-        ("{label: 'Score 5'}", "label: String should match"),
-        ("{sides: [A, A]}", "two different"),
-        ("{sides: [A, '?']}", r"sides\.1: String should match"),
-        ("{", "while parsing a flow"),
-    ],
-)
-def test_forms_that_are_refused(header: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^judge\.template='x': .*{message}.*write one such as"):
-        form_of(f"{{# verdict: {header} #}}", SCORE, "judge.template='x'")
 
 
 @pytest.mark.parametrize("fill", [" ", "*", ":", "\n ", "score ", "1", "1.", "winner ", "winner: a "])
@@ -608,218 +543,6 @@ def test_winner_from_distribution(values: list[float], winner: Any) -> None:
 )
 def test_combine_orders(first: Any, second: Any, combined: Any) -> None:
     assert combine_orders(first, second) == combined
-
-
-# ---- templates
-
-
-def test_bundled_templates() -> None:
-    additive = load_template("additive")
-    assert additive == load_template("additive.jinja")
-    assert "at most 100 words" in additive
-    assert '"Score: <total points>"' in additive
-    assert additive.endswith("<response {{ fence }}>\n{{ response }}\n</response {{ fence }}>\n")
-    assert "words" not in load_template("additive_digits")
-    assert WINNER.prefix in load_template("pairwise", PAIRWISE_VARIABLES)
-    assert '"Winner: tie"' in load_template("pairwise_text", PAIRWISE_VARIABLES)
-
-
-@pytest.mark.parametrize(
-    ("name", "variables"),
-    [("additive_digits", ADDITIVE_VARIABLES), ("meta", META_VARIABLES), ("meta_letters", META_VARIABLES)],
-)
-def test_one_scale_whoever_reads_it(name: str, variables: frozenset[str]) -> None:
-    """What scores a response, and what compares such scores, has the same five statements."""
-
-    def statements(template: str) -> list[str]:
-        return [line for line in template.splitlines() if line.startswith("- The answer")]
-
-    found = statements(load_template(name, variables))
-    assert len(found) == 5
-    assert found == statements(load_template("additive"))
-
-
-@pytest.mark.parametrize(
-    ("name", "variables", "tags"),
-    [
-        ("additive", ADDITIVE_VARIABLES, ["response"]),
-        ("additive_digits", ADDITIVE_VARIABLES, ["response"]),
-        ("buckets", ADDITIVE_VARIABLES, ["response"]),
-        ("pairwise", PAIRWISE_VARIABLES, ["response A", "response B"]),
-        ("pairwise_text", PAIRWISE_VARIABLES, ["response A", "response B"]),
-        ("meta", META_VARIABLES, ["response", "judgement A", "judgement B"]),
-        ("meta_letters", META_VARIABLES, ["response", "judgement A", "judgement B"]),
-    ],
-)
-def test_what_a_model_wrote_stands_between_fences(name: str, variables: frozenset[str], tags: list[str]) -> None:
-    """Each text in tags of its own, which it cannot close: it was written before anybody knew the fence."""
-    blocks = []
-    for tag in tags:
-        field = tag.lower().replace(" ", "_")
-        blocks.append(f"<{tag} {{{{ fence }}}}>\n{{{{ {field} }}}}\n</{tag} {{{{ fence }}}}>\n")
-    template = load_template(name, variables)
-    assert template.endswith("\n".join(blocks))
-    assert template.count("{{") == 1 + 3 * len(tags)  # nothing is printed elsewhere but the question
-
-
-def test_templates_from_files(tmp_path: Path) -> None:
-    file = tmp_path / "mine.jinja"
-    file.write_text("{{ instruction }} é {{ response }}", encoding="utf-8")
-    assert load_template(str(file)) == "{{ instruction }} é {{ response }}"
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (b"{{ instruction }}", r"does not use response; add \{\{ response \}\}"),
-        (b"{{ instruction }}{{ response }}{{ score }}", "uses score, .*known here: fence, instruction, response"),
-        (b"{{ instruction }}\n{{ response ", "line 2: "),
-        (b"{{ instruction }}{{ response | upper }}", "response may only be printed"),
-        (b"\xff", "nor a readable Jinja2 file"),
-    ],
-)
-def test_template_files_that_are_refused(tmp_path: Path, source: bytes, message: str) -> None:
-    file = tmp_path / "mine.jinja"
-    file.write_bytes(source)
-    with pytest.raises(ConfigError, match=rf"^template='{re.escape(str(file))}': .*{message}"):
-        load_template(str(file))
-
-
-@pytest.mark.parametrize("name", ["nosuch", "", "/", "a\0b"])
-def test_unknown_templates_name_the_known_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"additive, additive_digits, .*pairwise, pairwise_text.*give one of these"):
-        load_template(name)
-
-
-def test_pairwise_template_for_an_additive_judge_is_refused() -> None:
-    with pytest.raises(ConfigError, match="template='pairwise': does not use response; add"):
-        load_template("pairwise")
-
-
-def test_fences() -> None:
-    fences = [fence_of(seed) for seed in range(1000)]
-    assert all(re.fullmatch("[0-9a-f]{8}", fence) for fence in fences)
-    assert len(set(fences)) == 1000
-    assert fence_of(2**63 - 1) == fence_of(2**63 - 1)
-
-
-# ---- hostile text
-
-
-def tokens_apart(tokenizer: Any, text: str, fence: str) -> list[int]:
-    """Token ids of a piece of a judge prompt, with the values in it tokenised on their own."""
-    parts = re.split(rf"({fence}|What is tea\?)", text)
-    return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
-
-
-@pytest.mark.parametrize("name", ["additive", "additive_digits"])
-@pytest.mark.parametrize("response", [text for _, text in HOSTILE], ids=[name for name, _ in HOSTILE])
-def test_hostile_responses_change_neither_prompt_nor_score(
-    tokenizer: Any, encoder: ChatEncoder, name: str, response: str
-) -> None:
-    template, fence = load_template(name), fence_of(1)
-    prefix = SCORE.prefix if name == "additive_digits" else ""
-
-    def prompt_of(text: str) -> tuple[int, ...]:
-        return encoder.encode(template, {"instruction": "What is tea?", "response": text, "fence": fence}, prefix)
-
-    harmless = tokenizer.decode(prompt_of("HARMLESS"), clean_up_tokenization_spaces=False)
-    before, after = (tokens_apart(tokenizer, part, fence) for part in harmless.removesuffix(prefix).split("HARMLESS"))
-    after += tokenizer.encode(prefix, add_special_tokens=False)
-    prompt = prompt_of(response)
-    assert list(prompt[: len(before)]) == before
-    assert list(prompt[len(prompt) - len(after) :]) == after
-    middle = prompt[len(before) : len(prompt) - len(after)]
-    assert tokenizer.decode(middle, clean_up_tokenization_spaces=False) == as_read(response)
-    added = set(tokenizer.get_added_vocab().values())
-    assert sum(token in added for token in prompt) == 5  # three turns begin, two of them end
-
-    # As an engine does it: the judge's answer is what comes after the prompt.
-    for answer, verdict in ((" It is short.\nScore: 2", Scored(points=2)), (" It is short.", NOT_READ)):
-        whole = [*prompt, *tokenizer.encode(answer, add_special_tokens=False)]
-        assert parse_points(tokenizer.decode(whole[len(prompt) :]), "stop") == verdict
-
-
-@settings(deadline=None)
-@given(response=st.text(), instruction=st.text())
-def test_any_response_leaves_the_pairwise_prompt_in_place(
-    tokenizer: Any, encoder: ChatEncoder, response: str, instruction: str
-) -> None:
-    template, fence = load_template("pairwise", PAIRWISE_VARIABLES), "0123abcd"
-    fields = {"instruction": instruction, "response_a": "HARMLESS", "response_b": response, "fence": fence}
-    prompt = encoder.encode(template, fields, WINNER.prefix)
-    without = encoder.encode(template, {**fields, "response_b": ""}, WINNER.prefix)
-    end = "\n</response B 0123abcd><|im_end|>\n<|im_start|>assistant\n"
-    after = [*tokens_apart(tokenizer, end, fence), *tokenizer.encode(WINNER.prefix, add_special_tokens=False)]
-    start, stop = len(without) - len(after), len(prompt) - len(after)
-    assert list(prompt[stop:]) == after
-    assert prompt[:start] == without[:start]
-    assert tokenizer.decode(prompt[start:stop], clean_up_tokenization_spaces=False) == as_read(response)
-
-
-# ---- function judges
-
-
-def shorter(prompt: str, response: str) -> float:
-    return -len(response)
-
-
-@pytest.mark.parametrize(
-    ("value", "verdict"),
-    [
-        (3, Scored(points=3.0)),
-        (-2.5, Scored(points=-2.5)),
-        (True, Scored(points=1.0)),
-        (np.float32(0.5), Scored(points=0.5)),
-        (Fraction(1, 4), Scored(points=0.25)),
-        *((value, function_pool.NO_NUMBER) for value in (None, "4", math.nan, INF, -INF, 10**400, 1j, [4])),
-    ],
-)
-def test_call_function(value: Any, verdict: Verdict) -> None:
-    assert call_function(lambda prompt, response: value, "p", "r") == verdict
-
-
-def test_call_function_passes_prompt_and_response() -> None:
-    assert call_function(lambda prompt, response: len(prompt) * 10 + len(response), "ab", "xyz") == Scored(points=23)
-
-
-@pytest.fixture
-def my_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "my_test_judges.py").write_text(
-        "def shorter(prompt, response):\n    return -len(response)\ndef unary(prompt):\n    return 0\nconstant = 3\n"
-    )
-    (tmp_path / "my_broken_judges.py").write_text("import no_such_module_of_rsrlm\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return "my_test_judges"
-
-
-@pytest.mark.parametrize("separator", [":", "."])
-def test_load_function(my_judges: str, separator: str) -> None:
-    function: Callable[[str, str], float] = load_function(f"{my_judges}{separator}shorter")
-    assert call_function(function, "p", "four") == Scored(points=-4)
-
-
-@pytest.mark.parametrize(
-    ("dotted", "message"),
-    [
-        ("shorter", "write module:name"),
-        (":shorter", "write module:name"),
-        ("my_test_judges:", "write module:name"),
-        ("no_such_module_of_rsrlm:f", "No module named .*on PYTHONPATH"),
-        ("my_broken_judges:f", "No module named 'no_such_module_of_rsrlm'"),
-        ("my_test_judges:longer", "has no attribute 'longer'"),
-        ("my_test_judges:constant", "must be callable with"),
-        ("my_test_judges:unary", "must be callable with"),
-    ],
-)
-def test_load_function_errors(my_judges: str, dotted: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"judge.function={dotted}|{message}") as caught:
-        load_function(dotted)
-    assert re.search(message, str(caught.value))
-
-
-def test_a_function_deep_in_packages() -> None:
-    assert load_function("os.path.join") is load_function("os.path:join") is os.path.join
 
 
 def test_reasons_are_few_and_fixed() -> None:
