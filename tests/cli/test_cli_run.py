@@ -1,0 +1,206 @@
+"""`rsrlm run` and `rsrlm resume`: what starts, with what, and what is refused of a run that is there already."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from command_line import Ended, Started, started_with, write_weights
+
+from rsrlm import cli
+from rsrlm.config import Config
+from rsrlm.data.examples import reply_as_response
+from rsrlm.data.ranked import Reply
+from rsrlm.judges.base import Origin
+from rsrlm.judges.templates import TEMPLATES
+from rsrlm.records import Prompt
+from rsrlm.runtime import launch
+from rsrlm.store.folder import RunFolder
+
+
+def test_what_is_right_starts(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, smollm2: Path) -> None:
+    """Or every refusal below could be one of something else."""
+    with pytest.raises(Started) as started:
+        rsrlm("run", config_file, "model=smollm2-135m-instruct", "seed=7")
+    prepared, store, _ = started.value.arguments
+    assert prepared.config.seed == 7
+    assert prepared.model == smollm2
+    assert prepared.left_out == []
+    assert (len(prepared.heldout.prompts), [len(one.tasks) for one in prepared.iterations]) == (2, [4])
+    assert store.folder == tmp_path / "runs" / "mine"
+    assert sorted(path.name for path in store.folder.iterdir()) == ["config.yaml", "start.json", "trained_on.json"]
+
+
+def judge_prompt_of(prepared: Any) -> tuple[int, ...]:
+    response = reply_as_response(Reply(id="r", text="A drink.", rank=0), "tea", "00/tea", 0)
+    judge, origin = prepared.iterations[0].recipe.judge, Origin(iteration=0, name="00/tea/0")
+    found: tuple[int, ...] = judge.prompt_of(Prompt(id="tea", text="What is tea?"), response, origin)
+    return found
+
+
+def test_a_resume_makes_the_prompts_that_the_engines_saw(
+    rsrlm: Callable[..., Ended], config_file: Path, clock: Path, tmp_path: Path
+) -> None:
+    """Whatever the chat template prints, and whatever was drawn for the fences."""
+    first, store = started_with(lambda: rsrlm("run", config_file, f"model={clock}"))
+    second, _ = started_with(lambda: rsrlm("resume", tmp_path / "runs" / "mine"))
+    assert first.heldout.context.encoder.user("x") == second.heldout.context.encoder.user("x")
+    assert judge_prompt_of(first) == judge_prompt_of(second)
+    assert store.note("start")["drawn"] == first.drawn == second.drawn
+    assert first.config.judge.fence_salt == first.drawn["fence_salt"] == second.config.judge.fence_salt
+    assert len(first.drawn["fence_salt"]) == 16
+
+
+def test_no_seed_tells_the_fences_of_a_run(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    def prompt(*options: str) -> tuple[int, ...]:
+        name = f"name=n{len(made)}"
+        made.append(judge_prompt_of(started_with(lambda: rsrlm("run", config_file, name, *options))[0]))
+        return made[-1]
+
+    made: list[tuple[int, ...]] = []
+    assert prompt() != prompt()
+    assert prompt("judge.fence_salt=mine") == prompt("judge.fence_salt=mine") != prompt("judge.fence_salt=yours")
+    # The prompts' author may know seed, ids and program, and compute the fence of a run without a salt.
+    public = prompt("judge.fence_salt=''")
+    assert public == prompt("judge.fence_salt=''")
+    assert public not in made[:-2]
+
+
+def test_a_run_without_notes_of_its_start_is_not_resumed(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path
+) -> None:
+    _, store = started_with(lambda: rsrlm("run", config_file))
+    noted = store.note("start")
+    del noted["drawn"]
+    store.write_note("start", noted)
+    ended = rsrlm("resume", tmp_path / "runs" / "mine")
+    assert ended.code == 2
+    assert "no date and fence salt in it" in ended.err
+    assert "start anew under another name" in ended.err
+    # Killed before anything was noted: nothing was asked yet.
+    (store.folder / "start.json").unlink()
+    started_with(lambda: rsrlm("resume", tmp_path / "runs" / "mine"))
+
+
+@pytest.mark.parametrize("code", [0, 3, 4, 130])
+def test_the_exit_code_is_that_of_the_run(
+    code: int, rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "prepare", lambda config: SimpleNamespace(model=None))
+    monkeypatch.setattr(cli, "_check_room", lambda prepared: None)
+    monkeypatch.setattr(launch, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(launch, "execute", lambda *_: code)
+    assert rsrlm("run", config_file).code == code
+
+
+def test_an_interruption_while_preparing(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "prepare", prepare)
+    ended = rsrlm("run", config_file)
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_resume_refuses_other_prompts(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path) -> None:
+    """One line more in the prompt file would deal other prompts to every iteration."""
+    started_with(lambda: rsrlm("run", config_file))
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "new", "prompt": "One more."}))
+    ended = rsrlm("resume", tmp_path / "runs" / "mine")
+    assert ended.code == 2
+    assert "the prompts of this run changed since it was started" in ended.err
+
+
+STEPS = [{"recipe": "sft", "sources": ["ift", "EXAMPLES"]}, {"judge": {"template": "TEMPLATE"}}, {}]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, ranked: Path, model: Path, other_model: Path, small_model: Path) -> dict[str, Path]:
+    """All that a run reads while it goes on."""
+    examples, template = tmp_path / "examples.jsonl", tmp_path / "mine.jinja"
+    examples.write_text(json.dumps({"prompt": "Say nothing.", "target": "Silence."}) + "\n")
+    shutil.copy(TEMPLATES / "additive.jinja", template)
+    validator = Path(shutil.copytree(small_model, tmp_path / "validator"))
+    return {
+        "RANKED": ranked, "EXAMPLES": examples, "TEMPLATE": template, "MODEL": model, "JUDGE": other_model,
+        "VALIDATOR": validator,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("RANKED", "the training data"),
+        ("EXAMPLES", "the training data"),
+        ("TEMPLATE", "the judge"),
+        ("MODEL", "the model"),
+        ("JUDGE", "the judge's model"),
+        ("VALIDATOR", "the validator's model"),
+        (None, None),
+    ],
+)
+def test_a_resume_refuses_other_inputs(
+    changed: str | None, said: str | None, rsrlm: Callable[..., Ended], config_file: Path, inputs: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    options = [
+        f"steps={json.dumps(STEPS)}", "iterations=3", "prompts.per_iteration=2", "model=MODEL", "data.trees=RANKED",
+        "data.eft_share=0", "data.ift_share=1", "judge.kind=text", "judge.model=JUDGE", "judge.replicas=1",
+        "evaluate.judge.model=VALIDATOR", "evaluate.judge.replicas=1",
+    ]  # fmt: skip
+    for name, path in inputs.items():
+        options = [option.replace(name, str(path)) for option in options]
+    started_with(lambda: rsrlm("run", config_file, *options))
+    if changed is None:
+        started_with(lambda: rsrlm("resume", tmp_path / "runs" / "mine"))
+        return
+    path = inputs[changed]
+    if path.is_dir():
+        write_weights(path / "model.safetensors", rows=11)
+    else:
+        text = path.read_text()
+        other = re.sub("good 7|Silence|You will", "Some", text)
+        assert other != text
+        path.write_text(other)
+    ended = rsrlm("resume", tmp_path / "runs" / "mine")
+    assert ended.code == 2
+    assert f"{said} of this run changed since it was started; restore the former" in ended.err
+
+
+def test_resume_of_what_is_no_run(rsrlm: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        ended = rsrlm("resume", folder)
+        assert (ended.code, ended.out) == (2, "")
+        assert (
+            ended.err == f"rsrlm: {folder}: no run here (no config.yaml); give the folder of a run, such as runs/NAME\n"
+        )
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_resume_looks_at_the_inputs_again(rsrlm: Callable[..., Ended], make_config: Any, tmp_path: Path) -> None:
+    store = RunFolder.create(make_config(prompts={"path": str(tmp_path / "gone.jsonl")}))
+    ended = rsrlm("resume", store.folder)
+    assert (ended.code, ended.out) == (2, "")
+    assert f"prompts.path={tmp_path / 'gone.jsonl'}: No such file" in ended.err
+    assert [path.name for path in store.folder.iterdir()] == ["config.yaml"]
+
+
+def test_resume_of_a_finished_run_does_nothing(
+    rsrlm: Callable[..., Ended], make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunFolder.create(make_config(iterations=2, model={"path": "./gone"}))
+    for iteration in range(2):
+        store.write_metrics(iteration, {})
+    ended = rsrlm("resume", store.folder)
+    assert ended.code == 0
+    assert f"{store.folder} is finished: 2 iterations" in ended.out
