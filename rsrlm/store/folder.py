@@ -19,6 +19,8 @@ from rsrlm.store import tables
 from rsrlm.store.atomic import append_line, sync_files, write_whole
 from rsrlm.store.steps import StepLog
 
+LAYOUT = 2  # of a run folder, noted when the run starts: a run of another one cannot go on here
+
 
 def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
@@ -59,9 +61,16 @@ class RunFolder:
 
     @classmethod
     def open(cls, folder: Path) -> tuple["RunFolder", Config]:
-        """An existing run and the config it was started with. Raises ConfigError when there is none."""
+        """An existing run and the config it was started with. Raises ConfigError when there is none, or when it was
+        begun with a version that keeps runs in another way."""
         if not (folder / "config.yaml").is_file():
             raise ConfigError(f"{folder}: no run here (no config.yaml); give the folder of a run, such as runs/NAME")
+        start = cls(folder).note("start")
+        if start and start.get("layout") != LAYOUT:
+            raise ConfigError(
+                f"{folder}: this run was begun with another version of rsrlm, which keeps its answers in another way; "
+                "finish it with that version, or start anew under another name"
+            )
         config = load(folder / "config.yaml")
         # The folder may have been moved since.
         config = config.model_copy(update={"runs": str(folder.resolve().parent), "name": folder.resolve().name})
@@ -128,7 +137,7 @@ class RunFolder:
     def fix(self, name: str, value: Any) -> Any:
         """The value noted under this name when the run started, or this one from now on."""
         path = self.folder / "start.json"
-        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"layout": LAYOUT}
         if name not in noted:
             noted[name] = value
             self.write_json(path, noted)

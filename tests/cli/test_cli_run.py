@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import Ended, Started, started_with, write_weights
+from command_line import Ended, Started, edit, started_with, write_weights
 
 from rsrlm import cli
 from rsrlm.config import Config
@@ -174,6 +174,29 @@ def test_a_resume_refuses_other_inputs(
     ended = rsrlm("resume", tmp_path / "runs" / "mine")
     assert ended.code == 2
     assert f"{said} of this run changed since it was started; restore the former" in ended.err
+
+
+@pytest.mark.parametrize("config", ["", "schedule: []\n"])
+def test_a_run_of_another_version_is_not_resumed(
+    config: str, rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path
+) -> None:
+    """What it answered lies where nothing looks for it. Its config may hold keys that are written otherwise, and
+    mending these is not enough."""
+    store = started_with(lambda: rsrlm("run", config_file))[1]
+    store.iteration(0).mkdir(parents=True)
+    (store.iteration(0) / "journal.jsonl").write_text('{"t": "response"}\n')
+    edit(store.folder / "start.json", layout=None)
+    with (store.folder / "config.yaml").open("a") as file:
+        file.write(config)
+    before = sorted(tmp_path.rglob("*"))
+    for command in (["resume", store.folder], ["eval", "judge", store.folder, "--data", "ranked.jsonl"]):
+        ended = rsrlm(*command)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err == (
+            f"rsrlm: {store.folder}: this run was begun with another version of rsrlm, which keeps its answers in "
+            "another way; finish it with that version, or start anew under another name\n"
+        )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_resume_of_what_is_no_run(rsrlm: Callable[..., Ended], tmp_path: Path) -> None:
