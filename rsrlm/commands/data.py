@@ -64,7 +64,7 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
         with run.stage("EFT", {"judge": replies * each}):
             return await judge_replies(parts.eft, judge, await run.load(run.first), 0, each)
 
-    report.line(f"{replies} replies of {len(parts.eft)} prompts, {each} judgements each; starting engines")
+    report.line(f"{replies} replies of {len(parts.eft)} prompts, {each} judgements each")
     judgements = on_engines(
         config, work_folder(out), {config.model.path: folder}, work, report, drawn=drawn, judge=other
     )

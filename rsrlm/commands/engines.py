@@ -67,6 +67,7 @@ def on_engines(
     except (NobodyAnswers, BaseExceptionGroup) as error:
         if isinstance(error, BaseExceptionGroup) and not error.subgroup(NobodyAnswers):
             raise
+    report.line("starting engines")
     with launch.ray_cluster(config, store, learner=False):
         return launch.interruptible(main(started=True))
 

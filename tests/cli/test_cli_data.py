@@ -59,6 +59,7 @@ def test_eft_goes_on_where_it_was_killed(eft: Callable[..., Ended], engines: Ans
     before = engines.take()
     engines.most = None
     said = eft().out
+    assert "starting engines" in said
     assert "30 answers are known already" in said
     assert len(engines.take()) == 120 - 30
     assert len(before) > 30  # others were in flight
@@ -72,7 +73,9 @@ def test_no_engine_starts_for_what_is_known(eft: Callable[..., Ended], engines: 
     (tmp_path / "eft.jsonl").unlink()
     engines.take()
     for _ in range(2):
-        assert eft().code == 0
+        ended = eft()
+        assert ended.code == 0
+        assert "starting engines" not in ended.out
     assert (engines.take(), engines.clusters) == ([], 1)
     assert (tmp_path / "eft.jsonl").read_bytes() == written
 
