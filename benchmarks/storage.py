@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +23,11 @@ from typing import Annotated
 import typer
 from common import RESULTS, head, spread, write
 
+from rsrlm.recipes.self_rewarding import in_training_order
 from rsrlm.records import Group, Judgement, PreferencePair, Prompt, Response, Sampling, Scored, group_id
-from rsrlm.store.groups import GroupSpool
-from rsrlm.store.items import ItemFile, ItemSegment, gather_items
+from rsrlm.store.buffer import Buffer, receipt_of
+from rsrlm.store.items import ItemFile, Segment, write_items
 from rsrlm.store.journal import CompletionLog
-from rsrlm.store.receipts import Receipt, ReceiptBuffer
 from rsrlm.store.tables import write_groups, write_table
 
 RESPONSES, JUDGEMENTS, TOKENS, JUDGE_TOKENS = 4, 3, 300, 60
@@ -156,21 +157,30 @@ def journal_open(folder: Path, count: int) -> dict[str, float]:
     return figures
 
 
-def spool(folder: Path, count: int) -> dict[str, float]:
+def buffer(folder: Path, count: int) -> dict[str, float]:
     made = [group(number) for number in range(500)]
+    made = [replace(one, pairs=(pair_of(one),), no_pair_reason="") for one in made]
     ids = [group_id(0, f"{number:07d}") for number in range(count)]
     figures: dict[str, float] = {}
-    before = resident()
-    groups = GroupSpool(folder, ids)
-    figures["group bytes in memory"] = (resident() - before) / count
-    few = GroupSpool(folder, [one.id for one in made])
-    with timed(figures, "group add us", len(made)):
-        for one in made:
-            few.add(one)
+    segment, before = Segment(folder / "groups"), resident()
+    filled = Buffer(ids, folder)
+    with timed(figures, "group to its segment us", len(made)):
+        receipts = [receipt_of(one, segment) for one in made]
+    with timed(figures, "receipt put us", count):
+        for number in range(count):
+            filled.put(number, receipts[number % len(made)])
+    figures["group and pair, bytes in memory"] = (resident() - before) / count
     with timed(figures, "group read us", len(made)):
-        for _ in few:
-            pass
-    groups.close()
+        for number in range(len(made)):
+            filled[number]
+    with timed(figures, "training order us", count):
+        order = in_training_order(filled.pairs, 0, 0)
+    with timed(figures, "file of the training job us", count):
+        write_items(folder / "items", order)
+    file: ItemFile[PreferencePair] = ItemFile(folder / "items")
+    with timed(figures, "item read us", 2000):
+        for _ in range(2000):
+            file[random.randrange(count)]
     return figures
 
 
@@ -197,30 +207,6 @@ def records(folder: Path, count: int) -> dict[str, float]:
     return figures
 
 
-def items(folder: Path, count: int) -> dict[str, float]:
-    made = [pair_of(group(number)) for number in range(200)]
-    figures: dict[str, float] = {}
-    segment = ItemSegment(folder / "segment")
-    with timed(figures, "segment add us", len(made)):
-        places = [segment.add(one) for one in made]
-    buffer, before = ReceiptBuffer(folder / "receipts.jsonl"), resident()
-    started = time.perf_counter()
-    for number in range(count):
-        place = places[number % len(places)]
-        buffer.put(Receipt(group=f"00/prompt-{number:07d}", iteration=0, items=(place,)))
-    figures["receipt put us"] = (time.perf_counter() - started) / count * 1e6
-    figures["receipt bytes in memory"] = (resident() - before) / count
-    with timed(figures, "order us", count):
-        order = buffer.items(0, 0)
-    with timed(figures, "gather us", count):
-        gather_items(folder / "items", PreferencePair, order)
-    file: ItemFile[PreferencePair] = ItemFile(folder / "items")
-    with timed(figures, "item read us", 2000):
-        for _ in range(2000):
-            file[random.randrange(count)]
-    return figures
-
-
 def measured(part: Callable[[Path, int], dict[str, float]], folder: Path, count: int) -> dict[str, float]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(part, folder, count).result()
@@ -228,23 +214,21 @@ def measured(part: Callable[[Path, int], dict[str, float]], folder: Path, count:
 
 def main(
     entries: Annotated[int, typer.Option(help="of the journal; 8,000,000 are 16 GB on disk")] = 200_000,
-    groups: Annotated[int, typer.Option(help="ids of the spool")] = 1_000_000,
+    groups: Annotated[int, typer.Option(help="receipts in the buffer")] = 100_000,
     table_groups: Annotated[int, typer.Option(help="groups that become tables")] = 3000,
-    receipts: Annotated[int, typer.Option(help="receipts and items of the job's file")] = 100_000,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     out: Annotated[Path, typer.Option(help="folder of the result")] = RESULTS,
 ) -> None:
     done: list[dict[str, float]] = []
-    data = {**head(__doc__.splitlines()[0]), "counts": [entries, groups, table_groups, receipts]}
+    data = {**head(__doc__.splitlines()[0]), "counts": [entries, groups, table_groups]}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(prefix="rsrlm-storage-") as name:
             folder, figures = Path(name), {}
             plan: list[tuple[Callable[[Path, int], dict[str, float]], int]] = [
                 (journal, entries),
                 (journal_open, entries),
-                (spool, groups),
+                (buffer, groups),
                 (records, table_groups),
-                (items, receipts),
             ]
             for part, count in plan:
                 figures |= measured(part, folder, count)

@@ -265,15 +265,18 @@ class Engines:
         Enough are open at a time to keep the engines' queues filled, and no more. A result is given back when the
         answers that it rests on are on disk, since it must not outlive them.
         """
-        room = asyncio.Semaphore(max(2, math.ceil(2 * self.slots / width)))
+        results: list[Any] = [None] * len(items)
+        left = iter(enumerate(items))
 
-        async def one(item: Any) -> Result:
-            async with room:
+        async def some() -> None:
+            for index, item in left:
                 result = await work(item)
                 await self._answers.sync()
-                return result
+                results[index] = result
 
-        return await gather([one(item) for item in items])
+        # Not a task for each item: a million of them would take gigabytes.
+        await gather(some() for _ in range(min(len(items), max(2, math.ceil(2 * self.slots / width)))))
+        return results
 
 
 _FIELDS = ("token_ids", "text", "finish_reason", "label_logprobs", "prompt_logprobs")

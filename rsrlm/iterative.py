@@ -151,6 +151,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
         }
         store.write_metrics(number, row)
         store.event("iteration_finished", iteration=number)
+        run.finished(number)
         spine.log(row)
         rows.append(row)
         heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run)

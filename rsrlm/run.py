@@ -4,12 +4,16 @@ A recipe is run again from its top after a kill; what lies under the verbs lets 
 """
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rsrlm.engines import Answers, Engines, Model, NotHeld
 from rsrlm.records import Group, Role, Task
+from rsrlm.store.buffer import Buffer, receipt_of
+from rsrlm.store.items import Segment
 
 Result = TypeVar("Result")
 Trainer = Callable[[Model, Sequence[Any], Any, str], Awaitable[Model]]
@@ -64,9 +68,11 @@ class Run:
     """The verbs of one run."""
 
     def __init__(
-        self, pools: Pools, answers: Answers, screen: Screen, event: Callable[..., None], first: Model
+        self, pools: Pools, answers: Answers, screen: Screen, event: Callable[..., None], first: Model, segments: Path
     ) -> None:
+        """`segments` is a folder for what is made, until its iteration is finished."""
         self.pools, self.answers, self.screen, self.event, self.first = pools, answers, screen, event, first
+        self._segments = segments
         self.names = [first.name]  # of the models that the iterations start from, in order
         self._wanted = first
         self._holding = asyncio.Lock()
@@ -117,23 +123,30 @@ class Run:
             with self.answers.counted(count):
                 yield
 
-    async def groups(self, engines: Engines, recipe: Recipe, tasks: Sequence[Task]) -> list[Group]:
+    async def groups(self, engines: Engines, recipe: Recipe, tasks: Sequence[Task]) -> Buffer:
         """The group of each task, in order."""
         before = await self.pools.stats()
+        folder = self._segments / f"{tasks[0].iteration:02d}"
+        buffer, segment = Buffer([task.id for task in tasks], folder), Segment(folder / "groups")
 
-        async def one(task: Task) -> Group:
-            group = await recipe.group(engines, task)
-            pairs = [pair.id for pair in group.pairs]
-            self.event("group", g=group.id, pairs=pairs, reason=group.no_pair_reason or None)
-            return group
+        async def one(index: int) -> None:
+            task = tasks[index]
+            receipt = receipt_of(await recipe.group(engines, task), segment)
+            self.event("group", g=task.id, pairs=[pair.id for pair in receipt.pairs], reason=receipt.reason or None)
+            buffer.put(index, receipt)
 
         with self.stage(f"iteration {tasks[0].iteration}", recipe.requests(len(tasks))):
-            groups = await engines.each(one, tasks, recipe.width)
+            await engines.each(one, range(len(tasks)), recipe.width)
+        segment.close()
         after = await self.pools.stats()
         queries, hits = (after.get(name, 0.0) - before.get(name, 0.0) for name in CACHE_COUNTERS)
         # A replaced engine counts from 0 again: then the share is not known.
         self.prefix_cache_hit_share = round(hits / queries, 4) if queries > 0 and 0 <= hits <= queries else None
-        return groups
+        return buffer
+
+    def finished(self, iteration: int) -> None:
+        """What was made in the iteration is in its tables and trained on."""
+        shutil.rmtree(self._segments / f"{iteration:02d}", ignore_errors=True)
 
     def train_with(self, trainer: Trainer) -> None:
         """What `train` does from here on: another iteration's jobs are others."""

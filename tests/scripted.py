@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from rsrlm.engines import Answers, Engines, Model, gather
 from rsrlm.judges.base import Context
+from rsrlm.meta_judging import PositionWeights, position_weights
 from rsrlm.records import Completion, Group, Prompt, Request, Task
 from rsrlm.run import Run
 
@@ -215,13 +217,16 @@ class Screen:
 def run_of(engine: Any, log: Any = None, **others: Any) -> Run:
     """A run from M0 over one engine; its events are kept in `run.events`, its screen in `run.screen`."""
     events: list[dict[str, Any]] = []
+    folder = tempfile.TemporaryDirectory()
     made = Run(
         Pools(engine, **others),
         Answers(Memory() if log is None else log),
         Screen(),
         lambda kind, **fields: events.append({"event": kind, **fields}),
         model("M0"),
+        Path(folder.name),
     )
+    made.segments = folder  # type: ignore[attr-defined]
     made.events = events  # type: ignore[attr-defined]
     return made
 
@@ -247,3 +252,9 @@ def groups_of(recipe: Any, engine: Any, prompts: Sequence[Prompt], iteration: in
         return await engines.each(lambda task: recipe.group(engines, task), tasks, recipe.width)
 
     return asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def judge_pairs(recipe: Any, groups: Sequence[Group]) -> tuple[dict[str, Any], PositionWeights]:
+    """The pair of judgements of each group, or the reason why it has none; and the position weights of all."""
+    whole = position_weights(one for group in groups for one in group.comparisons)
+    return {group.id: recipe.judge_pair(group, whole) for group in groups}, whole

@@ -201,7 +201,7 @@ class World:
             Evaluation(config, context, judge, judge_of(config.validating, context), context, prompts)
             for prompts in (self.heldout, self.validation)
         )
-        run = Run(self.pools, Answers(log), screen, store.event, await self.pools.model("M0"))
+        run = Run(self.pools, Answers(log), screen, store.event, await self.pools.model("M0"), store.segments)
         spine = Spine(
             config=config, run=run, learner=Learner(self), store=store, heldout=heldout, validation=validation,
             endpoints=lambda: self.endpoints, log=self.logged.append,

@@ -15,8 +15,8 @@ HEAVY = {"ray", "vllm", "deepspeed", "torch", "transformers"}
 LAYERS = (
     {"records", "settings"},
     {"config", "engines"},
-    {"run"},
     {"placeholders", "chat", "model", "losses", "store"},
+    {"run"},
     {"judges", "data", "pairing"},
     {"report"},
     {"meta_judging", "recipes", "evaluate", "candidates", "training", "iterative"},

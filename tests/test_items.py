@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from samples import PAIR
 
 from rsrlm.records import Example, PreferencePair
-from rsrlm.store.items import ItemFile, ItemSegment, decoded, encoded, gather_items, write_items
+from rsrlm.store.items import ItemFile, Items, Segment, decoded, encoded, write_items
 
 EXAMPLE = Example(id="ift/1", kind="ift", prompt_token_ids=(), target_token_ids=(0, 2**31 - 1, -1))
 
@@ -62,7 +62,7 @@ def test_any_item_comes_back(tokens: tuple, logprobs: tuple, turns: int, text: s
 def test_items_of_a_file(tmp_path: Path, index: int) -> None:
     path = tmp_path / "00" / "items"
     made = pairs(100)
-    write_items(path, iter(made))
+    write_items(path, made)
     file: ItemFile[PreferencePair] = ItemFile(path)
     assert len(file) == 100
     assert file.kind is PreferencePair
@@ -87,7 +87,7 @@ def test_the_digest_is_of_the_items_and_their_order(tmp_path: Path) -> None:
     made = pairs(3)
     digest = write_items(tmp_path / "a", made)
     assert len(digest) == 32
-    assert write_items(tmp_path / "b", iter(pairs(3))) == digest
+    assert write_items(tmp_path / "b", pairs(3)) == digest
     others = [made[:2], made[::-1], [*made[:2], replace(made[2], target=0.5)], [*made[:2], replace(made[2], id="x")]]
     assert len({digest, *(write_items(tmp_path / "c", other) for other in others)}) == 5
 
@@ -102,29 +102,59 @@ def test_items_of_one_type_or_none(tmp_path: Path, items: list[Any]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["items"]
 
 
-def test_items_gathered_from_segments(tmp_path: Path) -> None:
+def by_reference(folder: Path, made: list[PreferencePair]) -> Items[PreferencePair]:
+    """In three segments."""
+    segments = [Segment(folder / f"{number}.items") for number in range(3)]
+    items = Items(PreferencePair)
+    for number, item in enumerate(made):
+        segment = segments[number % 3]
+        items.put(segment.path, segment.add(item))
+    return items
+
+
+def test_items_stay_in_the_segments_where_they_were_written(tmp_path: Path) -> None:
     made = pairs(50)
-    segments = [ItemSegment(tmp_path / f"{number}.items") for number in range(3)]
-    places = [segments[number % 3].add(item) for number, item in enumerate(made)]
-    assert [(place.id, place.tokens) for place in places] == [
-        (one.id, 3 + len(one.chosen_token_ids) - 2) for one in made
-    ]
-    order = places[::-1]
-    digest = gather_items(tmp_path / "gathered", PreferencePair, iter(order))
-    assert list(ItemFile(tmp_path / "gathered")) == made[::-1]
+    items = by_reference(tmp_path, made)
+    assert items.ids == [one.id for one in made]
+    assert list(items) == items[:] == made
+    backwards = items.taken(range(49, -1, -1))
+    assert (list(backwards), backwards.ids) == (made[::-1], items.ids[::-1])
+    digest = write_items(tmp_path / "job", backwards)
+    assert list(ItemFile(tmp_path / "job")) == made[::-1]
     assert write_items(tmp_path / "written", made[::-1]) == digest
-    assert (tmp_path / "written").read_bytes() == (tmp_path / "gathered").read_bytes()
+    sizes = [(tmp_path / name).stat().st_size for name in ("job", "written", "0.items")]
+    assert sizes[0] < 50 * 22 + 300
+    assert sizes[1] > 2 * sizes[2]
+
+
+def test_two_lots_of_items_as_one(tmp_path: Path) -> None:
+    made = pairs(12)
+    first, other = by_reference(tmp_path / "a", made[:5]), by_reference(tmp_path / "b", made[5:])
+    both = first.with_others(other)
+    assert (list(both), both.ids) == (made, first.ids + other.ids)
+    assert list(both.taken([11, 0, 7])) == [made[11], made[0], made[7]]
+    assert list(first.with_others(Items(PreferencePair))) == made[:5]
+    assert len(first) == 5
+
+
+def test_what_is_known_of_an_item_without_its_tokens(tmp_path: Path) -> None:
+    write_items(tmp_path / "items", [GRADED, replace(GRADED, token_ids=(), turns=3)])
+    file: ItemFile[Graded] = ItemFile(tmp_path / "items")
+    assert file.outline(0) == {"id": "ü", "token_ids": 1, "logprobs": 3, "grade": None, "turns": -(2**40)}
+    assert file.outline(-1) == {"id": "ü", "token_ids": 0, "logprobs": 3, "grade": None, "turns": 3}
 
 
 def test_a_full_disk_loses_no_item(tmp_path: Path) -> None:
-    segment = ItemSegment(tmp_path / "segment")
+    segment = Segment(tmp_path / "segment")
     with pytest.raises(OSError, match="File too large"), small_disk():
         segment.add(replace(PAIR, chosen_token_ids=(7,) * 1000))
-    places = [segment.add(one) for one in pairs(2)]
-    with pytest.raises(OSError, match="File too large"), small_disk(100):
-        gather_items(tmp_path / "items", PreferencePair, places)
+    items = Items(PreferencePair)
+    for one in pairs(2):
+        items.put(segment.path, segment.add(one))
+    with pytest.raises(OSError, match="File too large"), small_disk(60):
+        write_items(tmp_path / "items", items)
     assert [path.name for path in tmp_path.iterdir()] == ["segment"]
-    gather_items(tmp_path / "items", PreferencePair, places)
+    write_items(tmp_path / "items", items)
     assert list(ItemFile(tmp_path / "items")) == pairs(2)
 
 
@@ -142,7 +172,7 @@ print(len(file), *(item.chosen_token_ids[0] for item in items), resident() - bef
 
 def test_a_reader_holds_what_it_asks_for(tmp_path: Path) -> None:
     path = tmp_path / "items"
-    write_items(path, (replace(PAIR, chosen_token_ids=(number,) * 10_000) for number in range(1000)))  # 40 MB
+    write_items(path, [replace(PAIR, chosen_token_ids=(number,) * 10_000) for number in range(1000)])  # 40 MB
     done = subprocess.run([sys.executable, "-c", READER, str(path)], capture_output=True, text=True, check=True)
     length, *firsts, grown = map(int, done.stdout.split())
     assert (length, firsts) == (1000, [0, 500, 999])

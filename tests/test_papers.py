@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted import context_of, engines_of, groups_of, recipe_of
+from scripted import context_of, engines_of, groups_of, judge_pairs, recipe_of
 from spine import World
 
 from rsrlm import meta_judging
@@ -150,7 +150,7 @@ def judge_pair(config: Config, encoder: ChatEncoder) -> Any:
             Group(id=f"00/{name}", iteration=0, prompt=Prompt(id=name, text="Why?"), responses=(shown,),
                   judgements=tuple(found), comparisons=comparisons, no_pair_reason="x")
         )  # fmt: skip
-    found, _ = recipe_of(config, encoder).judge_pairs(groups)
+    found, _ = judge_pairs(recipe_of(config, encoder), groups)
     return found["00/p"], found["00/q"]
 
 

@@ -15,8 +15,9 @@ from samples import JUDGEMENTS, LAST_SEED, PAIR, SAMPLING, made_for, response
 
 from rsrlm.records import Example, Prompt
 from rsrlm.store import tables
+from rsrlm.store.buffer import Buffer, receipt_of
 from rsrlm.store.folder import RunFolder
-from rsrlm.store.groups import GroupSpool
+from rsrlm.store.items import Segment
 from rsrlm.store.tables import TableWriter, order_of, rows, write_table
 
 
@@ -90,10 +91,10 @@ def test_groups_become_tables_ordered_by_id(
         replace(group, comparisons=group.judgements if number == 2 else ()) for number, group in enumerate(groups)
     ]
     store = RunFolder(tmp_path_factory.mktemp("run"))
-    spool = GroupSpool(store.folder, [group.id for group in groups])
-    for group in reversed(groups):
-        spool.add(group)
-    store.write_groups(0, spool)
+    buffer, segment = Buffer([group.id for group in groups], store.folder), Segment(store.folder / "groups")
+    for index, group in reversed(list(enumerate(groups))):
+        buffer.put(index, receipt_of(group, segment))
+    store.write_groups(0, buffer)
     store.write_groups(1, groups)
     records = [
         [record for group in groups for record in getattr(group, kind)]

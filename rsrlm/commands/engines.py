@@ -56,7 +56,8 @@ def on_engines(
             await pools.start(first, started)
             if started and len(log):
                 report.line(f"{len(log)} answers are known already")
-            return await work(Run(pools, Answers(log), report, store.event, await pools.model(first)))
+            run = Run(pools, Answers(log), report, store.event, await pools.model(first), store.segments)
+            return await work(run)
         finally:
             await pools.close()
             log.close()

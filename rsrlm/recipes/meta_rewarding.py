@@ -5,7 +5,7 @@ What the paper leaves open is decided in `rsrlm.meta_judging`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -18,9 +18,10 @@ from rsrlm.judges.pairwise import Match, meta_judge
 from rsrlm.judges.rubric import Text
 from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand
 from rsrlm.recipes.self_rewarding import SelfRewarding, in_training_order
-from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Preferred, Response, Task, Unparsed
+from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Preferred, Response, Task
 from rsrlm.settings.base import Number, Section
 from rsrlm.settings.methods import Pair
+from rsrlm.store.buffer import pairs_of
 
 
 class Meta(Section):
@@ -129,47 +130,47 @@ class MetaRewarding(SelfRewarding):
             return NoPair(reason="no pairs of responses wanted")
         return super().pair(task, responses, judgements)
 
-    def judge_pairs(
-        self, groups: Sequence[Group]
-    ) -> tuple[dict[str, PreferencePair | NoPair], meta_judging.PositionWeights]:
-        """The pair of judgements of each group, or the reason why it has none, by the group's id; and the position
-        weights over all groups (section 2.3)."""
+    def judge_pair(self, group: Group, whole: meta_judging.PositionWeights) -> PreferencePair | NoPair:
+        """The pair of judgements of a group; `whole` are the position weights over all groups (section 2.3)."""
         rule, seed = self.config.meta, self.context.seed
-        whole = meta_judging.position_weights(one for group in groups for one in group.comparisons)
-        found: dict[str, PreferencePair | NoPair] = {}
-        for group in groups:
-            response = meta_judging.most_uncertain(group.responses, group.judgements, seed)
-            if response is None:
-                found[group.id] = NoPair(reason="no response with two readable judgements")
-                continue
-            own = meta_judging.position_weights(group.comparisons)
-            origin = Origin(iteration=group.iteration, name=f"{group.id}/{response.index}")
-            found[group.id] = meta_judging.judge_pair(
-                self.judge.prompt_of(group.prompt, response, origin),
-                meta_judging.contestants(meta_judging.readable(group.judgements, response), rule),
-                group.comparisons,
-                {"iteration": whole, "prompt": own, "none": meta_judging.EVEN}[rule.weights],
-                rule,
-                seed,
-            )
-        return found, whole
+        response = meta_judging.most_uncertain(group.responses, group.judgements, seed)
+        if response is None:
+            return NoPair(reason="no response with two readable judgements")
+        own = meta_judging.position_weights(group.comparisons)
+        origin = Origin(iteration=group.iteration, name=f"{group.id}/{response.index}")
+        return meta_judging.judge_pair(
+            self.judge.prompt_of(group.prompt, response, origin),
+            meta_judging.contestants(meta_judging.readable(group.judgements, response), rule),
+            group.comparisons,
+            {"iteration": whole, "prompt": own, "none": meta_judging.EVEN}[rule.weights],
+            rule,
+            seed,
+        )
 
     def items(self, iteration: int, groups: Sequence[Group]) -> Batch:
         """Only when all groups are finished: the weights count the wins of the whole iteration."""
         actor = super().items(iteration, groups)
         if "judge" not in self.config.pair.kinds:
             return actor
-        judged, weights = self.judge_pairs(groups)
-        pairs = [one for one in judged.values() if isinstance(one, PreferencePair)]
-        dropped = Counter(f"judge: {one.reason}" for one in judged.values() if isinstance(one, NoPair))
+        weights = meta_judging.position_weights(one for group in groups for one in group.comparisons)
+        dropped = Counter[str]()
+
+        def judge_pairs() -> Iterator[PreferencePair]:
+            for group in groups:
+                found = self.judge_pair(group, weights)
+                if isinstance(found, NoPair):
+                    dropped[f"judge: {found.reason}"] += 1
+                else:
+                    yield found
+
+        pairs = pairs_of(groups, judge_pairs())
         measures = {
             "weights": self.config.meta.weights,
             "position_weights": {"first": weights.first, "second": weights.second},  # of the iteration's totals
             **decided(groups),
         }
-        everything = [pair for pair in (*actor.items, *pairs) if isinstance(pair, PreferencePair)]
         return Batch(
-            items=in_training_order(everything, self.context.seed, iteration),
+            items=in_training_order(pairs, self.context.seed, iteration),
             groups=groups,
             dropped=actor.dropped + dropped,
             measures={"meta": measures},
@@ -203,11 +204,14 @@ class MetaRewarding(SelfRewarding):
 
 def decided(groups: Sequence[Group]) -> dict[str, Any]:
     """How the meta-judge decided: share of decided comparisons that the judgement shown first won, and unreadable."""
-    comparisons = [one for group in groups for one in group.comparisons]
-    winners = [one.verdict.winner for one in comparisons if isinstance(one.verdict, Preferred)]
-    clear = [winner for winner in winners if winner != "tie"]
+    found = Counter(
+        one.verdict.winner if isinstance(one.verdict, Preferred) else "unreadable"
+        for group in groups
+        for one in group.comparisons
+    )
+    clear = found["A"] + found["B"]
     return {
-        "comparisons_decided": len(clear),
-        "comparisons_unreadable": sum(isinstance(one.verdict, Unparsed) for one in comparisons),
-        "first_position_wins": clear.count("A") / len(clear) if clear else None,
+        "comparisons_decided": clear,
+        "comparisons_unreadable": found["unreadable"],
+        "first_position_wins": found["A"] / clear if clear else None,
     }

@@ -2,7 +2,6 @@
 against the worst of them is a pair."""
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,18 @@ from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Ta
 from rsrlm.settings.base import Section
 from rsrlm.settings.methods import JudgeConfig, Pair, PerIteration, Sample
 from rsrlm.settings.train import DPO
+from rsrlm.store.buffer import in_order, pairs_of, reasons_of
 
 
-def in_training_order(pairs: Sequence[PreferencePair], seed: int, iteration: int) -> list[PreferencePair]:
+def in_training_order(pairs: Sequence[PreferencePair], seed: int, iteration: int) -> Sequence[PreferencePair]:
     """Depends on ids and seed alone."""
-    ordered = sorted(pairs, key=lambda pair: pair.id)
-    random.Random(f"pairs {seed} {iteration}").shuffle(ordered)
-    return ordered
+
+    def shuffled(ids: list[str]) -> list[int]:
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        random.Random(f"pairs {seed} {iteration}").shuffle(order)
+        return order
+
+    return in_order(pairs, shuffled)
 
 
 class SelfRewarding(Recipe):
@@ -68,11 +72,10 @@ class SelfRewarding(Recipe):
         )
 
     def items(self, iteration: int, groups: Sequence[Group]) -> Batch:
-        pairs = [pair for group in groups for pair in group.pairs]
         return Batch(
-            items=in_training_order(pairs, self.context.seed, iteration),
+            items=in_training_order(pairs_of(groups), self.context.seed, iteration),
             groups=groups,
-            dropped=Counter(group.no_pair_reason for group in groups if group.no_pair_reason),
+            dropped=reasons_of(groups),
         )
 
     @classmethod

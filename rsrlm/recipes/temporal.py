@@ -37,8 +37,8 @@ class Temporal(SelfRewarding):
         count = self.config.sample.responses
         past = await self.sampled(run, run.first, tasks, count)
         engines = await run.load(before)
-        groups = await run.groups(engines, self, tasks)
-        groups = await self.joined(run, engines, tasks, groups, past)
+        own = await run.groups(engines, self, tasks)
+        groups = await self.joined(run, engines, tasks, own, past)
         batch = await self.from_groups(run, number, groups)
         if not self.config.future or not batch.items:
             return batch

@@ -332,7 +332,7 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
         report.line(f"engines are up after {time.perf_counter() - started:.0f} s")
         if len(answers):
             report.line(f"{len(answers)} answers are known already")
-        run = Run(pools, Answers(answers), report, store.event, await pools.model(config.model_name(0)))
+        run = Run(pools, Answers(answers), report, store.event, await pools.model(config.model_name(0)), store.segments)
         spine = Spine(
             run=run,
             learner=LearnerPort(config, store, prepared.model, group),

@@ -32,6 +32,7 @@ class RunFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
+        self.segments = folder / "segments"  # what is made, until its iteration is finished
         self.trained_on = folder / "trained_on.json"  # questions that evaluations leave out
 
     @classmethod
@@ -217,6 +218,7 @@ class RunFolder:
 
     def remove_scratch(self) -> None:
         """What a kill left half-written: nothing refers to it. Evaluations in `eval` may be running and keep theirs."""
+        shutil.rmtree(self.segments, ignore_errors=True)
         for path in [*self.folder.rglob("*.tmp"), *self.folder.rglob(".*.tmp")]:
             if path.relative_to(self.folder).parts[0] == "eval":
                 continue

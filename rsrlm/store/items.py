@@ -1,4 +1,4 @@
-"""What is trained on, by reference: segments that producers append to, and the file of a training job.
+"""What is trained on, by reference: in the files where it was written as it was made.
 
 An item is a frozen dataclass such as PreferencePair or Example. It has a field `id`; all its fields are texts, numbers,
 None, and tuples of numbers (integers of 32 bits).
@@ -6,16 +6,16 @@ None, and tuples of numbers (integers of 32 bits).
 
 import hashlib
 import importlib
-import mmap
 import os
 import struct
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import msgspec
+import numpy as np
+import xxhash
 
 from rsrlm.store.atomic import append, sync_path
 
@@ -23,7 +23,9 @@ Item = TypeVar("Item")
 
 _CODES = {"i": 1, "d": 2}
 _FORMATS = {code: form for form, code in _CODES.items()}
-_TRAILER = struct.Struct("<QQ")  # number of items, bytes of the name of their type
+_PLACE = struct.Struct("<HQIQ")  # number of the file, offset, length, digest
+_PLACES = np.dtype([("file", "<u2"), ("offset", "<u8"), ("length", "<u4"), ("digest", "<u8")])
+_TRAILER = struct.Struct("<QQ")  # number of items, bytes of the header
 
 
 def encoded(item: Any) -> bytes:
@@ -45,6 +47,7 @@ def _unpacked(code: int, data: memoryview) -> tuple[Any, ...]:
 
 
 _DECODER = msgspec.msgpack.Decoder(ext_hook=_unpacked)
+_LENGTHS = msgspec.msgpack.Decoder(ext_hook=lambda code, data: len(data) // struct.calcsize(_FORMATS[code]))
 
 
 def decoded(data: bytes | memoryview, kind: type[Item]) -> Item:
@@ -55,114 +58,88 @@ def decoded(data: bytes | memoryview, kind: type[Item]) -> Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemRef:
-    """Where an item is: `length` bytes from `offset` on in the file `segment`. `tokens` counts the numbers that its
-    tuples hold."""
+    """Where an item is in a file: `length` bytes from `offset` on. `digest` is that of these bytes (xxh3, 64 bits)."""
 
     id: str
-    segment: str
     offset: int
     length: int
-    tokens: int
+    digest: int
 
 
-class ItemSegment:
-    """Items in the order in which one producer finishes them. Others read what it has given references of.
+class Segment:
+    """The file that one producer appends to. Others read what it has given references of.
 
-    The file is begun anew: references hold within one run of the program.
+    It is begun anew: references hold within one run of the program.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = str(path.resolve())
+        self.path = str(path.resolve())
         self._file = path.open("wb", buffering=0)
         self._end = 0
 
-    def add(self, item: Any) -> ItemRef:
-        """Raises OSError (a full disk), and then the item is not there."""
-        data = encoded(item)
-        append(self._file.fileno(), self._end, data)
-        tokens = sum(len(value) for one in fields(item) if isinstance(value := getattr(item, one.name), tuple))
-        place = ItemRef(id=item.id, segment=self._path, offset=self._end, length=len(data), tokens=tokens)
+    def append(self, data: bytes) -> int:
+        """The offset of the data. Raises OSError (a full disk), and then it is not there."""
+        offset = self._end
+        append(self._file.fileno(), offset, data)
         self._end += len(data)
-        return place
+        return offset
+
+    def add(self, item: Any) -> ItemRef:
+        data = encoded(item)
+        return ItemRef(id=item.id, offset=self.append(data), length=len(data), digest=xxhash.xxh3_64_intdigest(data))
 
     def close(self) -> None:
         self._file.close()
 
 
-def write_items(path: Path, items: Iterable[Any]) -> str:
-    """Write the items of a training job, all of one type, in training order; returns a digest of what they hold.
+class Items(Sequence[Item], Generic[Item]):
+    """Items of one type by reference, in any order; one becomes an object when it is asked for. Memory holds 22 bytes
+    for each, and its id."""
 
-    The file appears whole or not at all. Memory holds one item, and 8 bytes for each. Raises ValueError if there are
-    none.
-    """
-    kinds: set[type] = set()
+    def __init__(self, kind: type[Item]) -> None:
+        self.kind = kind
+        self.ids: list[str] = []
+        self._files: list[str] = []
+        self._places = bytearray()
+        self._open: dict[int, int] = {}  # descriptors by the number of a file
 
-    def payloads() -> Iterator[bytes]:
-        for item in items:
-            kinds.add(type(item))
-            yield encoded(item)
+    def put(self, segment: str, place: ItemRef) -> None:
+        """Add an item of a segment."""
+        if segment not in self._files:
+            self._files.append(segment)
+        self.ids.append(place.id)
+        self._places += _PLACE.pack(self._files.index(segment), place.offset, place.length, place.digest)
 
-    return _write(path, payloads(), kinds)
+    def taken(self, order: Sequence[int]) -> "Items[Item]":
+        """The items at these places."""
+        made = Items(self.kind)
+        made.ids, made._files = [self.ids[at] for at in order], self._files
+        made._places = bytearray(np.frombuffer(self._places, _PLACES)[list(order)].tobytes())
+        return made
 
+    def with_others(self, others: "Items[Item]") -> "Items[Item]":
+        """These, and then the others."""
+        made = Items(self.kind)
+        made.ids, made._files = self.ids + others.ids, self._files + others._files
+        moved = np.frombuffer(others._places, _PLACES).copy()
+        moved["file"] += len(self._files)
+        made._places = self._places + moved.tobytes()
+        return made
 
-def gather_items(path: Path, kind: type, places: Iterable[ItemRef]) -> str:
-    """`write_items` of the items, which are of this type, at these places: their bytes are copied as they are."""
+    def digest(self) -> str:
+        """Of what the items hold, and of their order."""
+        return hashlib.blake2b(np.frombuffer(self._places, _PLACES)["digest"].tobytes(), digest_size=16).hexdigest()
 
-    def payloads() -> Iterator[bytes]:
-        files: dict[str, int] = {}
-        try:
-            for place in places:
-                if place.segment not in files:
-                    files[place.segment] = os.open(place.segment, os.O_RDONLY)
-                yield os.pread(files[place.segment], place.length, place.offset)
-        finally:
-            for file in files.values():
-                os.close(file)
-
-    return _write(path, payloads(), {kind})
-
-
-def _write(path: Path, payloads: Iterable[bytes], kinds: set[type]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    digest, ends = hashlib.blake2b(digest_size=16), array("Q")
-    try:
-        with scratch.open("wb", buffering=1 << 20) as file:
-            for payload in payloads:
-                file.write(payload)
-                digest.update(payload)
-                ends.append((ends[-1] if ends else 0) + len(payload))
-            if len(kinds) != 1 or not ends:
-                raise ValueError(f"{path}: {len(ends)} items of {len(kinds)} types; a training job has items of one")
-            (kind,) = kinds
-            name = f"{kind.__module__}:{kind.__qualname__}".encode()
-            file.write(ends.tobytes() + name + _TRAILER.pack(len(ends), len(name)))
-        sync_path(scratch)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return digest.hexdigest()
-
-
-class ItemFile(Sequence[Item], Generic[Item]):
-    """The items of `write_items`, whose type is `kind`. The file is mapped into memory, which processes of one host
-    share; an item becomes an object when it is asked for."""
-
-    kind: type[Item]
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        rest, trailer = self._data[: -_TRAILER.size], self._data[-_TRAILER.size :]
-        count, length = _TRAILER.unpack(trailer)
-        module, _, name = bytes(rest[len(rest) - length :]).decode().partition(":")
-        self.kind = getattr(importlib.import_module(module), name)
-        start = len(rest) - length - 8 * count
-        self._ends = array("Q", bytes(rest[start : start + 8 * count]))
+    @property
+    def columns(self) -> bytes:
+        """All but the ids, for the file of a training job."""
+        name = f"{self.kind.__module__}:{self.kind.__qualname__}"
+        header = msgspec.msgpack.encode([name, self._files])
+        return bytes(self._places) + header + _TRAILER.pack(len(self), len(header))
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._places) // _PLACE.size
 
     @overload
     def __getitem__(self, index: int) -> Item: ...
@@ -171,6 +148,66 @@ class ItemFile(Sequence[Item], Generic[Item]):
     def __getitem__(self, index: int | slice) -> Item | list[Item]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        return decoded(self._data[start : self._ends[index]], self.kind)
+        return decoded(self._bytes(index), self.kind)
+
+    def outline(self, index: int) -> dict[str, Any]:
+        """The values of an item by the names of its fields, but of each tuple only the length. None of its numbers is
+        read."""
+        names = [one.name for one in fields(self.kind)]  # type: ignore[arg-type]
+        return dict(zip(names, _LENGTHS.decode(self._bytes(index)), strict=True))
+
+    def _bytes(self, index: int) -> bytes:
+        at = range(len(self))[index]
+        number, offset, length, _ = _PLACE.unpack_from(self._places, at * _PLACE.size)
+        if number not in self._open:
+            self._open[number] = os.open(self._files[number], os.O_RDONLY)
+        return os.pread(self._open[number], length, offset)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class ItemFile(Items[Item]):
+    """The items of `write_items`, without their ids."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            file.seek(-_TRAILER.size, os.SEEK_END)
+            count, length = _TRAILER.unpack(file.read())
+            file.seek(-_TRAILER.size - length - count * _PLACE.size, os.SEEK_END)
+            places = bytearray(file.read(count * _PLACE.size))
+            name, files = msgspec.msgpack.decode(file.read(length))
+        module, _, kind = name.partition(":")
+        super().__init__(getattr(importlib.import_module(module), kind))
+        self._places, self._files = places, [one or str(path) for one in files]
+
+
+def write_items(path: Path, items: Sequence[Any]) -> str:
+    """Write the file of a training job: where its items are, all of one type, in training order; returns a digest of
+    what they hold. Those that are in no segment are in this file.
+
+    The file appears whole or not at all. Raises ValueError if there are no items.
+    """
+    kinds = {items.kind} if isinstance(items, Items) else {type(item) for item in items}
+    if len(kinds) != 1 or not len(items):
+        raise ValueError(f"{path}: {len(items)} items of {len(kinds)} types; a training job has items of one")
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        segment = Segment(scratch)
+        if isinstance(items, Items):
+            made = items
+        else:
+            made = Items(*kinds)
+            for item in items:
+                made.put("", segment.add(item))
+        segment.append(made.columns)
+        segment.close()
+        sync_path(scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return made.digest()

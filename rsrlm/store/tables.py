@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from rsrlm.records import Group, Judgement, Preferred, Sampling, Scored
 from rsrlm.store.atomic import sync_path
-from rsrlm.store.groups import ids_of
+from rsrlm.store.buffer import ids_of
 
 BATCH = 256  # records that are converted at once, under the GIL: some 2 ms
 ROW_GROUP_BYTES = 32 << 20  # held in memory until they are written

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Scripted, context_of, groups_of, recipe_of
+from scripted import Scripted, context_of, groups_of, judge_pairs, recipe_of
 
 from rsrlm.chat import ChatEncoder
 from rsrlm.evaluate import Evaluation
@@ -85,7 +85,7 @@ def test_the_better_judgement_is_chosen(groups: Callable[..., Any], encoder: Cha
     engine = Scripted(encoder.tokenizer, lambda *shown: answer(*shown)[-1] if shown[1].label_ids else answer(*shown))
     recipe, made, engine = groups(engine, meta={"read": read})
     asked = {request.id: request for request in engine.requests}
-    pair = recipe.judge_pairs(made)[0]["00/content"]
+    pair = judge_pairs(recipe, made)[0]["00/content"]
     judgements = {one.id: one for one in made[0].judgements}
     assert judgements[pair.chosen_id].text.startswith("View 1 of Response 2 to content.")
     assert judgements[pair.rejected_id].text.startswith("View 2 of Response 2 to content.")
@@ -117,7 +117,7 @@ def test_wins_are_weighed_against_the_position_in_their_scope(
     groups: Callable[..., Any], encoder: ChatEncoder, scope: str, weights: PositionWeights
 ) -> None:
     recipe, made, _ = groups(meta={"weights": scope})
-    found, whole = recipe.judge_pairs(made)
+    found, whole = judge_pairs(recipe, made)
     assert (whole.first, whole.second) == (pytest.approx(4 / 12), pytest.approx(8 / 12))
     # 1 beats 0 in both orders; whoever of the others stands first beats 2, and 2 them.
     by_place = weights.first
@@ -142,10 +142,10 @@ def test_the_longer_chosen_judgement_is_what_the_limit_is_for(groups: Callable[.
     engine = Scripted(encoder.tokenizer, long_winded)
     recipe, made, _ = groups(engine, meta={"max_chosen_chars": 60})
     lengths = {one.id: len(one.text) for one in made[0].judgements}
-    pair = recipe.judge_pairs(made)[0]["00/content"]
+    pair = judge_pairs(recipe, made)[0]["00/content"]
     assert lengths[pair.chosen_id] < 60 < lengths[pair.rejected_id]
     recipe, made, _ = groups(meta={"max_chosen_chars": 30})
-    assert recipe.judge_pairs(made)[0]["00/content"] == NoPair(reason="chosen too long")
+    assert judge_pairs(recipe, made)[0]["00/content"] == NoPair(reason="chosen too long")
 
 
 def test_cut_answers_of_judges_decide_nothing(groups: Callable[..., Any], encoder: ChatEncoder) -> None:
@@ -161,7 +161,7 @@ def test_cut_answers_of_judges_decide_nothing(groups: Callable[..., Any], encode
             cut = one.finish_reason == "length"
             assert cut == (one.role == "meta" or one.index == 0)
             assert isinstance(one.verdict, Unparsed) == cut
-    found = recipe.judge_pairs(made)[0]
+    found = judge_pairs(recipe, made)[0]
     assert set(found.values()) == {NoPair(reason="no readable winner")}
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-from scripted import Characters, Memory, Seeded, context_of, model, run_of
+from scripted import Characters, Memory, Seeded, context_of, judge_pairs, model, run_of
 
 from rsrlm.config import Config, resolve
 from rsrlm.engines import JUDGE_PRIORITY
@@ -51,7 +51,7 @@ def compare(
     tasks = [Task(iteration=1, prompt=prompt) for prompt in prompts]
 
     async def work() -> list[Group]:
-        return await over.groups(await over.load(model("M4")), recipe_of(made_by or config()), tasks)
+        return list(await over.groups(await over.load(model("M4")), recipe_of(made_by or config()), tasks))
 
     return asyncio.run(asyncio.wait_for(work(), 20))
 
@@ -152,7 +152,7 @@ def test_judge_pairs_are_of_the_judgements_that_were_compared(weights: str) -> N
     engine = Opinionated()
     groups = compare(engine, prompts=PROMPTS)
     recipe = recipe_of(config(weights=weights))
-    found, over_all = recipe.judge_pairs(groups)
+    found, over_all = judge_pairs(recipe, groups)
     assert list(found) == [f"01/{prompt.id}" for prompt in PROMPTS]
     assert found.pop("01/milk") == NoPair(reason="no response with two readable judgements")
     asked = {request.id: request for request in engine.requests}
@@ -170,7 +170,7 @@ def test_judge_pairs_are_of_the_judgements_that_were_compared(weights: str) -> N
     assert (winners, responses) == ({"1", "2"}, {"0", "1"})
     ids = [pair.id for pair in found.values() if isinstance(pair, PreferencePair)]
     assert ids == ["01/tea/1#1>0", "01/t/0#1>0", "01/1/1#1>0", "01/water/0#2>0"]  # resumed runs rely on it
-    assert recipe.judge_pairs(groups)[0].items() >= found.items()
+    assert judge_pairs(recipe, groups)[0].items() >= found.items()
     assert over_all == EVEN  # each win was seen in both orders
 
 

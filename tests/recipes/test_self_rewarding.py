@@ -62,7 +62,7 @@ def produce(
     tasks = [Task(iteration=iteration, prompt=prompt) for prompt in prompts]
 
     async def work() -> list[Group]:
-        return await over.groups(await over.load(model("M4")), recipe, tasks)
+        return list(await over.groups(await over.load(model("M4")), recipe, tasks))
 
     return asyncio.run(asyncio.wait_for(work(), 60))
 
