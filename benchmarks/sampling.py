@@ -251,8 +251,8 @@ async def measure(prepared: Prepared, rounds: int, plain: bool, out: Path, name:
     import ray
 
     from rsrlm.model import weight_files
-    from rsrlm.runtime.actors import EnginePool
     from rsrlm.runtime.engine import cpu_environment, engine_arguments
+    from rsrlm.runtime.pool import EnginePool
     from rsrlm.runtime.weights import WeightSet, describe
 
     config, folder = prepared.config, str(prepared.model)
@@ -260,7 +260,7 @@ async def measure(prepared: Prepared, rounds: int, plain: bool, out: Path, name:
     weights = WeightSet(version="M0", folder=folder, files=describe(weight_files(prepared.model)))
     pool = EnginePool(config, weights, "engines", config.engine.replicas, store.event)
     await pool.start()
-    ours = await pool._replicas[0].actor.__ray_call__.remote(facts_of_actor)
+    ours = await pool.replicas.all[0].actor.__ray_call__.remote(facts_of_actor)
     offline_class = ray.remote(Offline).options(
         num_cpus=config.engine.cpus,
         num_gpus=config.engine.gpus,

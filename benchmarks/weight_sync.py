@@ -62,7 +62,8 @@ class Sync:
     """A pool for each number of replicas, and one set of weights that changes with every update."""
 
     def __init__(self, config: Config, folder: Path, store: RunFolder) -> None:
-        from rsrlm.runtime.actors import EnginePool, Learner
+        from rsrlm.runtime.actors import Learner
+        from rsrlm.runtime.pool import EnginePool
 
         self._folder = str(folder)
         self._run = store.folder

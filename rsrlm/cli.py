@@ -36,17 +36,17 @@ Overrides = Annotated[
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     from rsrlm.report.progress import Report
-    from rsrlm.runtime import launch
     from rsrlm.store.folder import RunFolder
 
     resolved = configs.load(config, overrides)
     RunFolder.check_new(resolved.folder)
     report = Report()
-    prepared = launch.prepare(resolved)
-    _check_room(prepared)
-    store = RunFolder.create(resolved)
-    launch.check_inputs(prepared, store)
-    raise typer.Exit(launch.execute(prepared, store, report))
+
+    def store(prepared: Any) -> RunFolder:
+        _check_room(prepared)
+        return RunFolder.create(resolved)
+
+    raise typer.Exit(_run(resolved, {}, store, report))
 
 
 @app.command(help="Go on with a run that was interrupted or killed. Nothing that is finished is done again.")
@@ -54,18 +54,35 @@ def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder, such as runs/quickstart")],
 ) -> None:
     from rsrlm.report.progress import Report
-    from rsrlm.runtime import launch
     from rsrlm.store.folder import RunFolder
 
     store, resolved = RunFolder.open(folder)
     report = Report()
     if len(store.metrics()) >= resolved.iterations:
-        launch.write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
+        from rsrlm.runtime.exits import write_summary
+
+        write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
         report.line(f"{folder} is finished: {resolved.iterations} iterations, see {store.folder / 'summary.json'}")
         raise typer.Exit(0)
-    prepared = launch.prepare(resolved, store.note("start"))
+    raise typer.Exit(_run(resolved, store.note("start"), lambda _: store, report))
+
+
+def _run(config: Any, noted: dict[str, Any], store_of: Callable[[Any], Any], report: Any) -> int:
+    """The exit code of a run. Ray starts while the run is prepared; `store_of` gives the folder for what was
+    prepared."""
+    from rsrlm.data import prompts as prompt_files
+    from rsrlm.runtime import cluster
+
+    cluster.check_devices(config)
+    prompts = prompt_files.read(prompt_files.file_of(config.prompts))  # first, since it is quick and often wrong
+    with report.busy("loading Ray"):
+        ray = cluster.begin(config)
+    with report.busy("loading torch"):
+        from rsrlm.runtime import launch
+    prepared = launch.prepare(config, noted, report.busy, prompts)
+    store = store_of(prepared)
     launch.check_inputs(prepared, store)
-    raise typer.Exit(launch.execute(prepared, store, report))
+    return launch.execute(prepared, store, report, ray)
 
 
 @app.command(
@@ -254,20 +271,13 @@ def _ended(work: Callable[[], Any]) -> None:
     """Run a command; too few examples and an interruption have exit codes of their own."""
     import asyncio
 
-    from rsrlm.recipes.sft import NoExamples
-    from rsrlm.runtime import launch
+    from rsrlm.runtime.exits import failure
 
     try:
         work()
-    except NoExamples as error:
-        print(f"rsrlm: {error}", file=sys.stderr)
-        raise typer.Exit(launch.EXIT_NO_PAIRS) from None
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        print("rsrlm: interrupted; the same command goes on", file=sys.stderr)
-        raise typer.Exit(launch.EXIT_INTERRUPTED) from None
-    except Exception as error:
-        _, code, reason = launch.failure(error)
-        print(f"rsrlm: {reason}", file=sys.stderr)
+    except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:
+        _, code, reason = failure(error)
+        print(f"rsrlm: {reason or 'interrupted; the same command goes on'}", file=sys.stderr)
         raise typer.Exit(code) from None
 
 

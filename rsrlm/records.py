@@ -45,7 +45,7 @@ class Task:
 class Sampling:
     """Sampling parameters of one request. `top_k` 0 and `top_p` 1 mean off; `seed` is a 63-bit integer.
 
-    The text ends before the first of the `stop` strings.
+    The text ends before the first of the `stop` strings that the model writes; the model ended it then ("stop").
     """
 
     temperature: float
@@ -81,9 +81,11 @@ class Request:
 class Completion:
     """What an engine answers to a `Request`.
 
-    `token_ids` are as sampled: an end token is the last one only if the model wrote it. `weight_version` is the one
-    that the engine held when it sampled the oldest token. `label_logprobs` are natural logs, one per `label_ids`;
-    `prompt_logprobs` one per token of the prompt from `score_from` on.
+    `token_ids` are as sampled: an end token is the last one only if the model wrote it. Where a stop string ended the
+    text they are the fewest that hold all of it, and at least one: there is no end token, and the last one may hold the
+    beginning of the stop string. `weight_version` is the one that the engine held when it sampled the oldest token.
+    `label_logprobs` are natural logs, one per `label_ids`; `prompt_logprobs` one per token of the prompt from
+    `score_from` on.
     """
 
     request_id: str
@@ -91,9 +93,6 @@ class Completion:
     text: str
     finish_reason: FinishReason
     weight_version: str
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    replica: int = 0
     label_logprobs: tuple[float, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
 

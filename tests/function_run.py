@@ -13,7 +13,7 @@ from rsrlm.config import resolve
 from rsrlm.judges.function import Function
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Completion, Prompt, Request, Task
-from rsrlm.runtime.launch import interruptible
+from rsrlm.runtime.exits import interruptible
 from rsrlm.store.journal import CompletionLog
 
 CONFIG = {

@@ -18,16 +18,16 @@ def die() -> None:
 
 def in_worker() -> None:
     """Runs in every Ray worker at its start."""
-    from rsrlm.runtime import engine
+    from rsrlm.runtime.inprocess_engine import InProcessEngine
 
-    original = engine.InProcessEngine.update
+    original = InProcessEngine.update
 
-    async def update(self: engine.InProcessEngine, update_info: dict, version: str) -> dict:
+    async def update(self: InProcessEngine, update_info: dict, version: str) -> dict:
         if version == "M1":
             self._engine.set_weight_version = lambda _: die()
         return await original(self, update_info, version)
 
-    engine.InProcessEngine.update = update  # type: ignore[method-assign]
+    InProcessEngine.update = update  # type: ignore[method-assign]
 
 
 def main() -> None:

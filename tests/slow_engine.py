@@ -11,21 +11,20 @@ class SlowEngine:
     """Answers after two seconds, updates in one and a half."""
 
     def __init__(self, config: Any, folder: str, version: str, replica: int) -> None:
-        self._replica = replica
         self._version = version
 
-    async def generate(self, request: Request) -> Completion:
-        if not request.id.startswith("health"):
+    async def generate(self, requests: list[Request]) -> list[Completion]:
+        if not requests[0].id.startswith("health"):
             await asyncio.sleep(2)
+        return [self._completion(request) for request in requests]
+
+    def _completion(self, request: Request) -> Completion:
         return Completion(
             request_id=request.id,
             token_ids=(1,),
             text="a",
             finish_reason="stop",
             weight_version=self._version,
-            prompt_tokens=1,
-            cached_tokens=0,
-            replica=self._replica,
         )
 
     async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:

@@ -16,8 +16,8 @@ import pytest
 from aiohttp import web
 
 from rsrlm.judges.verdicts import CUT, parse_points
-from rsrlm.records import Completion, Sampling, Scored, Unparsed
-from rsrlm.runtime.endpoint import BudgetSpent, Endpoint, EndpointConfig, EndpointFailed
+from rsrlm.records import Completion, Request, Sampling, Scored, Unparsed
+from rsrlm.runtime.endpoint import BudgetSpent, EndpointClient, EndpointConfig, EndpointFailed, EndpointPool
 from rsrlm.settings.base import ConfigError
 
 SECRET = "sk-test-0123456789abcdef"
@@ -101,7 +101,7 @@ async def serving(script: Sequence[Say]) -> AsyncIterator[Server]:
 
 
 def talk(
-    script: Sequence[Say], work: Callable[[Endpoint, Server], Awaitable[Any]], spent: float = 0.0, **settings: Any
+    script: Sequence[Say], work: Callable[[EndpointClient, Server], Awaitable[Any]], spent: float = 0.0, **settings: Any
 ) -> Any:
     """Run `work` with an endpoint before a server with this script."""
 
@@ -109,7 +109,7 @@ def talk(
         async with serving(script) as server:
             given: dict[str, Any] = {"url": server.url, "model": "m", "key_env": "TEST_KEY", "max_retries": 2}
             config = EndpointConfig(**given | settings)
-            endpoint = Endpoint(config, spent)
+            endpoint = EndpointClient(config, spent)
             try:
                 return await work(endpoint, server)
             finally:
@@ -118,7 +118,7 @@ def talk(
     return asyncio.run(main())
 
 
-async def one(endpoint: Endpoint, server: Server) -> tuple[Completion, dict[str, float], Server]:
+async def one(endpoint: EndpointClient, server: Server) -> tuple[Completion, dict[str, float], Server]:
     return await endpoint.ask("00/tea/2#1", "Judge this.", PLAIN), endpoint.stats(), server
 
 
@@ -130,7 +130,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_answer_and_its_request() -> None:
-    usage = {"prompt_tokens": 1000, "completion_tokens": 50, "prompt_tokens_details": {"cached_tokens": 640}}
+    usage = {"prompt_tokens": 1000, "completion_tokens": 50}
     found, stats, server = talk([chat(usage=usage)], one, price_in=2.0, price_out=10.0)
     assert found == Completion(
         request_id="00/tea/2#1",
@@ -138,9 +138,6 @@ def test_an_answer_and_its_request() -> None:
         text="Score: 4",
         finish_reason="stop",
         weight_version="endpoint:m",
-        prompt_tokens=1000,
-        cached_tokens=640,
-        replica=0,
     )
     (seen,) = server.requests
     assert seen.body == {
@@ -159,12 +156,40 @@ def test_an_answer_and_its_request() -> None:
 
 
 def test_filters_are_sent_where_they_are_on() -> None:
-    async def work(endpoint: Endpoint, server: Server) -> Any:
+    async def work(endpoint: EndpointClient, server: Server) -> Any:
         await endpoint.ask("a", "hi", replace(PLAIN, top_p=0.9, top_k=20, temperature=0.0))
         return server.requests[0].body
 
     body = talk([chat()], work)
     assert (body["top_p"], body["top_k"], body["temperature"]) == (0.9, 20, 0.0)
+
+
+def test_a_pool_of_one_server_answers_in_order_and_notes_what_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsrlm.runtime.endpoint.NOTED_EVERY_S", 0.0)
+    noted: list[float] = []
+
+    async def work(endpoint: EndpointClient, server: Server) -> Any:
+        pool = EndpointPool(endpoint, lambda: noted.append(endpoint.stats()["requests"]))
+        requests = [
+            Request(id=str(number), prompt_token_ids=(), sampling=PLAIN, priority=0, text=f"Judge {number}.")
+            for number in range(3)
+        ]
+        assert pool.slots == 1
+        return await pool.generate_all(requests), server.requests
+
+    script = [chat("Score: 1"), chat("Score: 2"), chat("Score: 3")]
+    found, seen = talk(script, work, max_concurrent=1)
+    assert [(one.request_id, one.text) for one in found] == [("0", "Score: 1"), ("1", "Score: 2"), ("2", "Score: 3")]
+    assert [one.body["messages"][0]["content"] for one in seen] == ["Judge 0.", "Judge 1.", "Judge 2."]
+    assert noted == [1, 2, 3]
+
+
+def test_stop_strings_are_sent() -> None:
+    async def work(endpoint: EndpointClient, server: Server) -> Any:
+        await endpoint.ask("a", "hi", replace(PLAIN, stop=("\n", "Question:")))
+        return server.requests[0].body
+
+    assert talk([chat()], work)["stop"] == ["\n", "Question:"]
 
 
 def test_newer_openai_models_name_the_limit_otherwise() -> None:
@@ -173,7 +198,7 @@ def test_newer_openai_models_name_the_limit_otherwise() -> None:
         "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
     )
 
-    async def work(endpoint: Endpoint, server: Server) -> Any:
+    async def work(endpoint: EndpointClient, server: Server) -> Any:
         for _ in range(2):
             await endpoint.ask("a", "hi", PLAIN)
         return [sorted({"max_tokens", "max_completion_tokens"} & set(seen.body)) for seen in server.requests]
@@ -227,7 +252,7 @@ def test_what_passes_is_tried_again(passing: Say) -> None:
 
 
 def test_a_server_that_stays_down() -> None:
-    async def work(endpoint: Endpoint, server: Server) -> Any:
+    async def work(endpoint: EndpointClient, server: Server) -> Any:
         with pytest.raises(EndpointFailed) as raised:
             await endpoint.ask("a", "hi", PLAIN)
         return str(raised.value), len(server.requests), endpoint.stats(), server.url
@@ -267,7 +292,7 @@ def test_no_usable_answer(say: Say, reason: str) -> None:
 
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_has_a_longest_length(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rsrlm.runtime.endpoint.MOST_BYTES", 1000)
+    monkeypatch.setattr("rsrlm.runtime.endpoint_http.MOST_BYTES", 1000)
     assert talk([chat("Score: 4" + " " * 500)], one)[0].finish_reason == "stop"
     with pytest.raises(EndpointFailed, match="an answer of over 1000 bytes"):
         talk([replace(chat("Score: 4" + " " * 1000), status=status)], one, max_retries=0)
@@ -288,7 +313,7 @@ def test_an_answer_that_drips_has_a_deadline() -> None:
     async def main() -> str:
         async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-            endpoint = Endpoint(EndpointConfig(url=url, model="m", max_retries=1, timeout_s=0.5))
+            endpoint = EndpointClient(EndpointConfig(url=url, model="m", max_retries=1, timeout_s=0.5))
             with pytest.raises(EndpointFailed) as raised:
                 await asyncio.wait_for(endpoint.ask("a", "hi", PLAIN), 20)
             assert endpoint.stats()["requests"] == 2
@@ -299,7 +324,7 @@ def test_an_answer_that_drips_has_a_deadline() -> None:
 
 
 def test_the_wait_for_a_turn_is_no_part_of_the_deadline() -> None:
-    async def work(endpoint: Endpoint, server: Server) -> int:
+    async def work(endpoint: EndpointClient, server: Server) -> int:
         await asyncio.gather(*(endpoint.ask(str(number), "hi", PLAIN) for number in range(4)))
         return len(server.requests)
 
@@ -334,7 +359,7 @@ def test_nobody_listens() -> None:
     ],
 )
 def test_refusals_are_the_users_to_mend(status: int, keys: list[str]) -> None:
-    async def work(endpoint: Endpoint, server: Server) -> tuple[str, int]:
+    async def work(endpoint: EndpointClient, server: Server) -> tuple[str, int]:
         with pytest.raises(ConfigError) as raised:
             await endpoint.ask("a", "hi", PLAIN)
         return str(raised.value), len(server.requests)
@@ -345,8 +370,8 @@ def test_refusals_are_the_users_to_mend(status: int, keys: list[str]) -> None:
 
 
 def test_a_url_with_the_whole_path_is_named() -> None:
-    async def work(endpoint: Endpoint, server: Server) -> None:
-        wrong = Endpoint(EndpointConfig(url=f"{server.url}/chat/completions", model="m"))
+    async def work(endpoint: EndpointClient, server: Server) -> None:
+        wrong = EndpointClient(EndpointConfig(url=f"{server.url}/chat/completions", model="m"))
         with pytest.raises(ConfigError, match="the url ends before /chat/completions"):
             await wrong.ask("a", "hi", PLAIN)
         await wrong.close()
@@ -363,7 +388,7 @@ def test_the_key_is_shown_nowhere(status: float, caplog: pytest.LogCaptureFixtur
         chat("Score: 4 {auth}") if status == 200 else Say({"error": {"message": "x" * 150 + "{auth}"}}, int(status))
     ]
 
-    async def work(endpoint: Endpoint, server: Server) -> list[str]:
+    async def work(endpoint: EndpointClient, server: Server) -> list[str]:
         shown = [repr(endpoint), str(endpoint.stats()), repr(endpoint.usage)]
         try:
             shown.append(str(asdict(await endpoint.ask("a", "hi", PLAIN))))
@@ -435,13 +460,13 @@ def test_mistakes_before_anything_starts(
     monkeypatch.setenv("EMPTY_KEY", " ")
     monkeypatch.setenv("ODD_KEY", "clé-clé-clé")
     with pytest.raises(ConfigError) as raised:
-        Endpoint(EndpointConfig(**{"url": "http://host/v1", "model": "m"} | settings))
+        EndpointClient(EndpointConfig(**{"url": "http://host/v1", "model": "m"} | settings))
     assert key in str(raised.value)
     assert hidden == "-" or hidden not in str(raised.value)
 
 
 def test_no_more_than_max_concurrent() -> None:
-    async def work(endpoint: Endpoint, server: Server) -> Any:
+    async def work(endpoint: EndpointClient, server: Server) -> Any:
         found = await asyncio.gather(*(endpoint.ask(str(index), "hi", PLAIN) for index in range(20)))
         return [completion.request_id for completion in found], server.most_running, endpoint.slots
 
@@ -453,7 +478,7 @@ def test_no_more_than_max_concurrent() -> None:
 
 
 def test_requests_per_minute_counts_retries() -> None:
-    async def work(endpoint: Endpoint, server: Server) -> list[float]:
+    async def work(endpoint: EndpointClient, server: Server) -> list[float]:
         await asyncio.gather(*(endpoint.ask(str(index), "hi", PLAIN) for index in range(4)))
         return [seen.at for seen in server.requests]
 
@@ -463,7 +488,7 @@ def test_requests_per_minute_counts_retries() -> None:
 
 
 def test_the_budget_stops_before_the_next_request() -> None:
-    async def work(endpoint: Endpoint, server: Server) -> Any:
+    async def work(endpoint: EndpointClient, server: Server) -> Any:
         for _ in range(3):
             await endpoint.ask("a", "hi", PLAIN)
         with pytest.raises(BudgetSpent) as raised:
@@ -483,7 +508,7 @@ def test_the_budget_holds_for_retries_and_later_starts() -> None:
     with pytest.raises(BudgetSpent, match=r"1\.5 spent after 0 requests"):
         talk([chat()], one, spent=1.5, price_in=1.0, max_cost=1.5)
 
-    async def work(endpoint: Endpoint, server: Server) -> int:
+    async def work(endpoint: EndpointClient, server: Server) -> int:
         cheap = asyncio.create_task(endpoint.ask("a", "hi", PLAIN))
         with pytest.raises(BudgetSpent):  # its first attempt fails; when it tries again, the other one has spent all
             await asyncio.gather(endpoint.ask("b", "hi", PLAIN), cheap)
@@ -496,7 +521,6 @@ def test_the_budget_holds_for_retries_and_later_starts() -> None:
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}])
 def test_without_token_counts_the_cost_is_an_upper_bound(usage: Any) -> None:
-    found, stats, _ = talk([chat(usage=usage)], one, price_in=2.0, price_out=10.0, max_cost=1.0)
-    assert (found.prompt_tokens, found.cached_tokens) == (0, 0)
+    _, stats, _ = talk([chat(usage=usage)], one, price_in=2.0, price_out=10.0, max_cost=1.0)
     assert (stats["prompt_tokens"], stats["completion_tokens"], stats["unmetered"]) == (0, 0, 1)
     assert stats["cost"] == pytest.approx((11 * 2 + 100 * 10) / 1e6)  # "Judge this." has 11 bytes

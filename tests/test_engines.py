@@ -7,12 +7,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rsrlm.records import Completion, Request, Sampling, seed_of
+from rsrlm.runtime.engine import RequestFailed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -34,6 +36,16 @@ async def greedy(generate: Callable[[Request], Any], label: str) -> list[tuple[i
     """Greedy token ids on the 20 prompts."""
     requests = [request(f"{label}-{number}", ids) for number, ids in enumerate(prompts())]
     return [completion.token_ids for completion in await asyncio.gather(*map(generate, requests))]
+
+
+def asked_of(actor: Any) -> Callable[[Request], Any]:
+    """Asks an engine actor for one completion."""
+
+    async def ask(request: Request) -> Any:
+        [outcome] = await actor.generate.remote([request])
+        return outcome
+
+    return ask
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +103,7 @@ def module_config(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def expected(cluster: Any, run_async: Any, module_config: Any, exported: list[Path]) -> list[list[tuple[int, ...]]]:
     """What fresh vLLM engines say that were loaded from the exported folders."""
-    from rsrlm.runtime.actors import EngineActor
+    from rsrlm.runtime.engine_actor import EngineActor
 
     async def fresh(folder: Path) -> list[tuple[int, ...]]:
         config = module_config()
@@ -101,7 +113,7 @@ def expected(cluster: Any, run_async: Any, module_config: Any, exported: list[Pa
             .remote(config, str(folder), "fresh", 0)
         )
         try:
-            return await greedy(lambda one: actor.generate.remote(one), "fresh")
+            return await greedy(asked_of(actor), "fresh")
         finally:
             cluster.kill(actor)
 
@@ -109,7 +121,7 @@ def expected(cluster: Any, run_async: Any, module_config: Any, exported: list[Pa
 
 
 def make_pool(config: Any, folder: Path, replicas: int, events: list[dict[str, Any]]) -> Any:
-    from rsrlm.runtime.actors import EnginePool
+    from rsrlm.runtime.pool import EnginePool
 
     def note(event: str, **fields: Any) -> None:
         events.append({"event": event, **fields})
@@ -136,7 +148,7 @@ def pool(cluster: Any, run_async: Any, module_config: Any, tiny_model: Path, eve
 
 
 def only(pool: Any, index: int) -> Callable[[Request], Any]:
-    return lambda one: pool._replicas[index].actor.generate.remote(one)
+    return asked_of(pool.replicas.all[index].actor)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -148,10 +160,10 @@ def check_updates(
     """Twice in a row: every replica's greedy outputs equal those of a fresh engine on the exported folder."""
     for number, folder in enumerate(exported[:2]):
         reports = run_async(pool.publish(weight_set(folder, f"M{number + 1}"), broadcast))
-        assert len(reports) == len(pool._replicas)
+        assert len(reports) == len(pool.replicas.all)
         assert all(report["transfer"] >= 0 and report["load"] > 0 for report in reports)
-        assert run_async(pool.versions()) == [f"M{number + 1}"] * len(pool._replicas)
-        for replica in range(len(pool._replicas)):
+        assert run_async(pool.versions()) == [f"M{number + 1}"] * len(pool.replicas.all)
+        for replica in range(len(pool.replicas.all)):
             assert run_async(greedy(only(pool, replica), f"u{number}-{replica}")) == expected[number]
 
 
@@ -174,6 +186,8 @@ def test_updates_reach_async_llm(
     made = make_pool(module_config(engine={"kind": "async"}), tiny_model, 1, [])
     run_async(made.start())
     try:
+        check_one_call(made, run_async)
+        check_stop_strings(made, run_async, tiny_model)
         check_updates(made, run_async, exported, expected, no_broadcast)
         check_a_flipped_byte_is_refused(made, run_async, exported[2], expected[1])
     finally:
@@ -220,7 +234,7 @@ def test_a_transfer_file_carries_the_same_weights(
 
 def check_a_flipped_byte_is_refused(pool: Any, run_async: Any, folder: Path, kept: list[tuple[int, ...]]) -> None:
     """The replica names the checksum, keeps its weights and its version, and serves nothing through the pool."""
-    from rsrlm.runtime.actors import PoolFailed
+    from rsrlm.runtime.replicas import PoolFailed
 
     held = run_async(pool.versions())
     weights = weight_set(folder, "M9")
@@ -233,8 +247,8 @@ def check_a_flipped_byte_is_refused(pool: Any, run_async: Any, folder: Path, kep
     with pytest.raises(PoolFailed, match=r"refused weights M9.*checksum"):
         run_async(pool.publish(weights, no_broadcast))
     assert run_async(greedy(only(pool, 0), "kept")) == kept
-    assert not pool._replicas[0].ready.is_set()
-    pool._replicas[0].ready.set()
+    assert not pool.replicas.all[0].ready.is_set()
+    pool.replicas.all[0].ready.set()
     assert run_async(pool.versions())[0] == held[0]
 
 
@@ -249,7 +263,7 @@ def test_a_flipped_byte_is_refused(
     spoilt = tmp_path / "spoilt"
     shutil.copytree(exported[2], spoilt)
     check_a_flipped_byte_is_refused(pool, run_async, spoilt, expected[0])
-    for replica in pool._replicas:
+    for replica in pool.replicas.all:
         replica.ready.set()
     run_async(pool.publish(weight_set(exported[0], "M1"), no_broadcast))
 
@@ -263,7 +277,7 @@ def test_without_the_repair_the_head_is_stale(
     expected: list[list[tuple[int, ...]]],
 ) -> None:
     """The proof above can fail: it does when the repair is taken out."""
-    from rsrlm.runtime.actors import EngineActor
+    from rsrlm.runtime.engine_actor import EngineActor
 
     class Unrepaired(EngineActor):
         async def __init__(self, *arguments: Any) -> None:  # type: ignore[misc]
@@ -280,7 +294,7 @@ def test_without_the_repair_the_head_is_stale(
 
     async def updated() -> list[tuple[int, ...]]:
         await actor.update.remote(weight_set(exported[0], "M1").update_info(), "M1")
-        return await greedy(lambda one: actor.generate.remote(one), "stale")
+        return await greedy(asked_of(actor), "stale")
 
     try:
         assert run_async(updated()) != expected[0]
@@ -316,22 +330,109 @@ def test_tokens_depend_on_neither_order_nor_replicas_nor_load(pool: Any, run_asy
     alone = run_async(sampled(pool, "a", 1, judge_load=False))
     assert len(set(alone.values())) == 64  # no two samples share a seed
     assert run_async(sampled(pool, "b", 2, judge_load=True)) == alone
-    pool._replicas[1].ready.clear()
+    pool.replicas.all[1].ready.clear()
     try:
         assert run_async(sampled(pool, "c", 3, judge_load=True)) == alone
         assert run_async(sampled(pool, "d", 4, judge_load=False)) == alone
     finally:
-        pool._replicas[1].ready.set()
+        pool.replicas.all[1].ready.set()
 
 
 def test_work_is_spread_over_the_replicas(pool: Any, run_async: Any) -> None:
-    async def places() -> list[int]:
-        done = await asyncio.gather(*(pool.generate(request(f"s{n}", ids)) for n, ids in enumerate(prompts(16))))
-        return [one.replica for one in done]
+    """Each samples eight of the sixteen answers."""
 
-    found = run_async(places())
-    assert found.count(0) == found.count(1) == 8
-    assert all(replica.outstanding == 0 for replica in pool._replicas)
+    async def tokens() -> list[float]:
+        return [counters["generation_tokens"] for counters in await pool.stats()]
+
+    async def sampled_by_each() -> list[float]:
+        before = await tokens()
+        requests = [request(f"s{number}", ids) for number, ids in enumerate(prompts(16))]
+        done = await asyncio.gather(*map(pool.generate, requests))
+        assert {len(one.token_ids) for one in done} == {TOKENS}
+        return [after - earlier for after, earlier in zip(await tokens(), before, strict=True)]
+
+    assert run_async(sampled_by_each()) == [8 * TOKENS, 8 * TOKENS]
+    assert all(replica.outstanding == 0 for replica in pool.replicas.all)
+
+
+def check_one_call(pool: Any, run_async: Any) -> None:
+    """Twelve judgements of one response, asked in one call, are those of twelve calls, on one replica that reads their
+    prompt once; a request that it refuses spoils none of them."""
+    ids = tuple(range(2000, 2100))
+    other = tuple(range(3000, 3100))
+    requests = [request(f"call-{number}", ids, tokens=8, temperature=1.0) for number in range(12)]
+
+    async def both() -> Any:
+        alone = await asyncio.gather(*map(pool.generate, requests))
+        before = await pool.stats()
+        await pool.generate_all([replace(one, prompt_token_ids=other) for one in requests])
+        hits = [
+            after["prefix_cache_hits"] - earlier["prefix_cache_hits"]
+            for after, earlier in zip(await pool.stats(), before, strict=True)
+        ]
+        again = await pool.generate_all(requests)
+        too_long = request("too long", tuple(range(300)))
+        outcomes = await pool.replicas.all[0].actor.generate.remote([requests[0], too_long, requests[1]])
+        return alone, hits, again, outcomes
+
+    alone, hits, again, outcomes = run_async(both())
+    assert [one.token_ids for one in again] == [one.token_ids for one in alone]
+    assert len({one.token_ids for one in again}) == 12
+    assert sorted(hits) == [*[0] * (len(hits) - 1), 11 * 96]  # of one replica: three whole blocks of 32 tokens each
+    assert [outcomes[place].token_ids for place in (0, 2)] == [one.token_ids for one in alone[:2]]
+    assert isinstance(outcomes[1], RequestFailed)
+    assert "request too long was refused" in str(outcomes[1])
+
+
+def test_one_call_for_many_requests(pool: Any, run_async: Any) -> None:
+    check_one_call(pool, run_async)
+
+
+def check_stop_strings(pool: Any, run_async: Any, folder: Path) -> None:
+    """A stop string ends the text before it, and the tokens where the text ends, be it within a token or not."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    free = request("free", prompts(1)[0], temperature=1.0)
+    whole = run_async(pool.generate(free))
+    assert tokenizer.decode(whole.token_ids) == whole.text
+    places = [place for place in range(len(whole.text) - 3) if whole.text.find(whole.text[place : place + 3]) == place]
+    stops = [whole.text[place : place + 3] for place in places]
+    assert len(stops) > 20
+    found = run_async(
+        pool.generate_all(
+            [replace(free, id=stop, sampling=replace(free.sampling, stop=("~~", stop))) for stop in stops]
+        )
+    )
+    within = 0
+    for place, stopped in zip(places, found, strict=True):
+        assert (stopped.text, stopped.finish_reason) == (whole.text[:place], "stop")
+        assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)]
+        assert tokenizer.decode(stopped.token_ids).startswith(stopped.text)
+        assert place == 0 or len(tokenizer.decode(stopped.token_ids[:-1])) < place
+        assert len(stopped.token_ids) >= 1
+        within += tokenizer.decode(stopped.token_ids) != stopped.text
+    assert 0 < within < len(found)
+    assert run_async(pool.generate(replace(free, sampling=replace(free.sampling, stop=("~~",))))) == whole
+
+
+def test_stop_strings(pool: Any, run_async: Any, tiny_model: Path) -> None:
+    check_stop_strings(pool, run_async, tiny_model)
+
+
+def test_a_token_of_text_and_stop_string_is_kept(smollm2: Path) -> None:
+    """Without it training would lose the bracket that closes an answer."""
+    from transformers import AutoTokenizer
+
+    from rsrlm.runtime.engine import tokens_of
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer.encode("So x = f(5). And y?")
+    assert [tokenizer.decode(one) for one in ids[:7]] == ["So", " x", " =", " f", "(", "5", ")."]
+    assert tokens_of("So x = f(5)", ids, (1, 2), tokenizer) == tuple(ids[:7])  # the stop string was "."
+    assert tokens_of("So x = f(5", ids, (1, 2), tokenizer) == tuple(ids[:6])
+    assert tokens_of("So x", ids, (1, 2), tokenizer) == tuple(ids[:2])
+    assert tokens_of("", ids, (1, 2), tokenizer) == tuple(ids[:1])
 
 
 async def most_unfinished_groups(pool: Any, groups: int, judge_priority: int) -> int:
@@ -359,12 +460,12 @@ def test_judging_first_bounds_unfinished_groups(pool: Any, run_async: Any) -> No
     Without priority the judgements queue behind every sample of the iteration.
     """
     groups, slots = 60, 8
-    pool._replicas[1].ready.clear()
+    pool.replicas.all[1].ready.clear()
     try:
         first = run_async(most_unfinished_groups(pool, groups, judge_priority=0))
         none = run_async(most_unfinished_groups(pool, groups, judge_priority=10))
     finally:
-        pool._replicas[1].ready.set()
+        pool.replicas.all[1].ready.set()
     assert first <= 2 * slots
     assert none > 2 * slots
 
@@ -373,10 +474,13 @@ def test_the_prefix_cache_shares_a_prompt(pool: Any, run_async: Any) -> None:
     """Four single-sample requests of one 100-token prompt: three read its three whole blocks of 32 tokens."""
     ids = tuple(range(1000, 1100))
 
-    async def one_after_the_other() -> list[int]:
-        return [
-            (await only(pool, 0)(request(f"cache-{index}", ids, temperature=1.0))).cached_tokens for index in range(4)
-        ]
+    async def one_after_the_other() -> list[float]:
+        hits = []
+        for index in range(4):
+            before = (await pool.stats())[0]["prefix_cache_hits"]
+            await only(pool, 0)(request(f"cache-{index}", ids, temperature=1.0))
+            hits.append((await pool.stats())[0]["prefix_cache_hits"] - before)
+        return hits
 
     assert run_async(one_after_the_other()) == [0, 96, 96, 96]
 
@@ -436,7 +540,7 @@ def kill_while_busy(pool: Any, run_async: Any, cluster: Any, number: int, label:
         work = asyncio.ensure_future(sampled(pool, label, 5, judge_load=False))
         await asyncio.sleep(0.3)
         assert not work.done()
-        os.kill(pid_of(cluster, pool._replicas[0]), number)
+        os.kill(pid_of(cluster, pool.replicas.all[0]), number)
         return await asyncio.wait_for(work, 240)
 
     return run_async(hit())
@@ -455,11 +559,11 @@ def test_a_killed_engine_comes_back_with_the_current_weights(
     assert kill_while_busy(pool, run_async, cluster, signal.SIGKILL, "y") == undisturbed
 
     async def back() -> None:
-        while not all(replica.ready.is_set() for replica in pool._replicas):
+        while not all(replica.ready.is_set() for replica in pool.replicas.all):
             await asyncio.sleep(0.5)
 
     run_async(asyncio.wait_for(back(), 120))
-    assert [event["event"] for event in events if event["event"].startswith("engine_")] == [
+    assert [event["event"] for event in events if event["event"] != "engine_up"] == [
         "engine_lost",
         "engine_restarted",
     ]
@@ -474,7 +578,7 @@ def test_a_stuck_engine_is_replaced(pool: Any, run_async: Any, cluster: Any, eve
     lost = len([event for event in events if event["event"] == "engine_lost"])
 
     async def watch() -> None:
-        pool._spawn(pool._watch(every_s=1.0, silence_s=5.0))
+        pool.replicas.spawn(pool.replicas.watch(every_s=1.0, silence_s=5.0))
 
     run_async(watch())
     assert kill_while_busy(pool, run_async, cluster, signal.SIGSTOP, "z") == undisturbed
@@ -483,17 +587,14 @@ def test_a_stuck_engine_is_replaced(pool: Any, run_async: Any, cluster: Any, eve
 
 def test_an_update_has_a_deadline(cluster: Any, run_async: Any, module_config: Any, tiny_model: Path) -> None:
     """A replica that does not answer fails the update with a reason, in time."""
-    from rsrlm.runtime.actors import PoolFailed
+    from rsrlm.runtime.replicas import PoolFailed
 
     class Slow:
-        async def generate(self, one: Request) -> None:
-            return None
-
         async def update(self, *_: Any) -> None:
             await asyncio.sleep(60)
 
     made = make_pool(module_config(weights={"deadline_s": 1.0}), tiny_model, 1, [])
-    replica = made._replicas[0]
+    replica = made.replicas.all[0]
     replica.actor = cluster.remote(Slow).options(num_cpus=0).remote()
     replica.ready.set()
     started = time.monotonic()

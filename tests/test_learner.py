@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rsrlm.runtime import launch, learner
+from rsrlm.runtime import exits, learner
 from rsrlm.runtime.actors import LearnerFailed
 from rsrlm.runtime.learner import newest_checkpoint, share_of, steps_of
 from rsrlm.settings.train import Train
@@ -256,7 +256,7 @@ def test_an_export_on_a_full_disk_is_the_users_to_mend(small_disk: Path, monkeyp
         small_disk, lambda: save_file({"a": np.zeros(120 << 20, np.uint8)}, small_disk / "m"), monkeypatch
     )
     assert shutil.disk_usage(small_disk).free > learner.FULL_BYTES
-    status, code, reason = launch.failure(LearnerFailed(event["message"]))
+    status, code, reason = exits.failure(LearnerFailed(event["message"]))
     assert (event["event"], status, code) == ("failed", "failed", 2)
     assert reason.startswith("the disk is full (No space left on device (")
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_on_a_full_disk_is_the_users_to_mend(small_disk: Path, monk
     (event,) = serve_one(
         small_disk, lambda: torch.save({"a": torch.zeros(120 << 20, dtype=torch.uint8)}, small_disk / "m"), monkeypatch
     )
-    assert launch.failure(LearnerFailed(event["message"]))[1] == 2
+    assert exits.failure(LearnerFailed(event["message"]))[1] == 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), OSError(errno.EIO, "Input/output error"), KeyError("x")])

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 from ray.exceptions import RayActorError
 
 from rsrlm.records import Completion, Request, Sampling
-from rsrlm.runtime import actors, engine
-from rsrlm.runtime.actors import MAX_ATTEMPTS, EnginePool, PoolFailed
-from rsrlm.runtime.engine import EngineDead, InProcessEngine, RequestFailed
+from rsrlm.runtime import inprocess_engine, replicas
+from rsrlm.runtime.engine import EngineDead, RequestFailed
+from rsrlm.runtime.inprocess_engine import InProcessEngine
+from rsrlm.runtime.pool import MAX_ATTEMPTS, EnginePool
+from rsrlm.runtime.replicas import PoolFailed
 from rsrlm.runtime.weights import WeightSet
 
 M0, M1 = (WeightSet(version=name, folder=f"/{name}", files=()) for name in ("M0", "M1"))
@@ -29,13 +32,10 @@ def request(name: str, **more: Any) -> Request:
 def completion(request: Request, version: str, replica: int) -> Completion:
     return Completion(
         request_id=request.id,
-        token_ids=(1,),
+        token_ids=(replica,),
         text="a",
         finish_reason="stop",
         weight_version=version,
-        prompt_tokens=2,
-        cached_tokens=0,
-        replica=replica,
     )
 
 
@@ -53,6 +53,7 @@ class Actor:
         self.replica = replica
         self.killed = asyncio.Event()
         self.steps: Callable[[], int] = lambda: 0
+        self.calls: list[list[str]] = []  # the requests of each call
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(self._call(method, *arguments)))
@@ -67,14 +68,17 @@ class Actor:
             raise RayActorError
         return work.result()
 
-    async def do_generate(self, request: Request) -> Completion:
-        if request.id.startswith("health"):
-            return completion(request, self.held, self.replica)
-        return await self.ray.answer(self, request)
+    async def do_generate(self, requests: list[Request]) -> list[Any]:
+        if requests[0].id.startswith("health"):
+            return [completion(requests[0], self.held, self.replica)]
+        self.calls.append([request.id.partition("~")[0] for request in requests])
+        return await asyncio.gather(*(self._outcome(request) for request in requests))
 
-    async def do_generate_all(self, requests: list[Request]) -> list[Any]:
-        self.ray.calls.append([one.id for one in requests])
-        return list(await asyncio.gather(*map(self.do_generate, requests), return_exceptions=True))
+    async def _outcome(self, request: Request) -> Completion | Exception:
+        try:
+            return await self.ray.answer(self, request)
+        except (RequestFailed, EngineDead) as error:
+            return error
 
     async def do_update(self, info: dict[str, Any], version: str) -> dict[str, float]:
         await self.ray.updating.wait()
@@ -99,8 +103,6 @@ class Ray:
         self.updating = asyncio.Event()
         self.updating.set()
         self.made: list[Actor] = []
-        self.calls: list[list[str]] = []
-        self.util = SimpleNamespace()
 
     @staticmethod
     async def _at_once(actor: Actor, request: Request) -> Completion:
@@ -123,12 +125,12 @@ def faults(
     monkeypatch: pytest.MonkeyPatch,
     answer: Answer | None = None,
     note: Callable[..., None] = lambda *_, **__: None,
-    replicas: int = 2,
+    number: int = 2,
 ) -> Any:
     async def main() -> Any:
         ray = Ray(answer)
-        monkeypatch.setattr(actors, "ray", ray)
-        pool = EnginePool(make_config(), M0, "test", replicas, note)
+        monkeypatch.setattr(replicas, "ray", ray)
+        pool = EnginePool(make_config(), M0, "test", number, note)
         await pool.start()
         try:
             return await asyncio.wait_for(work(pool, ray), 20)
@@ -151,7 +153,7 @@ def test_an_engine_that_dies_in_an_update_is_replaced_once(make_config: Any, mon
     async def work(pool: EnginePool, ray: Ray) -> Any:
         ray.updating.clear()
         asked = [asyncio.ensure_future(pool.generate(request(str(number)))) for number in range(2)]
-        while not all(replica.outstanding for replica in pool._replicas):
+        while not all(replica.outstanding for replica in pool.replicas.all):
             await asyncio.sleep(0)
         update = asyncio.ensure_future(pool.publish(M1, None))  # type: ignore[arg-type]
         await asyncio.sleep(0)
@@ -195,67 +197,86 @@ def test_what_an_engine_cannot_answer_is_asked_again_and_the_engine_kept(
     assert made == 2
 
 
-def test_requests_that_come_together_go_to_one_engine_in_one_call(
-    make_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def work(pool: EnginePool, ray: Ray) -> Any:
-        requests = [request(str(number)) for number in range(5)]
-        found = await pool.generate_all(requests)
-        assert [one.request_id for one in found] == [one.id for one in requests]
-        assert len({one.replica for one in found}) == 1
-        assert [len(call) for call in ray.calls] == [5]
-        assert [replica.outstanding for replica in pool._replicas] == [0, 0]
+def test_requests_of_one_call_go_to_one_replica(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one message, and the answers come in the order of the requests, whichever is ready first."""
 
-    faults(work, make_config, monkeypatch)
-
-
-def test_a_request_that_fails_among_others_is_asked_again_alone(
-    make_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    async def answer(actor: Actor, request: Request) -> Completion:
-        asked.append(request.id.partition("~")[0])
-        if asked.count("1") == 1 and asked[-1] == "1":
-            raise RequestFailed("no usable answer")
+    async def last_first(actor: Actor, request: Request) -> Completion:
+        await asyncio.sleep(0.05 - int(request.id.partition("~")[0]) / 200)
         return completion(request, actor.held, actor.replica)
 
     async def work(pool: EnginePool, ray: Ray) -> Any:
-        found = await pool.generate_all([request(str(number)) for number in range(3)])
-        assert [one.request_id for one in found] == ["0", "1", "2"]
-        assert len(ray.made) == 2  # the engine is kept
+        found = await asyncio.gather(
+            pool.generate_all([request(str(number)) for number in range(5)]),
+            pool.generate_all([request(str(number)) for number in range(5, 8)]),
+            pool.generate_all([]),
+        )
+        return found, [actor.calls for actor in ray.made], [replica.outstanding for replica in pool.replicas.all]
 
-    faults(work, make_config, monkeypatch, answer)
-    assert sorted(asked) == ["0", "1", "1", "2"]
+    found, calls, outstanding = faults(work, make_config, monkeypatch, last_first)
+    assert [[one.request_id for one in answers] for answers in found] == [list("01234"), list("567"), []]
+    assert [{one.token_ids for one in answers} for answers in found] == [{(0,)}, {(1,)}, set()]
+    assert calls == [[list("01234")], [list("567")]]
+    assert outstanding == [0, 0]
 
 
-@pytest.mark.parametrize("dies", ["actor", "engine"])
-def test_an_engine_that_dies_under_many_requests_is_replaced_once(
-    make_config: Any, monkeypatch: pytest.MonkeyPatch, dies: str
+def test_only_what_failed_is_asked_again(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one request of a call fails, the answers to the others are kept."""
+    tries: Counter[str] = Counter()
+
+    async def at_the_third_try(actor: Actor, request: Request) -> Completion:
+        name = request.id.partition("~")[0]
+        tries[name] += 1
+        if name == "bad" or (name == "unlucky" and tries[name] < MAX_ATTEMPTS):
+            raise RequestFailed(f"request {request.id} ended with finish reason 'error'")
+        return completion(request, actor.held, actor.replica)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        found = await pool.generate_all([request("a"), request("unlucky"), request("b")])
+        with pytest.raises(PoolFailed, match=r"request bad failed 3 times; last: request bad~\d+ ended with finish r"):
+            await pool.generate_all([request("c"), request("bad")])
+        return found, len(ray.made)
+
+    found, made = faults(work, make_config, monkeypatch, at_the_third_try)
+    assert [one.request_id for one in found] == ["a", "unlucky", "b"]
+    assert tries == {"a": 1, "unlucky": 3, "b": 1, "c": 1, "bad": 3}
+    assert made == 2
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_call_whose_engine_dies_goes_to_another(
+    says_so: bool, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost: list[str] = []
+    """All of it where the process is gone. An actor that can say that its engine died gives what was finished too."""
 
-    async def answer(actor: Actor, request: Request) -> Completion:
-        if actor is actor.ray.made[0]:
-            if dies == "engine":
-                raise EngineDead("out of memory")
-            actor.killed.set()
+    async def dies(actor: Actor, request: Request) -> Completion:
+        if actor is actor.ray.made[0] and not request.id.startswith("quick"):
+            if says_so:
+                raise EngineDead("replica 0: RuntimeError('a broken step')")
             await asyncio.Event().wait()
         return completion(request, actor.held, actor.replica)
 
     async def work(pool: EnginePool, ray: Ray) -> Any:
-        found = await pool.generate_all([request(str(number)) for number in range(4)])
-        assert [one.request_id for one in found] == ["0", "1", "2", "3"]
+        asked = asyncio.ensure_future(pool.generate_all([request(name) for name in ("quick", "a", "b")]))
+        while not ray.made[0].calls:
+            await asyncio.sleep(0)
+        if not says_so:
+            ray.kill(ray.made[0])
+        found = await asked
+        while not all(replica.ready.is_set() for replica in pool.replicas.all):
+            await asyncio.sleep(0)
+        return found, [actor.calls for actor in ray.made], [replica.outstanding for replica in pool.replicas.all]
 
-    faults(work, make_config, monkeypatch, answer, lambda kind, **_: lost.append(kind))
-    assert lost.count("engine_lost") == 1
+    found, calls, outstanding = faults(work, make_config, monkeypatch, dies)
+    assert [one.request_id for one in found] == ["quick", "a", "b"]
+    assert calls == [[["quick", "a", "b"]], [["a", "b"] if says_so else ["quick", "a", "b"]], []]
+    assert outstanding == [0, 0]
 
 
 def watched(pool: EnginePool) -> None:
     """The pool's own watcher in the place of the one that looks every 15 seconds."""
-    for task in list(pool._tasks):
+    for task in list(pool.replicas._tasks):
         task.cancel()
-    pool._spawn(pool._watch(every_s=0.01, silence_s=0.02))
+    pool.replicas.spawn(pool.replicas.watch(every_s=0.01, silence_s=0.02))
 
 
 def test_an_engine_that_cannot_say_what_it_does_is_replaced(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +298,9 @@ def test_an_engine_that_cannot_say_what_it_does_is_replaced(make_config: Any, mo
 def test_a_watcher_that_cannot_go_on_fails_the_pool(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests in flight end with its reason too: nobody would notice that they hang."""
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def full(event: str, **_: Any) -> None:
+        if event == "engine_lost":
+            raise OSError(28, "No space left on device")
 
     async def work(pool: EnginePool, ray: Ray) -> None:
         watched(pool)
@@ -301,7 +323,7 @@ def test_a_sigkill_in_an_update_with_requests_in_flight(
 ) -> None:
     import slow_engine
 
-    monkeypatch.setattr(actors, "EngineActor", slow_engine.SlowEngine)
+    monkeypatch.setattr(replicas, "EngineActor", slow_engine.SlowEngine)
     lost: list[Any] = []
 
     def note(event: str, **fields: Any) -> None:
@@ -312,16 +334,16 @@ def test_a_sigkill_in_an_update_with_requests_in_flight(
         pool = EnginePool(make_config(engine={"cpus": 0.1}), M0, "test", 2, note)
         await pool.start()
         try:
-            pid = await pool._replicas[0].actor.pid.remote()
+            pid = await pool.replicas.all[0].actor.pid.remote()
             asked = [asyncio.ensure_future(pool.generate(request(str(number)))) for number in range(4)]
-            while not all(replica.outstanding for replica in pool._replicas):
+            while not all(replica.outstanding for replica in pool.replicas.all):
                 await asyncio.sleep(0.05)
             update = asyncio.ensure_future(pool.publish(M1, None))  # type: ignore[arg-type]
             await asyncio.sleep(0.3)
             os.kill(pid, signal.SIGKILL)
             await update
             answers = await asyncio.gather(*asked)
-            while not all(replica.ready.is_set() for replica in pool._replicas):
+            while not all(replica.ready.is_set() for replica in pool.replicas.all):
                 await pool.generate(request("while it comes up"))  # raises where the pool has failed
             return len(answers), await pool.versions()
         finally:
@@ -349,9 +371,9 @@ class Core:
 
     def step(self) -> list[Any]:
         name = self.queue.pop(0)
-        answer = {"finish_reason": "stop", "token_ids": [5], "text": "a", "logprobs": None, "weight_versions": []}
-        output = {"finished": True, "request_id": name, "prompt_token_ids": [1], "num_cached_tokens": 0}
-        output["prompt_logprobs"] = None
+        answer = {"finish_reason": "stop", "token_ids": [5], "text": "a", "logprobs": None}
+        answer["weight_versions"] = [SimpleNamespace(version="M0")]
+        output = {"finished": True, "request_id": name, "prompt_logprobs": None}
         return [SimpleNamespace(outputs=[SimpleNamespace(**{**answer, **self.outputs.get(name, {})})], **output)]
 
 
@@ -361,10 +383,16 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Core:
     inputs.tokens_input = lambda ids: ids  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
-    monkeypatch.setattr(engine, "sampling_params", lambda request: None)
+    monkeypatch.setattr(inprocess_engine, "sampling_params", lambda request: None)
     found = Core()
     monkeypatch.setattr(InProcessEngine, "_make", lambda self, *_: setattr(self, "_engine", found))
     return found
+
+
+async def ask(made: InProcessEngine, *requests: Request) -> Any:
+    """What became of one request, or of each of several in one call."""
+    outcomes = await made.generate(requests)
+    return outcomes if len(requests) > 1 else outcomes[0]
 
 
 def asking(work: Callable[[InProcessEngine], Awaitable[Any]]) -> Any:
@@ -386,6 +414,7 @@ def asking(work: Callable[[InProcessEngine], Awaitable[Any]]) -> Any:
         ({"logprobs": None}, {"label_ids": (7,)}, "request bad came back without a log-probability"),
         ({"logprobs": [{}]}, {"label_ids": (7,)}, "request bad came back without a log-probability: KeyError"),
         ({}, {"score_from": 1}, "request bad came back without a log-probability"),
+        ({"weight_versions": None}, {}, "request bad came back without the version of its weights"),
     ],
 )
 def test_an_answer_that_is_none_fails_its_request_alone(
@@ -394,15 +423,30 @@ def test_an_answer_that_is_none_fails_its_request_alone(
     core.outputs["bad"] = output
 
     async def work(made: InProcessEngine) -> Any:
-        good, bad = await asyncio.gather(
-            made.generate(request("good")), made.generate(request("bad", **asked)), return_exceptions=True
-        )
-        return good, bad, await made.generate(request("after"))
+        good, bad, late = await ask(made, request("good"), request("bad", **asked), request("late"))
+        return good, bad, late, await ask(made, request("after"))
 
-    good, bad, after = asking(work)
+    good, bad, late, after = asking(work)
     assert isinstance(bad, RequestFailed)
     assert message in str(bad)
-    assert (good.request_id, after.request_id) == ("good", "after")
+    assert [one.request_id for one in (good, late, after)] == ["good", "late", "after"]
+
+
+def test_a_request_that_the_engine_refuses_fails_alone(core: Core) -> None:
+    def add(name: str, *_: Any, **__: Any) -> None:
+        if name == "long":
+            raise ValueError("the prompt is longer than max_model_len")
+        core.queue.append(name)
+
+    core.add_request = add  # type: ignore[method-assign]
+
+    async def work(made: InProcessEngine) -> Any:
+        return await ask(made, request("a"), request("long"), request("b"))
+
+    first, refused, second = asking(work)
+    assert (first.request_id, second.request_id) == ("a", "b")
+    assert isinstance(refused, RequestFailed)
+    assert str(refused) == "request long was refused: ValueError('the prompt is longer than max_model_len')"
 
 
 def test_nobody_waits_for_an_engine_that_died(core: Core) -> None:
@@ -417,14 +461,14 @@ def test_nobody_waits_for_an_engine_that_died(core: Core) -> None:
     core.step = step  # type: ignore[method-assign]
 
     async def work(made: InProcessEngine) -> Any:
-        in_flight = asyncio.ensure_future(made.generate(request("a")))
+        in_flight = asyncio.ensure_future(ask(made, request("a")))
         while not stepping.is_set():
             await asyncio.sleep(0.01)
-        late = [asyncio.ensure_future(made.generate(request("b"))), asyncio.ensure_future(made._between_steps(dict))]
+        late = [asyncio.ensure_future(ask(made, request("b"))), asyncio.ensure_future(made._between_steps(dict))]
         await asyncio.sleep(0)  # both are in the engine's queue
         go_on.set()
         found = await asyncio.gather(in_flight, *late, return_exceptions=True)
-        return found, await asyncio.gather(made.generate(request("c")), return_exceptions=True)
+        return found, await asyncio.gather(ask(made, request("c")), return_exceptions=True)
 
     errors = [error for found in asking(work) for error in found]
     assert [type(error) for error in errors] == [EngineDead] * 4
@@ -433,9 +477,9 @@ def test_nobody_waits_for_an_engine_that_died(core: Core) -> None:
 
 def test_an_answer_that_nobody_waits_for_does_not_end_the_engine(core: Core) -> None:
     async def work(made: InProcessEngine) -> Completion:
-        left = asyncio.ensure_future(made.generate(request("left")))
+        left = asyncio.ensure_future(ask(made, request("left"), request("left too")))
         await asyncio.sleep(0)
         left.cancel()
-        return await made.generate(request("after"))
+        return await ask(made, request("after"))
 
     assert asking(work).request_id == "after"

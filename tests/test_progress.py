@@ -2,6 +2,7 @@
 
 import io
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -144,3 +145,56 @@ def test_tables_show_a_dash_for_what_is_not_there(screen: io.StringIO) -> None:
 )
 def test_values(value: object, text: str) -> None:
     assert shown(value) == text
+
+
+def after(timers: list[Any]) -> Any:
+    """threading.Timer that goes off when the test says so."""
+
+    def timer(seconds: float, call: Any, arguments: list[Any]) -> Any:
+        made = SimpleNamespace(start=lambda: timers.append(lambda: call(*arguments)), cancel=timers.clear, daemon=False)
+        assert seconds == progress.SHOWN_AFTER_S
+        return made
+
+    return timer
+
+
+def test_what_takes_long_has_a_line_and_its_seconds(
+    clock: Clock, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timers: list[Any] = []
+    monkeypatch.setattr(progress.threading, "Timer", after(timers))
+    shown_on = report(screen)
+    with shown_on.busy("loading"):
+        [goes_off] = timers
+        goes_off()
+        clock.now += 7.4
+    with shown_on.busy("short"):
+        clock.now += 1.9
+    assert timers == []
+
+    def fails() -> None:
+        with shown_on.busy("reading"):
+            clock.now += 60
+            raise ValueError("no file")
+
+    with pytest.raises(ValueError, match="no file"):
+        fails()
+    assert screen.getvalue().splitlines() == ["loading ...", "loading: 7 s"]
+
+
+def test_a_terminal_shows_all_that_goes_on_in_one_live_line(clock: Clock) -> None:
+    file = io.StringIO()
+    shown_on = Report(Console(file=file, width=100, force_terminal=True, highlight=False))
+    with shown_on.busy("starting Ray"):
+        clock.now += 1
+        with shown_on.busy("checking prompts"):
+            clock.now += 2
+            assert shown_on._doing() == "starting Ray 3 s, checking prompts 2 s"
+            assert shown_on._live
+            shown_on._live.refresh()
+        clock.now += 4
+        assert shown_on._doing() == "starting Ray 7 s"
+    assert shown_on._live is None
+    assert "starting Ray 3 s, checking prompts 2 s" in file.getvalue()
+    assert file.getvalue().count("checking prompts: 2 s") == 1
+    assert file.getvalue().rstrip("\n").endswith("starting Ray: 7 s")

@@ -14,6 +14,8 @@ from rsrlm.model import folder_of, load_tokenizer
 from rsrlm.report.progress import Report
 from rsrlm.run import Run
 from rsrlm.runtime import launch
+from rsrlm.runtime.cluster import ray_cluster
+from rsrlm.runtime.exits import interruptible
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Model
 from rsrlm.store.atomic import write_whole
@@ -64,13 +66,12 @@ def on_engines(
 
     # Where all answers are known, as after a kill at the very end, no engine starts.
     try:
-        return launch.interruptible(main(started=False))
+        return interruptible(main(started=False))
     except (NobodyAnswers, BaseExceptionGroup) as error:
         if isinstance(error, BaseExceptionGroup) and not error.subgroup(NobodyAnswers):
             raise
-    report.line("starting engines")
-    with launch.ray_cluster(config, store, learner=False):
-        return launch.interruptible(main(started=True))
+    with ray_cluster(config, store, learner=False):
+        return interruptible(main(started=True))
 
 
 def started(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:

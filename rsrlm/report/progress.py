@@ -1,15 +1,19 @@
 """What a run shows while it goes on: live bars on a terminal, plain lines elsewhere."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 PLAIN_WIDTH = 140  # of tables in a log file
+SHOWN_AFTER_S = 0.5  # without a terminal: what is shorter goes on unseen
+WORTH_A_LINE_S = 2.0
 Tick = Callable[[str, int, int], None]
 
 
@@ -21,9 +25,46 @@ class Report:
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, PLAIN_WIDTH)
         self._every_s = plain_every_s
+        self._lock = threading.Lock()
+        self._running: dict[object, tuple[str, float]] = {}  # what `busy` shows, and since when
+        self._live: Live | None = None
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def busy(self, title: str) -> Iterator[None]:
+        """Show that something goes on whose end cannot be foretold; several may at once, in threads or tasks.
+
+        On a terminal a live line names them all, elsewhere each has a line once it has lasted SHOWN_AFTER_S. A line
+        says how long it took, when it ends well after WORTH_A_LINE_S or more.
+        """
+        key, started = object(), time.monotonic()
+        timer = threading.Timer(SHOWN_AFTER_S, self.line, [f"{title} ..."])
+        timer.daemon = True
+        with self._lock:
+            self._running[key] = (title, started)
+            if not self.console.is_terminal:
+                timer.start()
+            elif self._live is None:
+                self._live = Live(console=self.console, get_renderable=self._doing, transient=True)
+                self._live.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with self._lock:
+                del self._running[key]
+                if self._live and not self._running:
+                    self._live.stop()
+                    self._live = None
+        seconds = time.monotonic() - started
+        if seconds >= WORTH_A_LINE_S:
+            self.line(f"{title}: {seconds:.0f} s")
+
+    def _doing(self) -> str:
+        now = time.monotonic()
+        return ", ".join(f"{title} {now - started:.0f} s" for title, started in [*self._running.values()])
 
     @contextmanager
     def stage(self, title: str, totals: dict[str, int]) -> Iterator[Tick]:

@@ -5,25 +5,21 @@ library's, which waits as long as the server's Retry-After says (up to two minut
 """
 
 import asyncio
-import contextlib
-import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
-
-from rsrlm.records import Completion, Sampling
+from rsrlm.records import Completion, Request, Sampling
+from rsrlm.runtime.endpoint_http import ChatAnswer, Tokens, check_endpoint, key_of, no_openai_variables, whole_answer
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Endpoint as EndpointConfig
 
-MOST_BYTES = 16 << 20  # of an answer; those of judges have some kilobytes
+NOTED_EVERY_S = 5.0
 SHORTEST_SECRET = 8  # shorter keys, such as EMPTY, are placeholders, and may well be words of a message
 # Statuses that the library tries again: the server's state and not the request's fault.
 PASSING = frozenset({408, 409, 429})
-OF_THE_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})  # and not of the answer
 # A refusal of this one text, in the words of OpenAI, Azure, Anthropic, vLLM and llama.cpp.
 ABOUT_THE_TEXT = re.compile(
     r"(?i)context[ _](length|size|window)|prompt is too long|content[ _](filter|management|policy)|invalid_prompt"
@@ -57,33 +53,7 @@ class Usage:
     withheld: int = 0
 
 
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _CachedTokens(BaseModel):
-    cached_tokens: NonNegativeInt | None = None
-
-
-class _Tokens(BaseModel):
-    prompt_tokens: NonNegativeInt | None = None
-    completion_tokens: NonNegativeInt | None = None
-    prompt_tokens_details: _CachedTokens | None = None
-
-
-class _Answer(BaseModel):
-    """A chat completion as far as it is used. The library does not check what it parses."""
-
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Tokens | None = None
-
-
-class Endpoint:
+class EndpointClient:
     """Answers of one model. Use it in one event loop, and `close` it at the end."""
 
     def __init__(self, config: EndpointConfig, spent: float = 0.0, name: str = "judge.endpoint") -> None:
@@ -93,8 +63,8 @@ class Endpoint:
 
         self._config = config
         self._name = name
-        _check(config, name)
-        self._key = _key_of(config.key_env, name)
+        check_endpoint(config, name)
+        self._key = key_of(config.key_env, name)
         self.usage = Usage(cost=spent)
         self._running = asyncio.Semaphore(config.max_concurrent)
         self._next_turn = 0.0
@@ -105,7 +75,7 @@ class Endpoint:
             async def send(self, request: Any, **options: Any) -> Any:
                 return await attempt(super().send, request)
 
-        with _no_openai_variables():
+        with no_openai_variables():
             self._client = openai.AsyncOpenAI(
                 api_key=self._key or "EMPTY",
                 base_url=config.url,
@@ -145,7 +115,7 @@ class Endpoint:
                 if error.status_code != 400 or not ABOUT_THE_TEXT.search(f"{error.code} {error.message}"):
                     raise self._refused(error) from None
                 self.usage.withheld += 1
-                return self._completion(identifier, "", "length", _Tokens())
+                return self._completion(identifier, "", "length")
             except openai.APITimeoutError:
                 raise self._failed(
                     f"no whole answer in {self._name}.timeout_s={self._config.timeout_s:g} seconds"
@@ -153,15 +123,14 @@ class Endpoint:
             except openai.APIConnectionError as error:
                 cause = error.__cause__
                 raise self._failed(str(cause) or type(cause).__name__ if cause else error.message) from None
-        tokens = answer.usage or _Tokens()
-        self._charge(tokens, text, sampling)
+        self._charge(answer.usage or Tokens(), text, sampling)
         choice = answer.choices[0]
         if choice.finish_reason not in ("stop", "length"):
             self.usage.withheld += 1
-            return self._completion(identifier, "", "length", tokens)
-        return self._completion(identifier, choice.message.content or "", choice.finish_reason, tokens)
+            return self._completion(identifier, "", "length")
+        return self._completion(identifier, choice.message.content or "", choice.finish_reason)
 
-    async def _send(self, text: str, sampling: Sampling) -> _Answer:
+    async def _send(self, text: str, sampling: Sampling) -> ChatAnswer:
         import openai
 
         while True:
@@ -172,6 +141,8 @@ class Endpoint:
                 extra["top_k"] = sampling.top_k
             if sampling.top_p != 1:
                 extra["top_p"] = sampling.top_p
+            if sampling.stop:
+                extra["stop"] = list(sampling.stop)
             try:
                 response = await self._client.chat.completions.with_raw_response.create(
                     model=self._config.model,
@@ -185,7 +156,7 @@ class Endpoint:
                     raise
                 self._limit = "max_completion_tokens"
                 continue
-            return _Answer.model_validate_json(response.http_response.content)
+            return ChatAnswer.model_validate_json(response.http_response.content)
 
     async def _before(self, request: Any) -> None:
         """Before every request, retries included: wait for its turn, and stop at max_cost.
@@ -208,40 +179,11 @@ class Endpoint:
         self.usage.retries += request.headers.get("x-stainless-retry-count", "0") != "0"
 
     async def _attempt(self, send: Any, request: Any) -> Any:
-        """One request and its whole answer, within timeout_s from its turn on, however slowly the bytes come.
-
-        An answer that succeeded but is no chat completion, or is too long, counts as a failed transfer: gateways
-        answer like this when the server behind them fails. The library tries again after these.
-        """
-        import httpx2
-
+        """One request and its whole answer, within timeout_s from its turn on, however slowly the bytes come."""
         await self._before(request)
-        try:
-            async with asyncio.timeout(self._config.timeout_s):
-                response = await send(request, stream=True)
-                try:
-                    body = bytearray()
-                    async for chunk in response.aiter_bytes():
-                        body += chunk
-                        if len(body) > MOST_BYTES:
-                            raise httpx2.DecodingError(f"an answer of over {MOST_BYTES} bytes", request=request)
-                finally:
-                    await response.aclose()
-        except TimeoutError:
-            raise httpx2.ReadTimeout("no whole answer", request=request) from None
-        headers = [(name, value) for name, value in response.headers.multi_items() if name not in OF_THE_TRANSFER]
-        whole = httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
-        if whole.is_success:
-            try:
-                _Answer.model_validate_json(whole.content)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"]) or "body"
-                message = f"no chat completion ({where}: {first['msg']}): {self._masked(whole.text)[:200]!r}"
-                raise httpx2.DecodingError(message, request=request) from None
-        return whole
+        return await whole_answer(send, request, self._config.timeout_s, self._masked)
 
-    def _charge(self, tokens: _Tokens, text: str, sampling: Sampling) -> None:
+    def _charge(self, tokens: Tokens, text: str, sampling: Sampling) -> None:
         prompt, completion = tokens.prompt_tokens, tokens.completion_tokens
         self.usage.prompt_tokens += prompt or 0
         self.usage.completion_tokens += completion or 0
@@ -250,17 +192,13 @@ class Endpoint:
         completion = sampling.max_tokens if completion is None else completion
         self.usage.cost += (prompt * self._config.price_in + completion * self._config.price_out) / 1e6
 
-    def _completion(self, identifier: str, text: str, finish_reason: Any, tokens: _Tokens) -> Completion:
-        cached = tokens.prompt_tokens_details
+    def _completion(self, identifier: str, text: str, finish_reason: Any) -> Completion:
         return Completion(
             request_id=identifier,
             token_ids=(),
             text=self._masked(text),
             finish_reason=finish_reason,
             weight_version=f"endpoint:{self._config.model}",
-            prompt_tokens=tokens.prompt_tokens or 0,
-            cached_tokens=(cached and cached.cached_tokens) or 0,
-            replica=0,
         )
 
     def _refused(self, error: Any) -> Exception:
@@ -307,51 +245,27 @@ class Endpoint:
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
 
 
-@contextlib.contextmanager
-def _no_openai_variables() -> Iterator[None]:
-    """The library would send the organization, project and headers in them (and the key, without another) to any
-    server; what is sent is what the config says."""
-    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
+class EndpointPool:
+    """A server in the form of an engine pool. `note` is called every few seconds, so that what was spent survives a
+    kill."""
 
+    def __init__(self, client: EndpointClient, note: Callable[[], Any]) -> None:
+        self._client = client
+        self._note = note
+        self._noted = time.monotonic()
 
-def _check(config: EndpointConfig, name: str) -> None:
-    try:
-        url = urlsplit(config.url)
-        _ = url.port  # raises where it is no number
-    except ValueError:
-        url = urlsplit("")
-    if url.username or url.password or url.query:
-        raise ConfigError(
-            f"{name}.url: holds a user name, password or query, which would show in messages; write the bare url, and "
-            f"name an environment variable with the key in {name}.key_env"
-        )
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ConfigError(f"{name}.url={config.url!r}: no http url; write one such as http://localhost:8000/v1")
-    if config.max_cost is not None and not config.price_in and not config.price_out:
-        raise ConfigError(
-            f"{name}.max_cost={config.max_cost:g}: nothing has a price, so it would never be reached; set "
-            f"{name}.price_in and {name}.price_out (per million tokens), or leave {name}.max_cost out"
-        )
+    @property
+    def slots(self) -> int:
+        """Requests that run at once."""
+        return self._client.slots
 
+    async def generate_all(self, requests: Sequence[Request]) -> list[Completion]:
+        return list(await asyncio.gather(*map(self._generate, requests)))
 
-def _key_of(variable: str | None, name: str) -> str:
-    """The key in an environment variable; "" without a variable."""
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "").strip()  # files of secrets end in a newline
-    if not key:
-        # A key in place of the name is a likely mistake, and must not be shown.
-        shown = variable if re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) else "..."
-        raise ConfigError(
-            f"{name}.key_env={shown}: this environment variable is not set or empty; export it where rsrlm starts, "
-            f"write its name and not the key itself, or set {name}.key_env=null for a server without keys"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(
-            f"{name}.key_env={variable}: the key in it has characters that no HTTP header may have; correct it"
-        )
-    return key
+    async def _generate(self, request: Request) -> Completion:
+        try:
+            return await self._client.ask(request.id, request.text, request.sampling)
+        finally:
+            if time.monotonic() - self._noted > NOTED_EVERY_S:
+                self._noted = time.monotonic()
+                self._note()

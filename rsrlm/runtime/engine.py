@@ -1,16 +1,12 @@
-"""One vLLM replica behind five verbs: generate, update, version, stats, close.
+"""What both kinds of vLLM engines share: their interface, their arguments, and how requests and answers are translated.
 
-Two kinds with the same interface. `InProcessEngine` drives vLLM's `LLMEngine` from a thread of its own and lets
-weight updates in between two steps: 2.3 GB and seconds to start for a 135M model. `AsyncEngine` wraps `AsyncLLM`,
-whose engine core runs in further processes: tensor parallel, GPUs.
+`inprocess_engine` drives vLLM's `LLMEngine` in a thread of the actor and updates weights between two steps: 2.3 GB and
+seconds to start for a 135M model. `async_engine` wraps `AsyncLLM`, whose engine core runs in further processes: tensor
+parallel, GPUs.
 """
 
-import asyncio
-import os
-import queue
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from rsrlm.config import Config
@@ -28,24 +24,39 @@ class RequestFailed(RuntimeError):
     """An engine that goes on serving gave no usable answer to this request."""
 
 
-class Engine(Protocol):
-    async def generate(self, request: Request) -> Completion: ...
+Outcome = Completion | RequestFailed | EngineDead  # of one request
 
-    async def connect(self, init_info: dict[str, Any]) -> None: ...
 
-    async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]: ...
+class ServingEngine(Protocol):
+    """One vLLM engine with the weights that it holds."""
+
+    async def generate(self, requests: Sequence[Request]) -> list[Outcome]:
+        """What became of each request, in their order, when all of them have ended."""
+        ...
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the sender's group (gloo) or do nothing (shm)."""
+        ...
+
+    async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
+        """Load a version; requests in flight go on with the new weights. Returns the seconds of each part."""
+        ...
 
     async def version(self) -> str: ...
 
-    async def stats(self) -> dict[str, float]: ...
+    async def stats(self) -> dict[str, float]:
+        """Counters since it started; see `counters`."""
+        ...
 
-    def progress(self) -> int: ...
+    def progress(self) -> int:
+        """Grows with every step of the engine."""
+        ...
 
     def close(self) -> None: ...
 
 
 def cpu_environment(config: EngineConfig) -> dict[str, str]:
-    """Environment of a process that holds one CPU engine. vLLM reads it at import, so it is set before.
+    """Environment of a process with one CPU engine, to be set before vLLM is imported.
 
     Cores are not pinned: vLLM's own choice gives every replica of a host the same ones, less a reserved one.
     """
@@ -113,6 +124,7 @@ def sampling_params(request: Request) -> Any:
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
         seed=sampling.seed if sampling.temperature > 0 else None,
+        stop=list(sampling.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
         structured_outputs=StructuredOutputsParams(regex=request.regex) if request.regex else None,
         logprob_token_ids=list(request.label_ids) or None,
@@ -120,10 +132,30 @@ def sampling_params(request: Request) -> Any:
     )
 
 
-def completion_of(request: Request, output: Any, replica: int) -> Completion:
-    """The record of a finished vLLM output. The oldest token's weight version counts.
+def tokens_of(text: str, token_ids: Sequence[int], prompt_token_ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """The fewest of the first tokens that hold all of a text, and at least one. They are decoded one after the other in
+    vLLM's own way, since what a token says may depend on those before it."""
+    from vllm import SamplingParams
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-    Raises RequestFailed where the engine gave up on the request or left out a log-probability that it asked for.
+    made: Any = SimpleNamespace(
+        request_id="", prompt_token_ids=list(prompt_token_ids), prompt_embeds=None, sampling_params=SamplingParams()
+    )
+    decoder: Any = IncrementalDetokenizer.from_new_request(tokenizer, made)
+    for number, token in enumerate(token_ids, 1):
+        decoder.update([token], False)
+        if len(decoder.output_text) >= len(text):
+            return tuple(token_ids[:number])
+    return tuple(token_ids)
+
+
+def completion_of(request: Request, output: Any, engine: Any) -> Completion:
+    """The record of a finished output of vLLM's engine. The oldest token's weight version counts.
+
+    vLLM ends the text before a stop string, but keeps the tokens that the stop string is made of: they are cut off, or
+    training would see what no judge saw.
+
+    Raises RequestFailed where the engine gave up on the request or left out what it asked for.
     """
     answer = output.outputs[0]
     if answer.finish_reason not in ("stop", "length"):
@@ -141,235 +173,24 @@ def completion_of(request: Request, output: Any, replica: int) -> Completion:
             )
     except (LookupError, TypeError) as error:
         raise RequestFailed(f"request {request.id} came back without a log-probability: {error!r}") from None
-    spans = answer.weight_versions or []
+    if not answer.weight_versions:
+        raise RequestFailed(f"request {request.id} came back without the version of its weights")
+    token_ids = tuple(answer.token_ids)
+    if request.sampling.stop and isinstance(answer.stop_reason, str):
+        token_ids = tokens_of(answer.text, token_ids, request.prompt_token_ids, engine.get_tokenizer())
     return Completion(
         request_id=request.id,
-        token_ids=tuple(answer.token_ids),
+        token_ids=token_ids,
         text=answer.text,
         finish_reason=answer.finish_reason,
-        weight_version=spans[0].version if spans else "",
-        prompt_tokens=len(output.prompt_token_ids),
-        cached_tokens=output.num_cached_tokens or 0,
-        replica=replica,
+        weight_version=answer.weight_versions[0].version,
         label_logprobs=label_logprobs,
         prompt_logprobs=prompt_logprobs,
     )
 
 
-class InProcessEngine:
-    """vLLM's LLMEngine in this process. Everything that touches it runs in one thread, between two steps."""
-
-    def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:
-        self._replica = replica
-        self._engine: Any = None
-        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._waiting: dict[str, tuple[Request, Future[Completion]]] = {}
-        self._steps = 0
-        made: Future[None] = Future()
-        self._thread = threading.Thread(
-            target=self._serve, args=(config, folder, version, made), name="engine", daemon=True
-        )
-        self._thread.start()
-        made.result()
-
-    def _make(self, config: Config, folder: str, version: str) -> None:
-        os.environ.update(cpu_environment(config.engine))
-        from vllm import EngineArgs, LLMEngine
-        from vllm.usage.usage_lib import UsageContext
-
-        arguments = EngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
-        # The context of vLLM's LLM: with another one, vLLM would choose a smaller token budget for a step.
-        self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
-        self._engine.set_weight_version(version)
-
-    def _serve(self, config: Config, folder: str, version: str, made: Future[None]) -> None:
-        try:
-            # In the thread that steps it: OpenMP keeps a pool of threads for each thread that computes.
-            self._make(config, folder, version)
-            made.set_result(None)
-        except Exception as error:
-            made.set_exception(error)
-            return
-        try:
-            while True:
-                idle = not self._engine.has_unfinished_requests()
-                while idle or not self._inbox.empty():
-                    item = self._inbox.get()
-                    if item is None:
-                        return
-                    call, done = item
-                    try:
-                        done.set_result(call())
-                    except Exception as error:
-                        done.set_exception(error)
-                    idle = not self._engine.has_unfinished_requests()
-                self._steps += 1
-                for output in self._engine.step():
-                    if output.finished and output.request_id in self._waiting:
-                        request, answer = self._waiting.pop(output.request_id)
-                        try:
-                            answer.set_result(completion_of(request, output, self._replica))
-                        except Exception as error:  # of this request: the engine goes on
-                            answer.set_exception(error)
-        except Exception as error:
-            dead = EngineDead(f"replica {self._replica}: {error!r}")
-            for _, answer in self._waiting.values():
-                answer.set_exception(dead)
-            # This thread stays to tell whoever has asked or will ask: none of them may wait for ever.
-            while (item := self._inbox.get()) is not None:
-                item[1].set_exception(dead)
-
-    async def _between_steps(self, call: Callable[[], Any]) -> Any:
-        if not self._thread.is_alive():
-            raise EngineDead(f"replica {self._replica} is closed")
-        done: Future[Any] = Future()
-        done.set_running_or_notify_cancel()  # whoever stops waiting must not take the engine's answer back
-        self._inbox.put((call, done))
-        return await asyncio.wrap_future(done)
-
-    async def generate(self, request: Request) -> Completion:
-        from vllm.inputs import tokens_input
-
-        answer: Future[Completion] = Future()
-        answer.set_running_or_notify_cancel()
-
-        def add() -> None:
-            self._engine.add_request(
-                request.id,
-                tokens_input(list(request.prompt_token_ids)),
-                sampling_params(request),
-                priority=request.priority,
-            )
-            self._waiting[request.id] = (request, answer)
-
-        await self._between_steps(add)
-        return await asyncio.wrap_future(answer)
-
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        """Join the sender's group (gloo) or do nothing (shm)."""
-        await self._between_steps(
-            lambda: self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
-        )
-
-    async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
-        """Load a version between two steps; requests in flight go on with the new weights."""
-
-        def load() -> dict[str, float]:
-            rpc = self._engine.collective_rpc
-            rpc("start_weight_update")
-            rpc("update_weights", kwargs={"update_info": update_info})
-            rpc("finish_weight_update")
-            if not self._engine.reset_prefix_cache(reset_running_requests=True):
-                raise EngineDead(f"replica {self._replica}: the prefix cache could not be reset")
-            self._engine.set_weight_version(version)
-            return slowest(rpc("rsrlm_seconds"))
-
-        return await self._between_steps(load)
-
-    async def version(self) -> str:
-        return await self._between_steps(self._engine.get_weight_version)
-
-    async def stats(self) -> dict[str, float]:
-        return counters(await self._between_steps(self._engine.get_metrics))
-
-    def progress(self) -> int:
-        """Steps so far."""
-        return self._steps
-
-    def close(self) -> None:
-        self._inbox.put(None)
-        self._thread.join(timeout=10)
-
-
-class AsyncEngine:
-    """vLLM's AsyncLLM. Must be made and used in one event loop."""
-
-    def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:
-        os.environ.update(cpu_environment(config.engine))
-        from vllm import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        self._replica = replica
-        self._initial_version: str | None = version
-        arguments = AsyncEngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
-        self._engine: Any = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
-
-    async def _named(self) -> Any:
-        if self._initial_version is not None:
-            version, self._initial_version = self._initial_version, None
-            await self._engine.update_weight_version(version)
-        return self._engine
-
-    async def generate(self, request: Request) -> Completion:
-        from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        engine = await self._named()
-        output = None
-        try:
-            async for output in engine.generate(  # noqa: B007 - the last one is the answer
-                tokens_input(list(request.prompt_token_ids)),
-                sampling_params(request),
-                request.id,
-                priority=request.priority,
-            ):
-                pass
-        except EngineDeadError as error:
-            raise EngineDead(f"replica {self._replica}: {error!r}") from error
-        if output is None:
-            raise EngineDead(f"replica {self._replica}: no output for {request.id}")
-        return completion_of(request, output, self._replica)
-
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        """Join the sender's group (gloo) or do nothing (shm)."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        engine = await self._named()
-        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
-
-    async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
-        """Load a version while generation is paused; requests in flight go on with the new weights."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            return await self._updated(WeightTransferUpdateRequest(update_info=update_info), version)
-        except EngineDeadError as error:
-            raise EngineDead(f"replica {self._replica}: {error!r}") from error
-
-    async def _updated(self, request: Any, version: str) -> dict[str, float]:
-        engine = await self._named()
-        await engine.pause_generation(mode="keep", clear_cache=True)
-        try:
-            await engine.start_weight_update()
-            await engine.update_weights(request)
-            await engine.finish_weight_update(version)
-            await engine.reset_prefix_cache(reset_running_requests=True)
-        finally:
-            await engine.resume_generation()
-        return slowest(await engine.collective_rpc("rsrlm_seconds"))
-
-    async def version(self) -> str:
-        engine = await self._named()
-        return await engine.get_weight_version()
-
-    async def stats(self) -> dict[str, float]:
-        from vllm.v1.metrics.reader import get_metrics_snapshot
-
-        return counters(get_metrics_snapshot())
-
-    def progress(self) -> int:
-        """Generated tokens so far."""
-        from vllm.v1.metrics.reader import get_metrics_snapshot
-
-        return int(counters(get_metrics_snapshot())["generation_tokens"])
-
-    def close(self) -> None:
-        self._engine.shutdown()
-
-
 def slowest(per_worker: list[dict[str, float]]) -> dict[str, float]:
+    """The largest value of each key."""
     return {key: max(report[key] for report in per_worker) for key in per_worker[0]}
 
 
@@ -382,8 +203,3 @@ def counters(metrics: list[Any]) -> dict[str, float]:
         if name in found:
             found[name] += float(getattr(metric, "value", 0.0))
     return found
-
-
-def make_engine(config: Config, folder: str, version: str, replica: int) -> Engine:
-    kinds: dict[str, type[InProcessEngine] | type[AsyncEngine]] = {"inprocess": InProcessEngine, "async": AsyncEngine}
-    return kinds[config.engine.kind](config, folder, version, replica)

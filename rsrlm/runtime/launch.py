@@ -2,15 +2,11 @@
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import json
-import logging
-import os
 import secrets
-import signal
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,43 +20,31 @@ from rsrlm.data import seed_data
 from rsrlm.data.examples import read_examples
 from rsrlm.engines import Answers
 from rsrlm.evaluate import Evaluation
-from rsrlm.iterative import Iteration, NoPairs, Spine, Stopped, run_iterations
+from rsrlm.iterative import Iteration, Spine, run_iterations
 from rsrlm.judges import templates
 from rsrlm.judges.base import Context
 from rsrlm.judges.base import judge_of as judge_of_section
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
 from rsrlm.recipes.base import Recipe
-from rsrlm.recipes.sft import MADE, SFT, NoExamples
+from rsrlm.recipes.sft import MADE, SFT
 from rsrlm.records import Example, Prompt, Task, wording
-from rsrlm.report import alarms
+from rsrlm.report import alarms, tables
 from rsrlm.report.progress import Report
+from rsrlm.report.tracker import tracker
 from rsrlm.run import Run
-from rsrlm.runtime.endpoint import BudgetSpent, Endpoint, EndpointFailed
+from rsrlm.runtime.cluster import check_devices, engines_of, ray_cluster
+from rsrlm.runtime.endpoint import EndpointClient
+from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
 from rsrlm.runtime.learner import set_dropout
 from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import BUILTIN_MODEL
 from rsrlm.settings.methods import JudgeSection, Validator
 from rsrlm.settings.steps import Step
 from rsrlm.settings.train import TrainRule
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import CompletionLog
 
-EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
-
-COLUMNS = {
-    "iteration": "iteration",
-    "prompts": "prompts",
-    "responses": "responses",
-    "judgements": "judgements",
-    "judgements_unreadable": "unreadable",
-    "pairs": "pairs",
-    "optimizer_steps": "steps",
-    "mean_score": "mean score",
-    "mean_response_tokens": "tokens",
-    "loss_first": "loss first",
-    "loss_last": "last",
-    "weight_version": "weights",
-    "seconds": "seconds",
-}
+Busy = Callable[[str], contextlib.AbstractContextManager[None]]  # such as `Report.busy`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,23 +90,29 @@ def started(config: Config, noted: Mapping[str, Any]) -> tuple[Config, dict[str,
     return config.model_copy(update={"judge": judge}), drawn
 
 
-def prepare(config: Config, noted: Mapping[str, Any] | None = None) -> Prepared:
-    """Check and load what a run needs; `noted` is the start.json of one that goes on. Raises ConfigError before
-    anything starts."""
+def _nothing_shown(title: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def prepare(
+    config: Config,
+    noted: Mapping[str, Any] | None = None,
+    busy: Busy = _nothing_shown,
+    read: list[Prompt] | None = None,
+) -> Prepared:
+    """Check and load what a run needs; `noted` is the start.json of one that goes on, `busy` shows what takes long, and
+    `read` are the prompts of its file where they have been read. Raises ConfigError before any engine starts."""
     config, drawn = started(config, noted or {})
-    _check_devices(config)
+    check_devices(config)
     path = prompt_files.file_of(config.prompts)
-    prompts, repeated = prompt_files.distinct(prompt_files.read(path))
-    model = folder_of(config.model)
-    shape = load_config(model, config.model.trust_remote_code)
-    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
-    check_tokenizer(tokenizer, config.model.path)
-    encoder = ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]))
+    prompts, repeated = prompt_files.distinct(read or prompt_files.read(path))
+    model, shape, encoder = _model_of(config, drawn, busy)
     judge, judge_encoder = judge_of(config, encoder)
     validator, validator_encoder = (
         validator_of(config, encoder) if config.evaluate.judge.external else (None, judge_encoder)
     )
-    parts = _parts(config)
+    with busy("reading ranked data"):
+        parts = _parts(config)
     wordings: set[str] = set()  # of the questions in files of examples
     needs: dict[str, int] = {}
     recipes: list[Recipe] = []
@@ -150,7 +140,9 @@ def prepare(config: Config, noted: Mapping[str, Any] | None = None) -> Prepared:
     evaluation = Evaluation(config, context, **who, prompts=())  # refuses a template that it cannot use
     if config.prompts.heldout or config.prompts.validation:
         needs |= evaluation.needs()
-    usable, left_out = _usable(config, encoder, prompts, [*evaluation.asks, *_asks(recipes)], needs)
+    with busy(f"checking {len(prompts)} prompts"):
+        asks = [*evaluation.asks, *_asks(recipes)]
+        usable, left_out = _usable(config, encoder, prompts, asks, needs)
     dealt = prompt_files.deal(usable, config, seed_data.trained_on(parts, wordings).wordings)
     templates.check_data(evaluation.asks, [*dealt.heldout, *dealt.validation], f"prompts.path={path}")
     for recipe, hand in zip(recipes, dealt.hands, strict=True):
@@ -178,6 +170,19 @@ def prepare(config: Config, noted: Mapping[str, Any] | None = None) -> Prepared:
         left_out=left_out,
         repeated=repeated,
     )
+
+
+def _model_of(config: Config, drawn: Mapping[str, str], busy: Busy) -> tuple[Path, Any, ChatEncoder]:
+    """The folder of M0, its transformers config, and the encoder of its prompts."""
+    made = config.model.path == BUILTIN_MODEL
+    with busy("making the built-in model, once" if made else f"looking for {config.model.path}"):
+        model = folder_of(config.model)
+    with busy("loading transformers and the tokenizer"):
+        shape = load_config(model, config.model.trust_remote_code)
+        tokenizer = load_tokenizer(model, config.model.trust_remote_code)
+        check_tokenizer(tokenizer, config.model.path)
+        encoder = ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]))
+    return model, shape, encoder
 
 
 def _asks(recipes: Sequence[Recipe]) -> list[str]:
@@ -244,7 +249,7 @@ def _other(
     config: Config, key: str, who: JudgeSection | Validator, encoder: ChatEncoder
 ) -> tuple[Path | None, ChatEncoder]:
     if who.endpoint:
-        Endpoint(who.endpoint, name=f"{key}.endpoint")  # refuses what it cannot use
+        EndpointClient(who.endpoint, name=f"{key}.endpoint")  # refuses what it cannot use
     if who.model is None:
         return None, encoder
     model = config.model_at(who.model)
@@ -259,22 +264,6 @@ def planned(prepared: Prepared) -> planning.Plan:
     """What the run would do, with the seed data that is there."""
     demands = [one.recipe.demand(len(one.tasks)) for one in prepared.iterations]
     return planning.plan(prepared.config, demands, prepared.model, prepared.judge, prepared.validator)
-
-
-def _check_devices(config: Config) -> None:
-    wanted = config.engine.gpus or config.train.gpus
-    if wanted and not _address(config) and not Path("/proc/driver/nvidia").exists():
-        key = "engine.gpus" if config.engine.gpus else "train.gpus"
-        raise ConfigError(
-            f"{key}={wanted}: this machine has no NVIDIA GPU; set engine.gpus=0 and train.gpus=0, or join a cluster "
-            "that has them with ray.address=HOST:PORT"
-        )
-
-
-def _address(config: Config) -> str | None:
-    """The cluster to join. "local" is Ray's word for none: one of this run's own."""
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address
 
 
 class LearnerPort:
@@ -319,17 +308,23 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
     config = prepared.config
     group = Learner(config, store.folder / ".train")
     models = {config.model_name(0): prepared.model}
-    pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator)
+    up: list[int] = []
+
+    def note(kind: str, **fields: Any) -> None:
+        store.event(kind, **fields)
+        if kind == "engine_up":
+            up.append(fields["replica"])
+            report.line(f"engine {len(up)} of {engines_of(config)} is up after {fields['seconds']:.0f} s")
+
+    pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator, note)
     # Resuming after an iteration's training: the engines come up with its result.
     done = len(store.metrics())
     trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
     answers = CompletionLog(store.folder / "journal.jsonl")
     try:
-        report.line("starting engines and learner")
-        started = time.perf_counter()
-        await group.start()
-        await pools.start(config.model_name(done + trained))
-        report.line(f"engines are up after {time.perf_counter() - started:.0f} s")
+        with report.busy("starting engines and learner"):
+            await group.start()
+            await pools.start(config.model_name(done + trained))
         if len(answers):
             report.line(f"{len(answers)} answers are known already")
         run = Run(pools, Answers(answers), report, store.event, await pools.model(config.model_name(0)), store.segments)
@@ -350,21 +345,11 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
         answers.close()
 
 
-def interruptible(work: Any) -> Any:
-    """Run in a new event loop; SIGINT and SIGTERM cancel the work, which then cleans up."""
+def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[Any] | None = None) -> int:
+    """Run to the end, to the user's interruption or to a failure; returns the exit code. The summary always fits.
 
-    async def main() -> Any:
-        task = asyncio.ensure_future(work)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
-        return await task
-
-    return asyncio.run(main())
-
-
-def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
-    """Run to the end, to the user's interruption or to a failure; returns the exit code. The summary always fits."""
+    `ray` is what `cluster.begin` gave.
+    """
     config = prepared.config
     lock = store.lock()
     store.remove_scratch()
@@ -373,22 +358,17 @@ def execute(prepared: Prepared, store: RunFolder, report: Report) -> int:
     write_summary(store, "running")
     status, code, reason = "completed", EXIT_OK, ""
     try:
-        with ray_cluster(config, store), _tracker(config, store) as log:
+        with contextlib.ExitStack() as stack:
+            with report.busy("starting Ray"):
+                stack.enter_context(ray_cluster(config, store, begun=ray))
+            log = stack.enter_context(tracker(config, store))
             interruptible(_run(prepared, store, report, log))
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        status, code = "interrupted", EXIT_INTERRUPTED
-    except NoPairs as error:
-        status, code, reason = "no_pairs", EXIT_NO_PAIRS, str(error)
-    except NoExamples as error:
-        status, code, reason = "no_examples", EXIT_NO_PAIRS, str(error)
-    except Stopped as error:
-        status, code, reason = "stopped", EXIT_STOPPED, str(error)
     except BaseException as error:
         status, code, reason = failure(error)
     write_summary(store, status, reason)
     with contextlib.suppress(OSError):
         store.event("run_ended", status=status, reason=reason or None)
-    _show(store, status, reason, report)
+    tables.show(store, status, reason, report)
     lock.close()
     return code
 
@@ -437,184 +417,3 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def failure(error: BaseException) -> tuple[str, int, str]:
-    """Status, exit code and reason. A full disk and a wrong config are the user's to mend; no stack trace for them."""
-    from ray.exceptions import RayTaskError
-
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-
-    from rsrlm.runtime.actors import LearnerFailed, PoolFailed
-
-    cause = error.cause if isinstance(error, RayTaskError) else error  # the actor's own, which has its errno
-    if isinstance(cause, ConfigError):
-        return "failed", EXIT_USER, str(cause)
-    if isinstance(cause, (EndpointFailed, BudgetSpent)):
-        return "failed", EXIT_FAILED, str(cause)
-    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, (LearnerFailed, PoolFailed)) and "No space left" in str(error)):
-        return "failed", EXIT_USER, f"the disk is full ({cause}); free some space, then resume"
-    if isinstance(error, (PoolFailed, LearnerFailed)):
-        return "failed", EXIT_FAILED, str(error)
-    logging.getLogger("rsrlm").error("the run failed", exc_info=error)
-    return "failed", EXIT_FAILED, repr(error)
-
-
-def write_summary(store: RunFolder, status: str, reason: str = "") -> None:
-    summary: dict[str, Any] = {"status": status, "iterations": store.metrics()}
-    if reason:
-        summary["reason"] = reason
-    with contextlib.suppress(OSError):  # a full disk must not hide why the run ended
-        store.write_summary(summary)
-
-
-def _show(store: RunFolder, status: str, reason: str, report: Report) -> None:
-    rows = store.metrics()
-    if rows:
-        report.table("Iterations", [_shown(row) for row in rows], COLUMNS)
-        report.table("Held-out prompts", _heldout_rows(store, rows), _heldout_columns(rows))
-    report.line(f"status: {status}" + (f": {reason}" if reason else ""))
-    report.line(f"run folder: {store.folder}")
-    if status not in ("completed",):
-        report.line(f"go on with: rsrlm resume {store.folder}")
-
-
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table: DPO and SFT losses share their columns."""
-    losses = {key: row.get(f"dpo_{key}", row.get(f"sft_{key}")) for key in ("loss_first", "loss_last")}
-    return {**row, **losses}
-
-
-def _heldout_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Every score says who gave it: the model itself and M0, or another model that judges in their place."""
-    scores: dict[str, Any] = next((row["heldout"] for row in rows if row["heldout"]), {})
-    judge = scores["score_by_first"]["judge"] if scores else "M0"
-    own = scores["score_by_current"]["judge"] if scores else ""
-    other = bool(scores) and own == judge
-    by = "itself" if not scores or own == scores["model"] else own
-    return {
-        "model": "model",
-        "tokens": "tokens",
-        "words": "words",
-        "complete": "complete",
-        **({"kl": "KL to M0"} if "kl_to_first" in scores else {}),
-        **({} if other else {"own": f"score by {by}"}),
-        "first": f"score by {judge}",
-        "duel": f"win / tie / loss over the model before (judge: {judge})",
-    }
-
-
-def _heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = [row["heldout"] for row in rows if row["heldout"]]
-    table = []
-    for entry in [store.fix("heldout_first", {}), *found] if found else []:
-        duel = next((value for key, value in entry.items() if key.startswith("duel_with_")), None)
-        shares = [duel[key] for key in ("win", "tie", "loss")] if duel and duel["n"] else None
-        table.append(
-            {
-                "model": entry["model"],
-                **entry["answers"],
-                "kl": entry.get("kl_to_first", {}).get("per_token"),
-                "own": entry["score_by_current"]["mean"],
-                "first": entry["score_by_first"]["mean"],
-                "duel": " / ".join(f"{share:.2f}" for share in shares) if shares else None,
-            }
-        )
-    return table
-
-
-@contextlib.contextmanager
-def ray_cluster(config: Config, store: RunFolder, learner: bool = True) -> Any:
-    """A Ray cluster: the one of `ray.address` or RAY_ADDRESS, else one on this machine for this run only."""
-    # rsrlm sets every worker's threads itself; Ray's own uv hook would rebuild the environment in each worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    from rsrlm.runtime.weights import stale_files
-
-    def remove_stale() -> None:
-        for stale in stale_files(store.folder):
-            stale.unlink(missing_ok=True)
-
-    remove_stale()
-    address = _address(config)
-    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        arguments["address"] = address
-    else:
-        # No node of one machine is taken away with notice: one process less.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Ray's workers run at nice 15: beside any busy process their threads would wait for each other all the time.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        arguments |= {
-            "address": "local",  # without it Ray joins any cluster that runs on this machine
-            "include_dashboard": False,
-            "object_store_memory": config.ray.object_store_mib * 2**20,
-        }
-    context = ray.init(**arguments)
-    store.event("ray", address=address or "local", session=context.address_info.get("session_dir"))
-    try:
-        _check_resources(config, ray.cluster_resources(), config.train.workers if learner else 0)
-        yield
-    finally:
-        ray.shutdown()
-        remove_stale()
-
-
-def _check_resources(config: Config, there: dict[str, float], ranks: int) -> None:
-    """Raises ConfigError when the cluster can never place all engines and ranks."""
-    validators = config.evaluate.judge.replicas if config.evaluate.judge.model else 0
-    engines = config.engine.replicas + config.judge.replicas + validators
-    for resource, engine, rank in (
-        ("CPU", config.engine.cpus, config.train.cpus),
-        ("GPU", config.engine.gpus, config.train.gpus),
-    ):
-        needed = engines * engine + ranks * rank
-        if needed > there.get(resource, 0.0):
-            key = resource.lower() + "s"
-            raise ConfigError(
-                f"engine.{key}={engine:g} for each of {engines} engines and train.{key}={rank:g} for each of "
-                f"{ranks} ranks make {needed:g}, but the cluster has {there.get(resource, 0.0):g} Ray "
-                f"{resource}s; lower them or the number of engines and ranks"
-            )
-
-
-@contextlib.contextmanager
-def _tracker(config: Config, store: RunFolder) -> Any:
-    """Metrics of finished iterations go to wandb where a project is configured; offline without a key."""
-    if config.wandb.project is None:
-        yield lambda row: None
-        return
-    import wandb
-
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
-    run = wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.name,
-        id=store.fix("wandb_id", secrets.token_hex(4)),
-        resume="allow",
-        dir=str(store.folder),
-        config=config.model_dump(mode="json"),
-        mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),  # type: ignore[arg-type]
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    try:
-        yield lambda row: run.log(_numbers(row), step=row["iteration"])
-    finally:
-        run.finish()
-
-
-def _numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers by slash-separated names."""
-    found: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[prefix + key] = value
-    return found

@@ -11,15 +11,12 @@ import xxhash
 from rsrlm.config import Config
 from rsrlm.engines import Answers, Engines, Model
 from rsrlm.model import weight_files
-from rsrlm.records import Completion, Request
-from rsrlm.runtime.actors import EnginePool
-from rsrlm.runtime.endpoint import Endpoint
+from rsrlm.runtime.endpoint import EndpointClient, EndpointPool
+from rsrlm.runtime.pool import EnginePool
 from rsrlm.runtime.weights import WeightFile, WeightSet, describe, remove
 from rsrlm.settings.machine import Endpoint as EndpointConfig
 from rsrlm.settings.methods import JudgeSection, Validator
 from rsrlm.store.folder import RunFolder
-
-NOTED_EVERY_S = 5.0
 
 
 class EnginePools:
@@ -33,15 +30,18 @@ class EnginePools:
         broadcast: Any = None,
         judge: Path | None = None,
         validator: Path | None = None,
+        note: Callable[..., None] | None = None,
     ) -> None:
         """`models` are the folders of models that are not in the run folder; the first is M0. `judge` and `validator`
-        are those of models that judge and validate in its place."""
+        are those of models that judge and validate in its place. `note` is told what happens to engines (see
+        EnginePool), instead of the run folder's events."""
+        self._note = note or store.event
         self._config, self._store, self._folders, self._broadcast = config, store, models, broadcast
         self._other = {"judge": judge, "validator": validator}
         self._known: dict[str, tuple[Model, WeightSet]] = {}
         self._checksums: dict[tuple[tuple[str, int, int], ...], tuple[WeightFile, ...]] = {}
         self._transfer: dict[str, Sequence[WeightFile]] = {}  # by digest
-        self._endpoints: dict[str, tuple[Endpoint, dict[str, float]]] = {}  # and what earlier starts used of it
+        self._endpoints: dict[str, tuple[EndpointClient, dict[str, float]]] = {}  # and what earlier starts used of it
         self.samplers: EnginePool | None = None
         self._following: list[EnginePool] = []  # hold the models of the run
         self._frozen: list[EnginePool] = []  # hold other weights, and keep them
@@ -82,7 +82,7 @@ class EnginePools:
             return
         model = await self.model(name)
         _, weights = self._known[name]
-        self.samplers = EnginePool(config, weights, "engines", config.engine.replicas, self._store.event)
+        self.samplers = EnginePool(config, weights, "engines", config.engine.replicas, self._note)
         self._following = [self.samplers]
         self._held = model
         if config.judge.endpoint:
@@ -90,7 +90,7 @@ class EnginePools:
         elif self._other["judge"]:
             self._judges = await self._frozen_pool(self._other["judge"], "judge", config.judge)
         elif config.judge.replicas:
-            judges = EnginePool(config, weights, "judges", config.judge.replicas, self._store.event)
+            judges = EnginePool(config, weights, "judges", config.judge.replicas, self._note)
             self._following.append(judges)
             self._judges = judges, None
         if config.evaluate.judge.endpoint:
@@ -99,20 +99,20 @@ class EnginePools:
             self._validators = await self._frozen_pool(self._other["validator"], "validator", config.evaluate.judge)
         await asyncio.gather(*(pool.start() for pool in (*self._following, *self._frozen)))
 
-    def _behind(self, endpoint: EndpointConfig, name: str) -> tuple["BehindEndpoint", Model]:
+    def _behind(self, endpoint: EndpointConfig, name: str) -> tuple[EndpointPool, Model]:
         before = self._store.note(f"endpoint-{name}")
         key = {"judge": "judge.endpoint", "validator": "evaluate.judge.endpoint"}[name]
-        made = Endpoint(endpoint, spent=before.get("cost", 0.0), name=key)
+        made = EndpointClient(endpoint, spent=before.get("cost", 0.0), name=key)
         self._endpoints[name] = (made, before)
         model = Model(name=f"endpoint:{endpoint.model}", digest=f"{endpoint.url} {endpoint.model}")
-        return BehindEndpoint(made, self.endpoint_usage), model
+        return EndpointPool(made, self.endpoint_usage), model
 
     async def _frozen_pool(self, folder: Path, name: str, who: JudgeSection | Validator) -> tuple[EnginePool, Model]:
         assert who.model is not None
         its_own = self._config.model_copy(update={"model": self._config.model_at(who.model)})
         files = await self._described(weight_files(folder))
         weights = WeightSet(version=name, folder=str(folder), files=files)
-        pool = EnginePool(its_own, weights, f"{name}s", who.replicas, self._store.event)
+        pool = EnginePool(its_own, weights, f"{name}s", who.replicas, self._note)
         self._frozen.append(pool)
         return pool, Model(name=name, digest=digest_of(files), folder=folder)
 
@@ -189,28 +189,3 @@ class EnginePools:
 def digest_of(files: Sequence[WeightFile]) -> str:
     """Of the weights, whatever the folder that they lie in."""
     return xxhash.xxh3_128_hexdigest(" ".join(sorted(file.checksum for file in files)).encode())
-
-
-class BehindEndpoint:
-    """A model behind an API in the form of an engine pool. `note` is called every few seconds: what was spent must
-    survive a kill."""
-
-    def __init__(self, endpoint: Endpoint, note: Callable[[], Any]) -> None:
-        self._endpoint = endpoint
-        self._note = note
-        self._noted = time.monotonic()
-
-    @property
-    def slots(self) -> int:
-        return self._endpoint.slots
-
-    async def generate_all(self, requests: Sequence[Request]) -> list[Completion]:
-        return list(await asyncio.gather(*(self.generate(request) for request in requests)))
-
-    async def generate(self, request: Request) -> Completion:
-        try:
-            return await self._endpoint.ask(request.id, request.text, request.sampling)
-        finally:
-            if time.monotonic() - self._noted > NOTED_EVERY_S:
-                self._noted = time.monotonic()
-                self._note()

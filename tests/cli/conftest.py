@@ -14,7 +14,8 @@ import yaml
 from command_line import PROMPTS, Answering, AnsweringPool, Ended, Started, write_prompts, write_weights
 
 from rsrlm import cli
-from rsrlm.runtime import launch
+from rsrlm.report import progress
+from rsrlm.runtime import cluster, launch
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,9 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise Started(*arguments)
 
     monkeypatch.setattr(launch, "execute", execute)
+    monkeypatch.setattr(cluster, "begin", lambda config: None)
+    for name in ("SHOWN_AFTER_S", "WORTH_A_LINE_S"):  # what a run prints must not depend on the machine's load
+        monkeypatch.setattr(progress, name, 3600.0)
     monkeypatch.setattr(sys, "path", list(sys.path))  # judges of one's own put the working directory there
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -14,7 +14,7 @@ import pytest
 from rsrlm.config import Config
 from rsrlm.iterative import NoPairs
 from rsrlm.report.progress import Report
-from rsrlm.runtime import launch
+from rsrlm.runtime import exits, launch
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
 
@@ -38,7 +38,7 @@ def of_the_learner(message: str) -> Exception:
 
 
 def of_a_pool(message: str) -> Exception:
-    from rsrlm.runtime.actors import PoolFailed
+    from rsrlm.runtime.replicas import PoolFailed
 
     return PoolFailed(message)
 
@@ -62,23 +62,23 @@ def test_a_full_disk_is_the_users_to_mend(
     make: Callable[[], BaseException], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = ("failed", 2, f"the disk is full ({reason}); free some space, then resume")
-    assert launch.failure(make()) == expected
+    assert exits.failure(make()) == expected
     assert caplog.records == []  # no stack trace
 
 
 def test_mistakes_that_show_later_are_the_users_as_well(caplog: pytest.LogCaptureFixture) -> None:
     for error in (ConfigError("judge.function f raised"), of_an_actor(ConfigError("judge.function f raised"))):
-        assert launch.failure(error) == ("failed", 2, "judge.function f raised")
+        assert exits.failure(error) == ("failed", 2, "judge.function f raised")
     assert caplog.records == []
 
 
 def test_other_failures_are_not(caplog: pytest.LogCaptureFixture) -> None:
-    assert launch.failure(of_the_learner("rank 0 died")) == ("failed", 4, "rank 0 died")
-    assert launch.failure(of_a_pool("no engine")) == ("failed", 4, "no engine")
+    assert exits.failure(of_the_learner("rank 0 died")) == ("failed", 4, "rank 0 died")
+    assert exits.failure(of_a_pool("no engine")) == ("failed", 4, "no engine")
     assert caplog.records == []
     with caplog.at_level(logging.ERROR):
-        assert launch.failure(full(errno.EIO))[:2] == ("failed", 4)
-        assert launch.failure(of_an_actor(ValueError("x")))[:2] == ("failed", 4)
+        assert exits.failure(full(errno.EIO))[:2] == ("failed", 4)
+        assert exits.failure(of_an_actor(ValueError("x")))[:2] == ("failed", 4)
     assert [bool(record.exc_info) for record in caplog.records] == [True, True]
 
 
@@ -97,14 +97,14 @@ def executed(
     """Exit code and lines of a run whose cluster raises this."""
 
     @contextlib.contextmanager
-    def cluster(config: Config, store: RunFolder) -> Iterator[None]:
+    def ray_cluster(config: Config, store: RunFolder, begun: None) -> Iterator[None]:
         if error:
             raise error
         yield
 
     async def nothing(*_: Any) -> None: ...
 
-    monkeypatch.setattr(launch, "ray_cluster", cluster)
+    monkeypatch.setattr(launch, "ray_cluster", ray_cluster)
     monkeypatch.setattr(launch, "_run", nothing)
     screen = Screen()
     nobody: Any = None
@@ -165,7 +165,7 @@ def test_a_disk_that_stays_full_does_not_hide_the_reason(make_config: Any, monke
         store.write_summary({})
     with pytest.raises(OSError, match="No space left on device"):
         store.event("any")
-    launch.write_summary(store, "failed", "the reason")
+    exits.write_summary(store, "failed", "the reason")
     monkeypatch.setattr(RunFolder, "remove_scratch", lambda store: None)
     code, lines = executed(monkeypatch, store, config, full())
     assert code == 2

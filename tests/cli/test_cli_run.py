@@ -12,7 +12,6 @@ import pytest
 from command_line import Ended, Started, edit, started_with, write_weights
 
 from rsrlm import cli
-from rsrlm.config import Config
 from rsrlm.data.examples import reply_as_response
 from rsrlm.data.ranked import Reply
 from rsrlm.judges.base import Origin
@@ -26,7 +25,7 @@ def test_what_is_right_starts(rsrlm: Callable[..., Ended], config_file: Path, tm
     """Or every refusal below could be one of something else."""
     with pytest.raises(Started) as started:
         rsrlm("run", config_file, "model=smollm2-135m-instruct", "seed=7")
-    prepared, store, _ = started.value.arguments
+    prepared, store = started.value.arguments[:2]
     assert prepared.config.seed == 7
     assert prepared.model == smollm2
     assert prepared.left_out == []
@@ -90,7 +89,7 @@ def test_a_run_without_notes_of_its_start_is_not_resumed(
 def test_the_exit_code_is_that_of_the_run(
     code: int, rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "prepare", lambda config: SimpleNamespace(model=None))
+    monkeypatch.setattr(launch, "prepare", lambda *_: SimpleNamespace(model=None))
     monkeypatch.setattr(cli, "_check_room", lambda prepared: None)
     monkeypatch.setattr(launch, "check_inputs", lambda *_: None)
     monkeypatch.setattr(launch, "execute", lambda *_: code)
@@ -100,7 +99,7 @@ def test_the_exit_code_is_that_of_the_run(
 def test_an_interruption_while_preparing(
     rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepare(config: Config) -> None:
+    def prepare(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "prepare", prepare)

@@ -1,0 +1,124 @@
+"""The Ray cluster of a run: joined, or started on this machine and stopped again."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rsrlm.config import Config
+from rsrlm.settings.base import ConfigError
+from rsrlm.store.folder import RunFolder
+
+
+def address_of(config: Config) -> str | None:
+    """The cluster to join. "local" is Ray's word for none: one of this run's own."""
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+def check_devices(config: Config) -> None:
+    """Raises ConfigError where GPUs are wanted of this machine, and it has none."""
+    wanted = config.engine.gpus or config.train.gpus
+    if wanted and not address_of(config) and not Path("/proc/driver/nvidia").exists():
+        key = "engine.gpus" if config.engine.gpus else "train.gpus"
+        raise ConfigError(
+            f"{key}={wanted}: this machine has no NVIDIA GPU; set engine.gpus=0 and train.gpus=0, or join a cluster "
+            "that has them with ray.address=HOST:PORT"
+        )
+
+
+def begin(config: Config) -> Future[Any]:
+    """Start Ray in a thread, for a run that is still being prepared: `ray_cluster` takes it over.
+
+    Where the run does not come about, Ray ends with the process: nobody has to wait for it before.
+    """
+    _set_environment(address_of(config))
+    import ray  # noqa: F401 - here, since two threads that import at once can see modules half made
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+    try:
+        return thread.submit(_init, config)
+    finally:
+        thread.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def ray_cluster(
+    config: Config, store: RunFolder, learner: bool = True, begun: Future[Any] | None = None
+) -> Iterator[None]:
+    """A Ray cluster: the one of `ray.address` or RAY_ADDRESS, else one on this machine for this run only.
+
+    `begun` is what `begin` gave. Raises ConfigError where the cluster is too small for the run.
+    """
+    _set_environment(address_of(config))
+    import ray
+
+    from rsrlm.runtime.weights import stale_files
+
+    def remove_stale() -> None:
+        for stale in stale_files(store.folder):
+            stale.unlink(missing_ok=True)
+
+    remove_stale()
+    context = begun.result() if begun else _init(config)
+    session = context.address_info.get("session_dir")
+    store.event("ray", address=address_of(config) or "local", session=session)
+    try:
+        _check_resources(config, ray.cluster_resources(), config.train.workers if learner else 0)
+        yield
+    finally:
+        ray.shutdown()
+        remove_stale()
+
+
+def _set_environment(address: str | None) -> None:
+    # rsrlm sets every worker's threads itself; Ray's own uv hook would rebuild the environment in each worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not address:
+        # No node of one machine is taken away with notice: one process less.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Ray's workers run at nice 15: beside any busy process their threads would wait for each other all the time.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def _init(config: Config) -> Any:
+    import ray
+
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address := address_of(config):
+        arguments["address"] = address
+    else:
+        arguments |= {
+            "address": "local",  # without it Ray joins any cluster that runs on this machine
+            "include_dashboard": False,
+            "object_store_memory": config.ray.object_store_mib * 2**20,
+        }
+    return ray.init(**arguments)
+
+
+def engines_of(config: Config) -> int:
+    """How many engines a run starts."""
+    validators = config.evaluate.judge.replicas if config.evaluate.judge.model else 0
+    return config.engine.replicas + config.judge.replicas + validators
+
+
+def _check_resources(config: Config, there: dict[str, float], ranks: int) -> None:
+    """Raises ConfigError when the cluster can never place all engines and ranks."""
+    engines = engines_of(config)
+    for resource, engine, rank in (
+        ("CPU", config.engine.cpus, config.train.cpus),
+        ("GPU", config.engine.gpus, config.train.gpus),
+    ):
+        needed = engines * engine + ranks * rank
+        if needed > there.get(resource, 0.0):
+            key = resource.lower() + "s"
+            raise ConfigError(
+                f"engine.{key}={engine:g} for each of {engines} engines and train.{key}={rank:g} for each of "
+                f"{ranks} ranks make {needed:g}, but the cluster has {there.get(resource, 0.0):g} Ray "
+                f"{resource}s; lower them or the number of engines and ranks"
+            )

@@ -1,0 +1,51 @@
+"""The Ray actor that holds one engine."""
+
+import os
+import time
+from typing import Any
+
+from rsrlm.config import Config
+from rsrlm.records import Request
+from rsrlm.runtime.async_engine import AsyncEngine
+from rsrlm.runtime.engine import Outcome, ServingEngine
+from rsrlm.runtime.inprocess_engine import InProcessEngine
+
+
+def make_engine(config: Config, folder: str, version: str, replica: int) -> ServingEngine:
+    kinds: dict[str, type[InProcessEngine] | type[AsyncEngine]] = {"inprocess": InProcessEngine, "async": AsyncEngine}
+    return kinds[config.engine.kind](config, folder, version, replica)
+
+
+class EngineActor:
+    """One replica. An async actor with one event loop and no concurrency groups: AsyncLLM binds to that loop."""
+
+    async def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:  # type: ignore[misc]
+        self._engine = make_engine(config, folder, version, replica)
+
+    async def generate(self, requests: list[Request]) -> list[Outcome]:
+        return await self._engine.generate(requests)
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        await self._engine.connect(init_info)
+
+    async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
+        """The seconds that the update took, by part."""
+        started = time.perf_counter()
+        seconds = await self._engine.update(update_info, version)
+        return {**seconds, "total": time.perf_counter() - started}
+
+    async def version(self) -> str:
+        return await self._engine.version()
+
+    async def stats(self) -> dict[str, float]:
+        return await self._engine.stats()
+
+    async def progress(self) -> int:
+        """Grows with every step of the engine."""
+        return self._engine.progress()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def close(self) -> None:
+        self._engine.close()

@@ -1,0 +1,226 @@
+"""Engine replicas as the driver sees them: brought up, watched, and replaced when they fail.
+
+A replica that failed serves nothing until it holds the current weights.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+
+from rsrlm.config import Config
+from rsrlm.records import Request, Sampling
+from rsrlm.runtime.engine import EngineDead, RequestFailed, cpu_environment
+from rsrlm.runtime.engine_actor import EngineActor
+from rsrlm.runtime.weights import WeightSet
+
+# Ways in which a replica is gone and can be replaced; Ray's memory monitor has one of its own.
+GONE = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDead)
+MOST_RESTARTS = 5  # for each replica of a pool
+LOOK_EVERY_S = 15.0
+SILENCE_S = 60.0  # without an answer, or a step, before a replica that has work is suspect
+
+
+class PoolFailed(RuntimeError):
+    """The engines cannot be kept alive, or an update did not reach all of them."""
+
+
+class Replica:
+    """One engine actor. `ready` is set while it may be given work; `generation` counts the actors before it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.actor: Any = None
+        self.version = ""
+        self.generation = 0
+        self.outstanding = 0  # tokens that the requests in flight may still take
+        self.last_answer = time.monotonic()
+        self.ready = asyncio.Event()
+
+
+class Replicas:
+    """Engine actors that are to hold the same weights, `weights`. Use them from one event loop.
+
+    Once `failure` is set, none of them serves.
+    """
+
+    def __init__(self, config: Config, weights: WeightSet, name: str, number: int, note: Callable[..., None]) -> None:
+        self.config = config
+        self.weights = weights
+        self.name = name
+        self.all = [Replica(index) for index in range(number)]
+        self.failure: PoolFailed | None = None
+        self._note = note
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._freed = asyncio.Condition()
+        self._restarts = 0
+        self._health_checks = 0
+
+    @property
+    def ready(self) -> list[Replica]:
+        return [replica for replica in self.all if replica.ready.is_set()]
+
+    async def start(self) -> None:
+        """All replicas up, each having generated a token. Raises PoolFailed after engine.start_timeout_s."""
+        await asyncio.gather(*(self._start(replica) for replica in self.all))
+        self.spawn(self.watch())
+
+    async def _start(self, replica: Replica) -> None:
+        started = time.monotonic()
+        await self._bring_up(replica)
+        seconds = round(time.monotonic() - started, 1)
+        self._note("engine_up", pool=self.name, replica=replica.index, seconds=seconds)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run in the background until the pool is closed."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _bring_up(self, replica: Replica) -> None:
+        config, weights = self.config, self.weights
+        actor_class = ray.remote(EngineActor).options(
+            num_cpus=config.engine.cpus,
+            num_gpus=config.engine.gpus,
+            max_concurrency=100_000,
+            max_restarts=0,  # the pool replaces it, so that it never serves stale weights
+            runtime_env={"env_vars": cpu_environment(config.engine)},
+        )
+        replica.actor = actor_class.remote(config, weights.folder, weights.version, replica.index)
+        replica.version = weights.version
+        where = f"replica {replica.index} of pool {self.name}"
+        try:
+            await asyncio.wait_for(self._one_token(replica), config.engine.start_timeout_s)
+        except TimeoutError:
+            raise PoolFailed(
+                f"{where} gave no token within engine.start_timeout_s={config.engine.start_timeout_s}; "
+                "is there room for it (rsrlm plan)?"
+            ) from None
+        except RayTaskError as error:
+            raise PoolFailed(f"{where} did not start: {error.cause!r}") from error
+        except (RequestFailed, *GONE) as error:
+            raise PoolFailed(f"{where} did not start: {error}") from error
+        if weights is not self.weights:  # published while it came up: once more, from the new folder
+            ray.kill(replica.actor)
+            return await self._bring_up(replica)
+        replica.outstanding = 0
+        replica.last_answer = time.monotonic()
+        replica.ready.set()
+        await self.wake()
+
+    async def _one_token(self, replica: Replica) -> None:
+        self._health_checks += 1
+        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0)
+        request = Request(id=f"health-{self._health_checks}", prompt_token_ids=(1,), sampling=sampling, priority=-1)
+        [outcome] = await replica.actor.generate.remote([request])
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    async def wake(self) -> None:
+        """Those who wait for a replica look again."""
+        async with self._freed:
+            self._freed.notify_all()
+
+    async def least_busy(self) -> Replica:
+        """The ready replica with the least outstanding work, as soon as there is one. Raises PoolFailed."""
+        async with self._freed:
+            while True:
+                if self.failure:
+                    raise self.failure
+                if ready := self.ready:
+                    return min(ready, key=lambda replica: (replica.outstanding, replica.index))
+                await self._freed.wait()
+
+    def lost(self, replica: Replica, generation: int, error: Exception) -> None:
+        """Replace the replica, unless that actor of it has been replaced already."""
+        if replica.generation != generation or self.failure:
+            return
+        replica.generation += 1
+        replica.ready.clear()
+        self._restarts += 1
+        reason = (str(error) or repr(error)).splitlines()[0][:300]
+        self._note("engine_lost", pool=self.name, replica=replica.index, error=reason)
+        if self._restarts > MOST_RESTARTS * len(self.all):
+            self.fail(PoolFailed(f"pool {self.name}: engines died {self._restarts} times; last: {error}"))
+            return
+        with contextlib.suppress(Exception):
+            ray.kill(replica.actor)
+        self.spawn(self._revive(replica))
+
+    def fail(self, error: PoolFailed) -> None:
+        """Every request ends with this error, those in flight too: nobody watches their engines any more."""
+        self.failure = error
+        for replica in self.all:
+            replica.ready.clear()
+            with contextlib.suppress(Exception):
+                ray.kill(replica.actor)
+        self.spawn(self.wake())
+
+    async def _revive(self, replica: Replica) -> None:
+        try:
+            await self._bring_up(replica)
+            self._note("engine_restarted", pool=self.name, replica=replica.index, version=replica.version)
+        except Exception as error:
+            self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
+
+    async def watch(self, every_s: float = LOOK_EVERY_S, silence_s: float = SILENCE_S) -> None:
+        """Replace each replica that has work and makes no step between two looks, or does not answer at all.
+
+        Nobody awaits this task: where it cannot go on, the pool fails.
+        """
+        try:
+            while True:
+                await asyncio.sleep(every_s)
+                now = time.monotonic()
+                busy = [replica for replica in self.ready if replica.outstanding]
+                silent = [replica for replica in busy if now - replica.last_answer > silence_s]
+                await asyncio.gather(*(self._check(replica, silence_s) for replica in silent))
+        except Exception as error:
+            self.fail(PoolFailed(f"pool {self.name}: its engines cannot be watched any more: {error!r}"))
+
+    async def _check(self, replica: Replica, patience_s: float) -> None:
+        generation = replica.generation
+        try:
+            before = await asyncio.wait_for(replica.actor.progress.remote(), patience_s)
+            await asyncio.sleep(patience_s)
+            after = await asyncio.wait_for(replica.actor.progress.remote(), patience_s)
+        except Exception as error:  # dead, silent, or unable to say what it does
+            self.lost(replica, generation, error)
+            return
+        if after == before and replica.outstanding and replica.generation == generation:
+            self.lost(replica, generation, EngineDead(f"no step in {patience_s} s with requests in flight"))
+
+    async def ask(self, method: str, timeout_s: float = 30.0) -> list[Any]:
+        """Answers of the ready replicas to a method of EngineActor. One that is gone or silent is replaced, and its
+        answer left out."""
+        ready = self.ready
+        generations = [replica.generation for replica in ready]
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(getattr(replica.actor, method).remote(), timeout_s) for replica in ready),
+            return_exceptions=True,
+        )
+        good = []
+        for replica, generation, answer in zip(ready, generations, answers, strict=True):
+            if isinstance(answer, (*GONE, TimeoutError)):
+                self.lost(replica, generation, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                good.append(answer)
+        return good
+
+    async def close(self) -> None:
+        self.failure = PoolFailed("the pool is closed")
+        for task in list(self._tasks):
+            task.cancel()
+        actors = [replica.actor for replica in self.all if replica.actor is not None]
+        with contextlib.suppress(Exception):
+            closing = [actor.close.remote() for actor in actors]
+            await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), 10)
+        for actor in actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
