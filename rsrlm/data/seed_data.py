@@ -44,23 +44,24 @@ def trained_on(parts: Parts | None, others: Iterable[str] = ()) -> TrainedOn:
 def divide(data: Data, key: str = "data.trees") -> Parts:
     """Read `data.trees` and divide it. Raises ConfigError where it cannot be read."""
     assert data.trees is not None
-    read = ranked.read(data.trees, language=data.language, key=key)
-    counts = Counter(read.counts)
-    # In the order of the names: evaluation is always at the end, whatever the other two share among them.
-    parts = {"1 eft": data.eft_share, "2 ift": data.ift_share, "3 evaluation": 1 - data.ift_share - data.eft_share}
-    parts["3 evaluation"] = max(0.0, parts["3 evaluation"])
-    found: dict[str, list[RankedPrompt]] = {"ift": [], "eft": [], "evaluation": []}
-    for prompt in read.prompts:
+    source = ranked.read(data.trees, language=data.language, key=key)
+    counts = Counter(source.counts)
+    # Parts are laid out by name: "unseen", for evaluations, is the last, however the other two are shared out.
+    unseen = max(0.0, 1 - data.ift_share - data.eft_share)
+    shares = {"eft": data.eft_share, "ift": data.ift_share, "unseen": unseen}
+    prompts: dict[str, list[RankedPrompt]] = {name: [] for name in shares}
+    for prompt in source.prompts:
         short = shortened(prompt, data.max_chars)
         if short is None:
             counts["prompts longer than data.max_chars, or without a shorter reply"] += 1
         else:
-            found[ranked.part_of(prompt.id, parts).partition(" ")[2]].append(short)
-    return Parts(counts=dict(counts), **{name: tuple(prompts) for name, prompts in found.items()})
+            prompts[ranked.part_of(prompt.id, shares)].append(short)
+    eft, ift, evaluation = (tuple(prompts[name]) for name in shares)
+    return Parts(eft=eft, ift=ift, evaluation=evaluation, counts=dict(counts))
 
 
 def shortened(prompt: RankedPrompt, most: int | None) -> RankedPrompt | None:
-    """The prompt without replies of more than `most` characters; None where it is longer itself or none is left."""
+    """The prompt without replies of more than `most` characters; None if it is longer itself or no reply is left."""
     if most is None:
         return prompt
     replies = tuple(reply for reply in prompt.replies if len(reply.text) <= most)

@@ -1,6 +1,6 @@
-"""Python functions that judge, in processes of their own: a call that hangs, raises or dies costs its own verdict.
+"""Python functions that judge, in separate processes: a call that hangs, raises or dies costs only its own verdict.
 
-In the event loop it would stop requests, supervision and Ctrl-C for as long as it takes.
+In the event loop it would hold up requests, supervision and Ctrl-C for as long as it takes.
 """
 
 import asyncio
@@ -87,12 +87,12 @@ def call_function(
 def _start_worker(dotted: str, parent: int) -> None:
     """In a new worker, before its first call and so outside of any deadline."""
     global _function
-    # Not even a loop in C keeps the worker alive when the driver is gone, or wants it to go.
+    # Not even a loop in C keeps the worker alive once the driver is gone or stops it.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver's to handle
     if os.getppid() != parent:
-        os._exit(1)  # it went before this process asked to be told
+        os._exit(1)  # the parent ended before this process asked to be told
     try:
         _function = load_function(dotted)
     except ConfigError as error:  # though the driver could

@@ -26,18 +26,18 @@ _FORM: TypeAdapter[Form] = TypeAdapter(Form)
 
 
 def form_of(source: str, default: Form, key: str = "template") -> Form:
-    """The form that a template names in its first line, `default` where it names none. ConfigError for a wrong one."""
+    """The form that a template names in its first line, else `default`. Raises ConfigError for one that is wrong."""
     header = _HEADER.match(source)
     if header is None:
         return default
-    own: dict[str, Any] = {name: getattr(default, name) for name in ("label", "scale", "sides", "prefix")}
+    keys: dict[str, Any] = {name: getattr(default, name) for name in ("label", "scale", "sides", "prefix")}
     try:
         named = yaml.safe_load(header[1])
-        if not isinstance(named, dict) or named.keys() - own.keys():
-            raise ValueError(f"a mapping of {_listed(own)}")
+        if not isinstance(named, dict) or named.keys() - keys.keys():
+            raise ValueError(f"a mapping of {_listed(keys)}")
         if "label" in named and "prefix" not in named and default == SCORE:
-            own["prefix"] = f"{named['label']}: "
-        form = _FORM.validate_python({**own, **named})
+            keys["prefix"] = f"{named['label']}: "
+        form = _FORM.validate_python({**keys, **named})
         if form.scale[0] < 0 or form.scale[0] >= form.scale[1] or form.sides[0] == form.sides[1]:
             raise ValueError("scale is [lowest, highest], from 0 on; sides are two different ones")
     except (ValidationError, ValueError, yaml.YAMLError, TypeError) as error:
@@ -58,13 +58,13 @@ def load_template(name: str, variables: frozenset[str] = ADDITIVE_VARIABLES, key
     It must print all of `variables`, and may print `fence` (see `fence_of`) and what prompts carry (see `data_names`).
     Raises ConfigError for anything else.
     """
-    own = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
-    path = own.get(name.removesuffix(".jinja"), Path(os.path.expanduser(name)))
+    bundled = {path.stem: path for path in sorted(TEMPLATES.glob("*.jinja"))}
+    path = bundled.get(name.removesuffix(".jinja"), Path(os.path.expanduser(name)))
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{key}={name!r}: neither one of rsrlm's ({', '.join(own)}) nor a readable Jinja2 file: {error}; "
+            f"{key}={name!r}: neither one of rsrlm's ({', '.join(bundled)}) nor a readable Jinja2 file: {error}; "
             "give one of these names or a path"
         ) from None
     try:

@@ -1,9 +1,9 @@
-"""What a judge is asked, and how its answer becomes a number (Self-Rewarding Language Models, 2401.10020v3).
+"""How a judge's answer becomes a number or a winner (Self-Rewarding Language Models, 2401.10020v3).
 
 A judgement that cannot be read is `Unparsed` and never a number: counted as 0 or as the worst, it would train against
-the answer instead of against the judge. A verdict is the last line of an answer that the judge itself ended, and that
-line alone: scores that its prose mentions, quotes or adds up are none. What has the shape of a verdict in a text that
-is judged is altered in the judge's view (`claimed`), so that a judge that only repeats it gives no verdict.
+the answer instead of against the judge. A verdict is the last line of an answer that the judge itself ended, and only
+that line: scores that its prose mentions, quotes or adds up do not count. What looks like a verdict in a text that is
+judged is altered in the judge's view (`claimed`), so that a judge that only repeats it gives no verdict.
 """
 
 import functools
@@ -65,9 +65,9 @@ SCORE = Form(label="Score", prefix="Score: ")
 WINNER = Form(label="Winner", prefix="Better answer: (")
 META_WINNER = Form(label="Winner", prefix="More accurate judgement: (")
 
-# The possessive `*+` keep the time linear: with `*`, a judge that writes some hundred blanks would stop the run for
-# minutes. ASCII, so that a long s is no s and an Arabic digit no digit. The words before a label are tried last: it may
-# begin with one of them.
+# The possessive `*+` keeps the time linear: with `*`, a judge that writes some hundred blanks would stop the run for
+# minutes. ASCII, so that a long s is not an s and an Arabic digit not a digit. The words before a label are tried last,
+# as a label may begin with one of them.
 _START = r"[\s*_`#\"'-]*+(?i:(?:my|your|the|total|final|overall)\s++)*?"
 _MARKS = r"[\s*_`<\[({\"'$]*+(?:\\boxed\{)?+"
 _BETWEEN = rf"[\s*_`]*+(?:[:\uff1a]|(?i:is)\b){_MARKS}"
@@ -83,7 +83,7 @@ def _line(form: Form, value: str) -> re.Pattern[str]:
 
 
 def _points_line(form: Form) -> re.Pattern[str]:
-    """A number, or a sum with its result; behind it the top of the scale or "points" may stand, and nothing else."""
+    """A number, or a sum with its result, followed by the top of the scale, by "points", or by nothing."""
     top = form.scale[1]
     sum_of = rf"(?:{_NUMBER}\s*+(?:\+\s*+{_NUMBER}\s*+)++=[\s*_`]*+)?"
     return _line(form, rf"{sum_of}(-?{_NUMBER}){_END}(?:(?:/|(?i:out\s++of\b))\s*+{top}\b)?+\s*+(?i:points?\b)?+")
@@ -99,7 +99,7 @@ def _last_line(text: str) -> str:
 
 @functools.cache
 def _claim(form: Form, pairwise: bool) -> re.Pattern[str]:
-    """Label, what the parsers may have between it and its value, and the value; invisible characters hide nothing."""
+    """Label, whatever the parsers accept between label and value, and the value; invisible characters hide nothing."""
     hidden = r"\u200b-\u200d\u2060\ufeff"
     between = rf"[ \t*_`{hidden}]*+(?:[:\uff1a]|(?i:is)\b)[{hidden}]*+{_MARKS}[{hidden}]*+{_MARKS}"
     sides = "|".join(map(re.escape, form.sides))
@@ -108,10 +108,10 @@ def _claim(form: Form, pairwise: bool) -> re.Pattern[str]:
 
 
 def claimed(text: str, form: Form, pairwise: bool = False) -> str:
-    """The text as a judge is shown it: whatever looks like a verdict in `form` is marked as claimed, its number spelled
-    in words and its side left out, since a judge that copies may leave out the mark.
+    """The text as a judge is shown it: whatever looks like a verdict in `form` is marked as claimed, with its number
+    spelled in words and its side left out, since a judge that copies may leave out the mark.
 
-    No part of the result reads as a verdict, wherever it begins and ends between two words.
+    No part of the result that begins and ends between words reads as a verdict.
     """
 
     def marked(match: re.Match[str]) -> str:
@@ -130,8 +130,8 @@ def parse_points(text: str, finish_reason: FinishReason, form: Form = SCORE) -> 
     """The score on the last line of a judge's answer, decimals kept (format of 2401.10020v3, Fig. 2).
 
     The line holds label, colon (or "is") and number, or a sum and its result, and at most marks, the top of the scale
-    or "points" besides: another scale, a range or a remark is no score. An answer that the length limit cut is not
-    finished, so that its last line is no verdict.
+    or "points" besides: with another scale, a range or a remark it is not a score. An answer that the length limit cut
+    is not finished, so its last line is not a verdict.
     """
     if finish_reason == "length":
         return CUT
@@ -146,9 +146,9 @@ def parse_points(text: str, finish_reason: FinishReason, form: Form = SCORE) -> 
 def points_regex(max_tokens: int, form: Form = SCORE) -> str:
     """A regex of whole answers for vLLM's structured outputs: one paragraph, then the verdict line with a whole number.
 
-    The line is reached within `max_tokens` whatever the tokenizer: the paragraph has at most `max_tokens` -
-    LINE_TOKENS characters, all ASCII because a token is at least one ASCII character but may be a quarter of another
-    one, and so many tokens are enough for the line ("\\nScore: 4") and the end token.
+    The line is reached within `max_tokens` with any tokenizer: the paragraph has at most `max_tokens` - LINE_TOKENS
+    characters, all ASCII because a token holds at least one ASCII character but perhaps a quarter of any other, and
+    LINE_TOKENS tokens are enough for the line ("\\nScore: 4") and the end token.
     """
     return _regex(max_tokens, form.label, form.labels)
 
@@ -195,24 +195,24 @@ def _shares(logprobs: Sequence[float], labels: int, min_mass: float, too_little:
 
 
 def label_ids(tokenizer: Any, prefix: str, labels: Sequence[str]) -> tuple[int, ...]:
-    """The token of each label where it follows `prefix`. ConfigError unless each is one token of its own there."""
+    """The token of each label after `prefix`. Raises ConfigError unless each is one token of its own there."""
     before = tokenizer.encode(prefix, add_special_tokens=False)
-    found: dict[int, str] = {}
+    tokens: list[int] = []
     for label in labels:
         ids = tokenizer.encode(prefix + label, add_special_tokens=False)
-        if ids[:-1] != before or ids[-1] in found:
+        if ids[:-1] != before or ids[-1] in tokens:
             raise ConfigError(
                 f"{label!r} after {prefix!r} is not one token of its own in this model's tokenizer, so that its "
                 "probability cannot be read; use judge.kind=text, and evaluate.duel=false for the letters of a duel"
             )
-        found[ids[-1]] = label
-    return tuple(found)
+        tokens.append(ids[-1])
+    return tuple(tokens)
 
 
 def mean_points(verdicts: Iterable[Verdict]) -> Verdict:
     """The mean over the readable judgements (2401.10020v3, Sec. 3.1.3): the denominator is the number of `Scored`.
 
-    The variance is the population variance of their points (2407.19594v2 selects by it); a lone one keeps its own.
+    The variance is the population variance of their points (2407.19594v2 selects by it); a single one keeps its own.
     """
     scored = [verdict for verdict in verdicts if isinstance(verdict, Scored)]
     if len(scored) < 2:
