@@ -43,9 +43,10 @@ from common import RESULTS, cpu_seconds, head, machine_seconds, processes, shown
 
 from rsrlm import config as configs
 from rsrlm.commands import plan as planning
+from rsrlm.commands.plan import plan_of
 from rsrlm.config import Config
 from rsrlm.report.progress import Report
-from rsrlm.runtime import launch
+from rsrlm.runtime import setup
 
 QUESTION = "share of wall time by stage, cores used by whom meanwhile, and peak memory and disk over rsrlm plan's"
 EVERY_S = 0.5
@@ -342,7 +343,7 @@ def one_round(number: int, path: str, overrides: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rsrlm-iteration-") as scratch:
         overrides = [*overrides, f"runs={scratch}/runs"]
         config = configs.load(path, overrides)
-        planned = launch.planned(launch.prepare(config))
+        planned = plan_of(setup.prepare(config))
         command = [str(Path(sys.executable).with_name("rsrlm")), "run", path, *overrides]
         watcher, started, ended = watched_run(command, Path(scratch) / "output.txt")
         rows = profile(config.folder, spans_of(config.folder, started, ended), watcher.samples)

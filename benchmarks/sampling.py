@@ -37,7 +37,7 @@ from rsrlm.config import Config
 from rsrlm.engines import Answers, Engines, Model
 from rsrlm.records import Completion, Group, Request
 from rsrlm.report.progress import Report
-from rsrlm.runtime.launch import Prepared, prepare
+from rsrlm.runtime.setup import Prepared, prepare
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import CompletionLog
 

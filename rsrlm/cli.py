@@ -78,10 +78,10 @@ def _run(config: Any, noted: dict[str, Any], store_of: Callable[[Any], Any], rep
     with report.busy("loading Ray"):
         ray = cluster.begin(config)
     with report.busy("loading torch"):
-        from rsrlm.runtime import launch
-    prepared = launch.prepare(config, noted, report.busy, prompts)
+        from rsrlm.runtime import launch, setup
+    prepared = setup.prepare(config, noted, report.busy, prompts)
     store = store_of(prepared)
-    launch.check_inputs(prepared, store)
+    setup.check_inputs(prepared, store)
     return launch.execute(prepared, store, report, ray)
 
 
@@ -91,11 +91,11 @@ def _run(config: Any, noted: dict[str, Any], store_of: Callable[[Any], Any], rep
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     from rsrlm.commands import plan as planning
     from rsrlm.report.progress import Report
-    from rsrlm.runtime import launch
+    from rsrlm.runtime import setup
 
     resolved = configs.load(config, overrides)
-    prepared = launch.prepare(resolved)
-    planning.show(launch.planned(prepared), resolved, Report())
+    prepared = setup.prepare(resolved)
+    planning.show(planning.plan_of(prepared), resolved, Report())
 
 
 @app.command(help="The recipes that are there, with a line and the paper of each.")
@@ -284,9 +284,8 @@ def _ended(work: Callable[[], Any]) -> None:
 def _check_room(prepared: Any) -> None:
     """Refuse a run that cannot fit, before anything starts. Raises ConfigError."""
     from rsrlm.commands import plan as planning
-    from rsrlm.runtime import launch
 
-    planning.check(launch.planned(prepared), prepared.config)
+    planning.check(planning.plan_of(prepared), prepared.config)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import Judgement, Request
 from rsrlm.report.progress import Report
 from rsrlm.run import Run
-from rsrlm.runtime import launch
+from rsrlm.runtime import setup
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.data import Data
 
@@ -55,7 +55,7 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
     parts = parts_of(config)
     config, drawn = started(config, work_folder(out))
     folder, encoder = loaded(config.model, drawn)
-    other, judge_encoder = launch.judge_of(config, encoder)
+    other, judge_encoder = setup.judge_of(config, encoder)
     judge = judge_of(config.judge, context_of(config, judge_encoder))
     check_judge(judge.source)
     each, replies = config.data.eft_judgements, replies_in(parts.eft)

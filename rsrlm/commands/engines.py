@@ -13,7 +13,7 @@ from rsrlm.judges.base import Context
 from rsrlm.model import folder_of, load_tokenizer
 from rsrlm.report.progress import Report
 from rsrlm.run import Run
-from rsrlm.runtime import launch
+from rsrlm.runtime import setup
 from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import interruptible
 from rsrlm.settings.base import ConfigError
@@ -75,8 +75,8 @@ def on_engines(
 
 
 def started(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
-    """The config with its fence salt, and what was drawn when a command began in `folder` (see `launch.started`)."""
-    return launch.started(config, RunFolder(folder).note("start"))
+    """The config with its fence salt, and what was drawn when a command began in `folder` (see `setup.started`)."""
+    return setup.started(config, RunFolder(folder).note("start"))
 
 
 def loaded(model: Model, drawn: Mapping[str, str] | None = None, key: str = "model.path") -> tuple[Path, ChatEncoder]:

@@ -26,7 +26,7 @@ from rsrlm.records import Judgement, Prompt, Scored, Unparsed
 from rsrlm.report import metrics
 from rsrlm.report.progress import Report
 from rsrlm.run import Run
-from rsrlm.runtime import launch
+from rsrlm.runtime import setup
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
 
@@ -174,7 +174,7 @@ def eval_judge(
     config, drawn = started(config, out)
     first = config.model.model_copy(update={"path": str(next(iter(models.values())))})
     _, encoder = loaded(first, drawn)
-    other, judge_encoder = launch.judge_of(config, encoder)
+    other, judge_encoder = setup.judge_of(config, encoder)
     context = context_of(config, judge_encoder)
     judge = judge_of(config.judge, context)
     comparing = duel_judge(config, context) if pairwise else None

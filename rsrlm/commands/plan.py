@@ -16,6 +16,7 @@ from rsrlm.config import Config, dump
 from rsrlm.model import num_parameters, weight_files
 from rsrlm.recipes.base import Demand
 from rsrlm.report.progress import Report
+from rsrlm.runtime.setup import Prepared
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.methods import JudgeSection
 from rsrlm.settings.train import TrainRule
@@ -292,3 +293,9 @@ def show(planned: Plan, config: Config, report: Report) -> None:
     sizes += [{"what": f"disk: {name}", "n": f"{size / GIB:.3f} GiB"} for name, size in planned.disk.items()]
     report.table("Estimates", sizes, {"what": "", "n": "size"})
     report.line(f"run folder: {config.folder}")
+
+
+def plan_of(prepared: Prepared) -> Plan:
+    """What the run would do, with the seed data that is there."""
+    demands = [one.recipe.demand(len(one.tasks)) for one in prepared.iterations]
+    return plan(prepared.config, demands, prepared.model, prepared.judge, prepared.validator)

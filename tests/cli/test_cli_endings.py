@@ -14,7 +14,7 @@ import pytest
 from rsrlm.config import Config
 from rsrlm.iterative import NoPairs
 from rsrlm.report.progress import Report
-from rsrlm.runtime import exits, launch
+from rsrlm.runtime import exits, launch, setup
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
 
@@ -108,7 +108,7 @@ def executed(
     monkeypatch.setattr(launch, "_run", nothing)
     screen = Screen()
     nobody: Any = None
-    prepared = launch.Prepared(
+    prepared = setup.Prepared(
         config=config,
         drawn={},
         model=Path(),

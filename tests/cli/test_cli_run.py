@@ -17,7 +17,7 @@ from rsrlm.data.ranked import Reply
 from rsrlm.judges.base import Origin
 from rsrlm.judges.templates import TEMPLATES
 from rsrlm.records import Prompt
-from rsrlm.runtime import launch
+from rsrlm.runtime import launch, setup
 from rsrlm.store.folder import RunFolder
 
 
@@ -89,9 +89,9 @@ def test_a_run_without_notes_of_its_start_is_not_resumed(
 def test_the_exit_code_is_that_of_the_run(
     code: int, rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "prepare", lambda *_: SimpleNamespace(model=None))
+    monkeypatch.setattr(setup, "prepare", lambda *_: SimpleNamespace(model=None))
     monkeypatch.setattr(cli, "_check_room", lambda prepared: None)
-    monkeypatch.setattr(launch, "check_inputs", lambda *_: None)
+    monkeypatch.setattr(setup, "check_inputs", lambda *_: None)
     monkeypatch.setattr(launch, "execute", lambda *_: code)
     assert rsrlm("run", config_file).code == code
 
@@ -102,7 +102,7 @@ def test_an_interruption_while_preparing(
     def prepare(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "prepare", prepare)
+    monkeypatch.setattr(setup, "prepare", prepare)
     ended = rsrlm("run", config_file)
     assert ended.code == 130
     assert "Traceback" not in ended.err
