@@ -69,8 +69,8 @@ def main() -> None:
         train = (TrainRule if sft else DPO)(
             lr=1e-3, pairs_per_step=5, zero_stage=stage, micro_batch=micro_batch, max_grad_norm=1e9, **options
         )
-        policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32")
-        reference = policy.reference_logps(pairs, lambda _: None) if isinstance(pairs[0], PreferencePair) else {}
+        policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32", type(pairs[0]))
+        reference = policy.reference_logps(pairs, lambda _: None) if policy.loss.needs_reference else {}
         # The first step moves the policy off its reference, so that the second loss is not ln 2.
         first = policy.step(pairs, reference, 1e-3)
         summed = policy.gradients(pairs, reference)

@@ -3,14 +3,17 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -26,18 +29,22 @@ from transformers import (
     Qwen3Config,
 )
 
+from rsrlm.losses import pair as pair_losses
+from rsrlm.losses.base import Loss, Sums, loss_for, sequence_sums
 from rsrlm.losses.packing import (
-    PairBatch,
-    PairIds,
+    ItemIds,
+    TokenBatch,
     check_architecture,
-    pack_examples,
-    pack_pairs,
-    pad_examples,
-    pad_pairs,
+    pack,
+    pad,
     response_logps,
     supports_packing,
 )
-from rsrlm.losses.pair import PairLoss, lr_at, pair_loss, sequence_sums, target_loss
+from rsrlm.losses.pair import PairLoss, pair_means
+from rsrlm.losses.schedule import lr_at
+from rsrlm.losses.sft import TargetLoss, target_loss
+from rsrlm.records import Example, PreferencePair
+from rsrlm.settings.train import DPO, TrainRule
 
 pytestmark = pytest.mark.torch
 
@@ -65,7 +72,7 @@ GPT2 = GPT2Config(
     bos_token_id=1,
     eos_token_id=2,
 )
-PAIRS: list[PairIds] = [
+PAIRS: list[ItemIds] = [
     ((5, 6, 7, 8), (9, 10, 11), (12, 13, 14, 15, 16)),
     ((17,), (18, 19), (20, 21, 22)),  # prompt of one token
     ((23, 24, 25), (26,), (27,)),  # responses of one token
@@ -96,14 +103,14 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny(configs[request.param])
 
 
-def pad(pairs: list[PairIds]) -> PairBatch:
-    return pad_pairs(pairs, pad_id=0)
+def padded(pairs: list[ItemIds]) -> TokenBatch:
+    return pad(pairs, pad_id=0)
 
 
-BUILDERS = pytest.mark.parametrize("build", [pack_pairs, pad])
+BUILDERS = pytest.mark.parametrize("build", [pack, padded])
 
 
-def plain_logps(model: PreTrainedModel, pairs: list[PairIds]) -> Tensor:
+def plain_logps(model: PreTrainedModel, pairs: list[ItemIds]) -> Tensor:
     """The model's own forward on each sequence alone, with all logits."""
     logps = []
     for prompt, *responses in pairs:
@@ -125,9 +132,8 @@ def gradients(model: PreTrainedModel) -> list[Tensor]:
 
 
 @BUILDERS
-def test_batch_holds_each_response_token_once_in_order(build: Callable[[list[PairIds]], PairBatch]) -> None:
+def test_batch_holds_each_response_token_once_in_order(build: Callable[[list[ItemIds]], TokenBatch]) -> None:
     batch = build(PAIRS[:2])
-    assert batch.num_pairs == 2
     assert batch.target_R.tolist() == [9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22]
     assert batch.segment_R.tolist() == [0] * 3 + [1] * 5 + [2] * 2 + [3] * 3
     assert batch.length_S.tolist() == [3, 5, 2, 3]
@@ -136,7 +142,7 @@ def test_batch_holds_each_response_token_once_in_order(build: Callable[[list[Pai
 def test_packed_row_by_hand() -> None:
     # row:       5 6 | 9 10 | 12 13 14 || 7 | 15 | 16
     # index:     0 1   2  3    4  5  6    7   8    9
-    batch = pack_pairs([((5, 6), (9, 10), (12, 13, 14)), ((7,), (15,), (16,))])
+    batch = pack([((5, 6), (9, 10), (12, 13, 14)), ((7,), (15,), (16,))])
     assert batch.input_ids.tolist() == [[5, 6, 9, 10, 12, 13, 14, 7, 15, 16]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 1]]
@@ -159,7 +165,7 @@ def test_packed_row_by_hand() -> None:
 
 
 def test_padded_rows_by_hand() -> None:
-    batch = pad_pairs([((5, 6), (9, 10), (12,))], pad_id=3)
+    batch = pad([((5, 6), (9, 10), (12,))], pad_id=3)
     assert batch.input_ids.tolist() == [[5, 6, 9, 10], [5, 6, 12, 3]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.predict_R.tolist() == [1, 2, 4 + 1]
@@ -171,8 +177,8 @@ some_pairs = st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=4)
 
 @settings(deadline=None)
 @given(some_pairs)
-def test_predicting_position_sees_exactly_the_prefix_of_its_sequence(pairs: list[PairIds]) -> None:
-    batch = pack_pairs(pairs)
+def test_predicting_position_sees_exactly_the_prefix_of_its_sequence(pairs: list[ItemIds]) -> None:
+    batch = pack(pairs)
     assert batch.position_ids is not None
     prefixes = [[*prompt, *response[:i]] for prompt, *both in pairs for response in both for i in range(len(response))]
     for predict, prefix in zip(batch.predict_R.tolist(), prefixes, strict=True):
@@ -183,7 +189,7 @@ def test_predicting_position_sees_exactly_the_prefix_of_its_sequence(pairs: list
 
 @settings(deadline=None)
 @given(some_pairs)
-def test_mask_is_the_rule_cell_by_cell(pairs: list[PairIds]) -> None:
+def test_mask_is_the_rule_cell_by_cell(pairs: list[ItemIds]) -> None:
     cells = [
         (p, branch) for p, parts in enumerate(pairs) for branch, part in zip("pcr", parts, strict=True) for _ in part
     ]
@@ -191,13 +197,13 @@ def test_mask_is_the_rule_cell_by_cell(pairs: list[PairIds]) -> None:
         [k <= q and pair_k == pair_q and branch_k in ("p", branch_q) for k, (pair_k, branch_k) in enumerate(cells)]
         for q, (pair_q, branch_q) in enumerate(cells)
     ]
-    assert pack_pairs(pairs).attention_mask[0, 0].tolist() == rule
+    assert pack(pairs).attention_mask[0, 0].tolist() == rule
 
 
 @settings(deadline=None)
 @given(some_pairs)
-def test_padded_predicting_position_ends_the_prefix_of_its_sequence(pairs: list[PairIds]) -> None:
-    batch = pad(pairs)
+def test_padded_predicting_position_ends_the_prefix_of_its_sequence(pairs: list[ItemIds]) -> None:
+    batch = padded(pairs)
     width = batch.input_ids.shape[1]
     prefixes = [[*prompt, *response[:i]] for prompt, *both in pairs for response in both for i in range(len(response))]
     for predict, sequence, prefix in zip(batch.predict_R.tolist(), batch.segment_R.tolist(), prefixes, strict=True):
@@ -209,7 +215,7 @@ def test_padded_predicting_position_ends_the_prefix_of_its_sequence(pairs: list[
 
 @BUILDERS
 @pytest.mark.parametrize("empty", [0, 1, 2])
-def test_empty_part_is_refused(build: Callable[[list[PairIds]], PairBatch], empty: int) -> None:
+def test_empty_part_is_refused(build: Callable[[list[ItemIds]], TokenBatch], empty: int) -> None:
     parts: list[tuple[int, ...]] = [(5,), (6,), (7,)]
     parts[empty] = ()
     with pytest.raises(ValueError, match="at least one token"):
@@ -217,7 +223,7 @@ def test_empty_part_is_refused(build: Callable[[list[PairIds]], PairBatch], empt
 
 
 def test_packed_examples_by_hand() -> None:
-    batch = pack_examples([((5, 6), (9, 10)), ((7,), (15,))])
+    batch = pack([((5, 6), (9, 10)), ((7,), (15,))])
     assert batch.input_ids.tolist() == [[5, 6, 9, 10, 7, 15]]
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
@@ -233,7 +239,7 @@ def test_packed_examples_by_hand() -> None:
 
 
 def test_padded_examples_by_hand() -> None:
-    batch = pad_examples([((5, 6), (9, 10)), ((7,), (15,))], pad_id=3)
+    batch = pad([((5, 6), (9, 10)), ((7,), (15,))], pad_id=3)
     assert batch.input_ids.tolist() == [[5, 6, 9, 10], [7, 15, 3, 3]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.predict_R.tolist() == [1, 2, 4]
@@ -243,29 +249,31 @@ def test_padded_examples_by_hand() -> None:
 def test_examples_have_the_logps_of_each_alone(llama: PreTrainedModel) -> None:
     examples = [(prompt, chosen) for prompt, chosen, _ in PAIRS]
     with torch.no_grad():
-        alone = torch.cat([response_logps(llama, pad_examples([one], pad_id=0)) for one in examples])
-        for batch in (pack_examples(examples), pad_examples(examples, pad_id=0)):
+        alone = torch.cat([response_logps(llama, pad([one], pad_id=0)) for one in examples])
+        for batch in (pack(examples), pad(examples, pad_id=0)):
             assert torch.allclose(response_logps(llama, batch), alone, atol=1e-5)
 
 
 def test_target_loss_is_a_sum_over_tokens() -> None:
-    loss, sums = target_loss(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0]))
-    assert loss == 3.0
-    assert {name: float(value) for name, value in sums.items()} == {"loss": 3.0, "tokens_trained": 2.0, "examples": 1.0}
+    found = target_loss(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0]))
+    assert found.loss == 3.0
+    sums = {name: float(value) for name, value in found.sums.items()}
+    assert sums == {"loss": 3.0, "tokens_trained": 2.0, "examples": 1.0}
+    assert not found.each
 
 
 def test_sums_have_the_dtype_of_the_log_probabilities() -> None:
     """Whatever that of the weights: all sums of a step are reduced as one tensor."""
     logps = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64)
-    _, sums = target_loss(logps, torch.tensor([0, 0, 1]), torch.tensor([1, 0]))
-    assert {value.dtype for value in sums.values()} == {torch.float64}
+    found = target_loss(logps, torch.tensor([0, 0, 1]), torch.tensor([1, 0]))
+    assert {value.dtype for value in found.sums.values()} == {torch.float64}
     found = pair_loss(logps, logps, HAND, torch.tensor([1]), beta=0.1)
     assert {value.dtype for value in found.sums.values()} == {torch.float64}
 
 
 def test_to_moves_every_tensor() -> None:
-    for batch in (pack_pairs(PAIRS).to("meta"), pad(PAIRS).to("meta")):
-        fields = [getattr(batch, name) for name in PairBatch.__slots__]
+    for batch in (pack(PAIRS).to("meta"), padded(PAIRS).to("meta")):
+        fields = [getattr(batch, name) for name in TokenBatch.__slots__]
         assert all(field is None or field.device.type == "meta" for field in fields)
 
 
@@ -274,7 +282,7 @@ def test_to_moves_every_tensor() -> None:
 
 @BUILDERS
 def test_logps_equal_the_plain_forward_of_each_sequence(
-    model: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch]
+    model: PreTrainedModel, build: Callable[[list[ItemIds]], TokenBatch]
 ) -> None:
     with torch.no_grad():
         logps_R = response_logps(model, build(PAIRS))
@@ -286,9 +294,9 @@ def test_logps_equal_the_plain_forward_of_each_sequence(
 @BUILDERS
 @pytest.mark.parametrize("chunk", [1, 4, 512])
 def test_chunked_gradients_equal_those_of_the_plain_forward(
-    llama: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch], chunk: int
+    llama: PreTrainedModel, build: Callable[[list[ItemIds]], TokenBatch], chunk: int
 ) -> None:
-    weights = torch.linspace(-1, 1, len(pack_pairs(PAIRS).target_R))
+    weights = torch.linspace(-1, 1, len(pack(PAIRS).target_R))
     (plain_logps(llama, PAIRS) * weights).sum().backward()
     expected = gradients(llama)
     (response_logps(llama, build(PAIRS), chunk=chunk) * weights).sum().backward()
@@ -305,7 +313,7 @@ def head_rows(llama: PreTrainedModel) -> Iterator[list[int]]:
 
 
 def test_head_sees_only_predicting_positions_in_chunks(llama: PreTrainedModel, head_rows: list[int]) -> None:
-    batch = pack_pairs(PAIRS)
+    batch = pack(PAIRS)
     logps_R = response_logps(llama, batch, chunk=10)
     assert len(logps_R) == 27  # 8 + 5 + 2 + 7 + 5 response tokens of 42 in the row
     assert head_rows == [9, 9, 9]
@@ -315,7 +323,7 @@ def test_head_sees_only_predicting_positions_in_chunks(llama: PreTrainedModel, h
 
 
 def test_fixed_number_of_chunks_may_exceed_the_tokens(llama: PreTrainedModel, head_rows: list[int]) -> None:
-    batch = pack_pairs(PAIRS[2:3])
+    batch = pack(PAIRS[2:3])
     with torch.no_grad():
         logps_R = response_logps(llama, batch, num_chunks=5)
         assert head_rows == [1, 1, 0, 0, 0]
@@ -370,7 +378,9 @@ def test_other_architectures_do_not_pack_but_pad(config: PreTrainedConfig, atten
     check_architecture(model)
     assert not supports_packing(model)
     with torch.no_grad():
-        torch.testing.assert_close(response_logps(model, pad(PAIRS)), plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            response_logps(model, padded(PAIRS)), plain_logps(model, PAIRS), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -405,17 +415,35 @@ def test_model_without_a_head_is_refused(llama: PreTrainedModel) -> None:
 
 
 # ---- losses by hand
+
+
+def pair_loss(
+    logps_R: Tensor,
+    ref_R: Tensor,
+    batch: TokenBatch,
+    counted_P: Tensor,
+    weights: Sequence[float] | None = None,
+    targets: Sequence[float] | None = None,
+    **options: Any,
+) -> Sums:
+    """Of pairs of weight 1 and target 1 unless others are given; options are those of the train section."""
+    ones = [1.0] * len(counted_P)
+    train = DPO(lr=1e-3, pairs_per_step=1).model_copy(update=options)
+    weight_P, target_P = (torch.tensor(given or ones, dtype=torch.float64) for given in (weights, targets))
+    return pair_losses.pair_loss(logps_R, ref_R, batch, counted_P, weight_P, target_P, train)
+
+
 #
 # One pair. chosen: two tokens, policy -1 and -2, reference -1.5 and -2.5: log-ratio (-3) - (-4) = +1.
 # rejected: one token, policy -3, reference -2: log-ratio -1. So h = 1 - (-1) = 2.
 
-HAND = pack_pairs([((5, 6), (7, 8), (9,))])
+HAND = pack([((5, 6), (7, 8), (9,))])
 LOGPS = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
 REF = torch.tensor([-1.5, -2.5, -2.0], dtype=torch.float64)
 ONE = torch.ones(1, dtype=torch.float64)
 
 
-def by_hand(logps: Tensor = LOGPS, ref: Tensor = REF, beta: float = 0.5, **options: object) -> PairLoss:
+def by_hand(logps: Tensor = LOGPS, ref: Tensor = REF, beta: float = 0.5, **options: Any) -> Sums:
     return pair_loss(logps, ref, HAND, ONE, beta=beta, **options)
 
 
@@ -460,37 +488,6 @@ def test_ipo_values() -> None:
     assert by_hand(loss="ipo", beta=0.5, length_normalized=True).loss.item() == pytest.approx(0.25, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("target", "options", "expected"),
-    [
-        (1.0, {}, 0.31326168751822286),  # a certain label: the loss without a target
-        (0.0, {}, 1.31326168751822286),  # a label that is wrong: -log sigmoid(-1)
-        (0.75, {}, 0.56326168751822286),  # 0.75 * 0.3132617 + 0.25 * 1.3132617
-        (0.5, {"label_smoothing": 0.3}, 0.81326168751822286),  # a label that says nothing is not smoothed any further
-        (0.75, {"label_smoothing": 0.1}, 0.61326168751822286),  # reversed with 0.75 * 0.1 + 0.25 * 0.9 = 0.3
-        (1.0, {"loss": "ipo"}, 1.0),
-        (0.0, {"loss": "ipo"}, 9.0),  # (-2 - 1)^2
-        (0.75, {"loss": "ipo"}, 3.0),
-    ],
-)
-def test_a_target_is_the_probability_of_the_label(target: float, options: dict[str, object], expected: float) -> None:
-    assert by_hand(target_P=ONE * target, **options).loss.item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_weight_multiplies_the_loss_and_nothing_else() -> None:
-    plain, weighted = by_hand(nll_scale=2.0), by_hand(nll_scale=2.0, pair_weight_P=ONE * 0.25)
-    assert weighted.loss.item() == pytest.approx(0.25 * plain.loss.item(), abs=1e-12)
-    assert weighted.sums["loss"].item() == weighted.loss.item()
-    others = plain.sums.keys() - {"loss"}
-    assert {name: weighted.sums[name] for name in others} == {name: plain.sums[name] for name in others}
-
-
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"loss": "ipo"}, {"nll_scale": 0.5}], ids=str)
-def test_a_certain_pair_of_weight_one_is_a_plain_pair_to_the_bit(options: dict[str, object]) -> None:
-    given = by_hand(target_P=ONE, pair_weight_P=ONE, **options)
-    assert torch.equal(given.loss, by_hand(**options).loss)
-
-
 def test_nll_is_per_token_of_the_chosen() -> None:
     # (1 + 2) / 2 = 1.5 nats per token, times 2, beside the loss above
     result = by_hand(nll_scale=2.0)
@@ -521,13 +518,14 @@ def test_sums_by_hand() -> None:
 
 def test_each_pair_by_hand() -> None:
     """Log-ratios of the first pair +1 and -1, so h = 2; of the second +0.5 and +0.25, so h = 0.25."""
-    batch = pack_pairs([((5, 6), (7, 8), (9,)), ((5,), (10,), (11, 12))])
+    batch = pack([((5, 6), (7, 8), (9,)), ((5,), (10,), (11, 12))])
     logps = torch.tensor([-1.0, -2.0, -4.0, -0.5, -2.0, -1.0], dtype=torch.float64)
     ref = torch.tensor([-1.5, -2.5, -3.0, -1.0, -2.0, -1.25], dtype=torch.float64)
     result = pair_loss(logps, ref, batch, torch.ones(2), beta=0.5, nll_scale=2.0)
     expected = {
         # ln(1 + e^-1) + 2 * 1.5, ln(1 + e^-0.125) + 2 * 0.5
         "loss": [0.3132616875 + 3, 0.6325990353 + 1],
+        "dpo_loss": [0.3132616875, 0.6325990353],
         "pairs": [1, 1],
         "accuracy": [1, 1],
         "margin": [1, 0.125],
@@ -546,6 +544,89 @@ def test_each_pair_by_hand() -> None:
     assert left_out.sums["kl_tokens"] == 3
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_the_weight_of_a_pair_multiplies_its_loss_alone(loss: str) -> None:
+    """NLL included; the number of pairs, which the step's loss is divided by, and the other figures stay."""
+    batch, logps, ref, counted = pack(PAIRS[:3]), *two_random(15), torch.ones(3, dtype=torch.float64)
+    plain = pair_loss(logps, ref, batch, counted, beta=0.5, loss=loss, nll_scale=2.0)
+    weighted = pair_loss(logps, ref, batch, counted, weights=(2, 0, 0.25), beta=0.5, loss=loss, nll_scale=2.0)
+    for name in ("loss", "dpo_loss"):
+        expected = [x * w for x, w in zip(plain.each[name].tolist(), (2, 0, 0.25), strict=True)]
+        assert weighted.each[name].tolist() == pytest.approx(expected, abs=1e-12)
+        assert weighted.sums[name].item() == pytest.approx(sum(expected), abs=1e-12)
+    assert weighted.loss.item() == pytest.approx(weighted.sums["loss"].item(), abs=1e-12)
+    for name in set(plain.sums) - {"loss", "dpo_loss"}:
+        assert weighted.sums[name] == plain.sums[name]
+    dummy = pair_loss(logps, ref, batch, torch.tensor([1, 0, 0]), weights=(2, 3, 4), beta=0.5, loss=loss)
+    assert dummy.each["loss"].tolist()[1:] == [0, 0]
+
+
+def two_random(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logps, ref = -3 * torch.rand(2, count, generator=generator, dtype=torch.float64)
+    return logps, ref
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "expected"),
+    [
+        (1.0, {}, 0.31326168751822286),  # a certain label: the loss without a target
+        (0.0, {}, 1.31326168751822286),  # a label that is wrong: -log sigmoid(-1)
+        (0.75, {}, 0.56326168751822286),  # 0.75 * 0.3132617 + 0.25 * 1.3132617
+        (0.5, {"label_smoothing": 0.3}, 0.81326168751822286),  # a label that says nothing is not smoothed any further
+        (0.75, {"label_smoothing": 0.1}, 0.61326168751822286),  # reversed with 0.75 * 0.1 + 0.25 * 0.9 = 0.3
+        (1.0, {"loss": "ipo"}, 1.0),
+        (0.0, {"loss": "ipo"}, 9.0),  # (-2 - 1)^2
+        (0.75, {"loss": "ipo"}, 3.0),
+    ],
+)
+def test_a_target_is_the_probability_of_the_label(target: float, options: dict[str, Any], expected: float) -> None:
+    assert by_hand(targets=[target], **options).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_weight_target_and_likelihood_together() -> None:
+    # 3 * (0.5632617 + 2 * 1.5)
+    found = by_hand(targets=[0.75], weights=[3.0], nll_scale=2.0)
+    assert found.loss.item() == pytest.approx(3 * (0.5632616875 + 3), abs=1e-9)
+    assert found.sums["dpo_loss"].item() == pytest.approx(3 * 0.5632616875, abs=1e-9)
+
+
+def test_a_target_of_zero_is_the_pair_the_other_way_round() -> None:
+    turned = pack([((5, 6), (9,), (7, 8))])
+    other = [2, 0, 1]
+    for loss in ("sigmoid", "ipo"):
+        found = pair_loss(LOGPS[other], REF[other], turned, ONE, targets=[0.25], beta=0.5, loss=loss)
+        assert found.loss.item() == pytest.approx(by_hand(targets=[0.75], loss=loss).loss.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
+def test_certain_pairs_of_weight_one_have_the_papers_loss_to_the_bit(dtype: torch.dtype, smoothing: float) -> None:
+    """Loss and gradient as without weights and targets, for each loss."""
+    batch = pack(PAIRS)
+    logps, ref = (values.to(dtype) for values in two_random(27))
+    counted = torch.tensor([1, 1, 0, 1, 1], dtype=dtype)
+    for loss in ("sigmoid", "ipo") if not smoothing else ("sigmoid",):
+        ours, plain = (logps.clone().requires_grad_() for _ in range(2))
+        ratios = [sequence_sums(values, batch.segment_R, 10) for values in (plain, ref)]
+        ratio = ratios[0] - ratios[1]
+        h = ratio[0::2] - ratio[1::2]
+        beta = 0.3
+        if loss == "sigmoid":
+            each = -(1 - smoothing) * logsigmoid(beta * h) - smoothing * logsigmoid(-beta * h)
+        else:
+            each = (h - 1 / (2 * beta)) ** 2
+        nll = -ratios[0][0::2] / batch.length_S[0::2]
+        expected = (counted * (each + 0.7 * nll)).sum()
+        expected.backward()
+        found = pair_loss(ours, ref, batch, counted, beta=beta, loss=loss, label_smoothing=smoothing, nll_scale=0.7)
+        found.loss.backward()
+        assert torch.equal(found.loss, expected)
+        assert ours.grad is not None
+        assert plain.grad is not None
+        assert torch.equal(ours.grad, plain.grad)
+
+
 def test_ties_and_lost_pairs_are_not_accurate() -> None:
     assert by_hand(ref=LOGPS).sums["accuracy"] == 0
     assert by_hand(ref=LOGPS + torch.tensor([1.0, 1.0, 0.0])).sums["accuracy"] == 0
@@ -556,7 +637,7 @@ def test_kl_is_exact_for_tokens_in_the_reference_s_proportions() -> None:
     # KL(ref || policy) = 1/2 ln 2 + 1/4 ln 1 + 1/4 ln 1/2 = 1/4 ln 2
     ref = torch.tensor([1 / 2, 1 / 2, 1 / 4, 1 / 4], dtype=torch.float64).log()
     policy = torch.tensor([1 / 4, 1 / 4, 1 / 4, 1 / 2], dtype=torch.float64).log()
-    sums = pair_loss(policy, ref, pack_pairs([((5,), (6, 6), (7, 8))]), ONE, beta=0.1).sums
+    sums = pair_loss(policy, ref, pack([((5,), (6, 6), (7, 8))]), ONE, beta=0.1).sums
     assert (sums["kl"] / sums["kl_tokens"]).item() == pytest.approx(math.log(2) / 4, abs=1e-12)
 
 
@@ -578,6 +659,76 @@ def test_gradient_raises_chosen_and_lowers_rejected() -> None:
     assert logps.grad.tolist() == pytest.approx([-2, -2, 2])
 
 
+def test_means_of_a_step_and_of_each_kind_by_hand() -> None:
+    summed = {
+        "loss": 6.0,
+        "pairs": 4.0,
+        "margin": 2.0,
+        "kl": 3.0,
+        "kl_tokens": 12.0,
+        "judge/loss": 1.0,
+        "judge/pairs": 2.0,
+    }
+    assert pair_means(summed) == {
+        "loss": 1.5, "pairs": 4.0, "margin": 0.5, "kl_per_token": 0.25, "judge/loss": 0.5, "judge/pairs": 2.0,
+    }  # fmt: skip
+    assert math.isnan(pair_means({"pairs": 1.0, "kl": 0.0, "kl_tokens": 0.0})["kl_per_token"])
+
+
+# ---- one loss for each type of item
+
+TRAIN = DPO(lr=1e-3, pairs_per_step=1, beta=0.5)
+PAIR = PreferencePair(
+    id="00/p/1>0", prompt_id="p", kind="actor", chosen_id="c", rejected_id="r", prompt_token_ids=(5, 6),
+    chosen_token_ids=(7, 8), rejected_token_ids=(9,), chosen_score=1.0, rejected_score=0.0, weight_version="M0",
+)  # fmt: skip
+EXAMPLE = Example(id="e", kind="ift", prompt_token_ids=(5, 6), target_token_ids=(7, 8))
+
+
+def ids_of(loss: Loss, item: Any) -> list[Sequence[int]]:
+    return [getattr(item, name) for name in (loss.prompt, *loss.responses)]
+
+
+def test_the_loss_of_pairs() -> None:
+    loss = loss_for(PreferencePair, TRAIN)
+    assert isinstance(loss, PairLoss)
+    assert ids_of(loss, PAIR) == [(5, 6), (7, 8), (9,)]
+    assert loss.needs_reference
+    assert loss.denominator(3, 20) == 3
+    with pytest.raises(TypeError, match="not by TrainRule"):
+        loss_for(PreferencePair, TrainRule(lr=1e-3, pairs_per_step=1))
+    pair = replace(PAIR, weight=3.0, target=0.75)
+    found = loss.sums(LOGPS, REF, HAND, [pair], ONE)
+    assert torch.equal(found.loss, by_hand(weights=[3.0], targets=[0.75]).loss)
+    assert loss.means({"pairs": 2.0, "loss": 3.0}) == {"pairs": 2.0, "loss": 1.5}
+
+
+def test_the_loss_of_examples() -> None:
+    loss = loss_for(Example, TRAIN)
+    assert isinstance(loss, TargetLoss)
+    assert ids_of(loss, EXAMPLE) == [(5, 6), (7, 8)]
+    assert not loss.needs_reference
+    assert loss.denominator(3, 20) == 20
+    found = loss.sums(torch.tensor([-1.0, -2.0]), None, pack([((5, 6), (7, 8))]), [EXAMPLE], torch.ones(1))
+    assert found.loss == 3.0
+    summed = {name: float(value) for name, value in found.sums.items()}
+    assert loss.means(summed) == {"loss": 1.5, "sft_loss": 1.5, "examples": 1.0, "tokens_trained": 2.0}
+
+
+def test_a_loss_beside_the_items_that_it_learns_from_is_found() -> None:
+    class Thought(Example):
+        pass
+
+    with pytest.raises(LookupError, match="0 losses learn from Thought"):
+        loss_for(Thought, TRAIN)
+
+    class ThoughtLoss(TargetLoss):
+        item = Thought
+
+    assert type(loss_for(Thought, TRAIN)) is ThoughtLoss
+    assert type(loss_for(Example, TRAIN)) is TargetLoss
+
+
 # ---- invariances
 
 OPTIONS = [
@@ -589,9 +740,9 @@ OPTIONS = [
 
 def step(
     model: PreTrainedModel,
-    pairs: list[PairIds],
+    pairs: list[ItemIds],
     size: int,
-    build: Callable[[list[PairIds]], PairBatch],
+    build: Callable[[list[ItemIds]], TokenBatch],
     options: dict[str, object],
     weights: list[int] | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -611,10 +762,10 @@ def step(
 @BUILDERS
 @pytest.mark.parametrize("options", OPTIONS, ids=["dpo", "smoothed-nll", "ipo-normalized"])
 def test_sums_do_not_depend_on_micro_batches_or_order(
-    llama: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch], options: dict[str, object]
+    llama: PreTrainedModel, build: Callable[[list[ItemIds]], TokenBatch], options: dict[str, object]
 ) -> None:
     model = copy.deepcopy(llama).double()
-    sums, grads = step(model, PAIRS, 5, pack_pairs, options)
+    sums, grads = step(model, PAIRS, 5, pack, options)
     assert sums["pairs"] == 5
     for size in (1, 2, 5):
         shuffled = random.Random(size).sample(PAIRS, len(PAIRS))
@@ -625,7 +776,7 @@ def test_sums_do_not_depend_on_micro_batches_or_order(
 
 
 @BUILDERS
-def test_dummy_pairs_add_nothing(llama: PreTrainedModel, build: Callable[[list[PairIds]], PairBatch]) -> None:
+def test_dummy_pairs_add_nothing(llama: PreTrainedModel, build: Callable[[list[ItemIds]], TokenBatch]) -> None:
     options: dict[str, object] = {"beta": 0.3, "nll_scale": 0.5}
     sums, grads = step(llama, PAIRS[:2], 2, build, options)
     with_dummies = [PAIRS[3], PAIRS[0], PAIRS[4], PAIRS[1]]

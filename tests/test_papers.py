@@ -26,7 +26,7 @@ from rsrlm.data.prompts import deal
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.judges.base import Origin, judge_of, sampling_of
 from rsrlm.judges.pairwise import Match, duel_judge, meta_judge
-from rsrlm.losses import pair as losses
+from rsrlm.losses.schedule import lr_at
 from rsrlm.model import load_tokenizer
 from rsrlm.pairing import best_against_worst
 from rsrlm.recipes import eft, sft
@@ -183,7 +183,7 @@ def trained_from(config: Config, encoder: ChatEncoder) -> list[str]:
 def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
     train = recipe_config(config).train
     return [
-        losses.lr_at(step, 10, lr=train.lr, lr_final=train.lr_final, warmup_steps=train.warmup_steps,
+        lr_at(step, 10, lr=train.lr, lr_final=train.lr_final, warmup_steps=train.warmup_steps,
                      schedule=train.schedule)
         for step in range(10)
     ]  # fmt: skip
@@ -206,15 +206,12 @@ def requests(config: Config, encoder: ChatEncoder) -> Any:
 def loss(config: Config, encoder: ChatEncoder) -> float:
     import torch
 
-    from rsrlm.losses.packing import pack_pairs
+    from rsrlm.losses.packing import pack
+    from rsrlm.losses.pair import pair_loss
 
-    batch = pack_pairs([((1, 2), (3, 4), (5,))])
-    train = recipe_config(config).train
-    found = losses.pair_loss(
-        torch.tensor([-1.0, -2.0, -2.5]), torch.tensor([-1.5, -2.0, -2.0]), batch, torch.ones(1), beta=train.beta,
-        loss=train.loss, label_smoothing=train.label_smoothing, length_normalized=train.length_normalized,
-        nll_scale=train.nll_scale,
-    )  # fmt: skip
+    batch = pack([((1, 2), (3, 4), (5,))])
+    logps, reference, one = torch.tensor([-1.0, -2.0, -2.5]), torch.tensor([-1.5, -2.0, -2.0]), torch.ones(1)
+    found = pair_loss(logps, reference, batch, one, one, one, recipe_config(config).train)
     return float(found.loss)
 
 

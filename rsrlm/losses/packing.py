@@ -1,9 +1,10 @@
-"""Preference pairs as model input, and the log-probabilities of their response tokens.
+"""Token ids as model input, and the log-probabilities of the response tokens.
 
-Shapes in names: B rows, T tokens of a row, P pairs, S = 2P sequences (2p is the chosen response of pair p, 2p+1 its
-rejected one), R response tokens of all sequences in that order, C of them in one chunk, H hidden size, V vocabulary.
+An item is a prompt and the responses that continue it: two for a preference pair, one for an example to imitate.
+Shapes in names: B rows, T tokens of a row, S sequences (all responses of all items, in order), R response tokens of all
+sequences in that order, C of them in one chunk, H hidden size, V vocabulary.
 
-Packing puts all pairs in one row and every prompt there once (prefix sharing, arXiv 2410.20305). Only the predicting
+Packing puts all items in one row and every prompt there once (prefix sharing, arXiv 2410.20305). Only the predicting
 positions go through the output embedding, in checkpointed chunks, so logits of the size [B, T, V] never exist.
 """
 
@@ -15,25 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-PairIds = tuple[Sequence[int], Sequence[int], Sequence[int]]  # token ids of prompt, chosen and rejected
-ExampleIds = tuple[Sequence[int], Sequence[int]]  # token ids of prompt and target
+ItemIds = Sequence[Sequence[int]]  # token ids of a prompt, then of each response to it
 
-PROMPT, CHOSEN, REJECTED = 0, 1, 2
+PROMPT = 0  # the branch of a prompt; those of its responses are 1, 2, ...
 
 # What the heads of some models do to their logits (Gemma, Granite, Cohere, Falcon-H1); None and 1 do nothing.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairBatch:
-    """P pairs (or S examples) of one micro-batch, packed or padded. What ends in R or S is the same in both forms.
+class TokenBatch:
+    """The items of one micro-batch, packed or padded. What ends in R or S is the same in both forms.
 
-    input_ids: [B, T] token ids; B is 1 packed and 2P padded.
+    input_ids: [B, T] token ids; B is 1 packed and S padded.
     position_ids: [B, T] packed; None padded, where the model's own positions are right.
     attention_mask: bool [1, 1, T, T] packed (True: the query, third, sees the key, last); int64 [B, T] padded.
     predict_R: index into the hidden states, flattened to [B * T, H], that predicts each response token.
     target_R: id of each response token.
-    segment_R: the sequence that each response token belongs to, 0..2P-1, ascending.
+    segment_R: the sequence that each response token belongs to, 0..S-1, ascending.
     length_S: response tokens of each sequence.
     """
 
@@ -45,11 +45,7 @@ class PairBatch:
     segment_R: Tensor
     length_S: Tensor
 
-    @property
-    def num_pairs(self) -> int:
-        return len(self.length_S) // 2
-
-    def to(self, device: torch.device | str) -> "PairBatch":
+    def to(self, device: torch.device | str) -> "TokenBatch":
         positions = None if self.position_ids is None else self.position_ids.to(device)
         return replace(
             self,
@@ -63,93 +59,63 @@ class PairBatch:
         )
 
 
-def pack_pairs(pairs: Sequence[PairIds]) -> PairBatch:
-    """All pairs in one row, each as prompt, chosen, rejected; both responses start at position len(prompt).
+def pack(items: Sequence[ItemIds]) -> TokenBatch:
+    """All items in one row, each as prompt and responses, every response starting at position len(prompt).
 
-    The last token of the prompt predicts the first token of both responses.
+    The last token of a prompt predicts the first token of each of its responses.
     """
     ids: list[int] = []
     positions: list[int] = []
-    pair: list[int] = []
+    item: list[int] = []
     branch: list[int] = []
     predict: list[int] = []
-    for p, (prompt, chosen, rejected) in enumerate(pairs):
-        num_prompt, num_chosen, num_rejected = len(prompt), len(chosen), len(rejected)
-        first_chosen = len(ids) + num_prompt
-        first_rejected = first_chosen + num_chosen
-        predict += [first_chosen - 1, *range(first_chosen, first_rejected - 1)]
-        predict += [first_chosen - 1, *range(first_rejected, first_rejected + num_rejected - 1)]
-        ids += [*prompt, *chosen, *rejected]
-        positions += [*range(num_prompt + num_chosen), *range(num_prompt, num_prompt + num_rejected)]
-        pair += [p] * (num_prompt + num_chosen + num_rejected)
-        branch += [PROMPT] * num_prompt + [CHOSEN] * num_chosen + [REJECTED] * num_rejected
-    mask_TT = packed_mask(torch.tensor(pair), torch.tensor(branch))
-    return _batch(pairs, torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None], predict)
+    for number, (prompt, *responses) in enumerate(items):
+        last = len(ids) + len(prompt) - 1  # of the prompt
+        for place, tokens in enumerate((prompt, *responses)):
+            first = len(ids)
+            if place != PROMPT:
+                predict += [last, *range(first, first + len(tokens) - 1)]
+            ids += tokens
+            begin = 0 if place == PROMPT else len(prompt)
+            positions += range(begin, begin + len(tokens))
+            item += [number] * len(tokens)
+            branch += [place] * len(tokens)
+    mask_TT = packed_mask(torch.tensor(item), torch.tensor(branch))
+    return _batch(items, torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None], predict)
 
 
-def pack_examples(examples: Sequence[ExampleIds]) -> PairBatch:
-    """All examples in one row, none of which sees another one; sequence e is the target of example e."""
-    ids: list[int] = []
-    positions: list[int] = []
-    number: list[int] = []
-    predict: list[int] = []
-    for e, (prompt, target) in enumerate(examples):
-        first = len(ids) + len(prompt) - 1
-        predict += range(first, first + len(target))
-        ids += [*prompt, *target]
-        positions += range(len(prompt) + len(target))
-        number += [e] * (len(prompt) + len(target))
-    number_T = torch.tensor(number)
-    mask_TT = packed_mask(number_T, torch.zeros_like(number_T))
-    return _batch(examples, torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None], predict)
-
-
-def pad_examples(examples: Sequence[ExampleIds], pad_id: int) -> PairBatch:
-    """One row per example, padded on the right."""
-    rows = [[*prompt, *target] for prompt, target in examples]
-    firsts = [len(prompt) for prompt, _ in examples]
-    return _padded(examples, rows, firsts, pad_id)
-
-
-def packed_mask(pair_T: Tensor, branch_T: Tensor) -> Tensor:
-    """Bool [T, T], query by key: same pair, not later in the row, and the key is prompt or of the query's branch."""
-    causal_TT = torch.ones(len(pair_T), len(pair_T), dtype=torch.bool).tril()
-    same_pair_TT = pair_T[:, None] == pair_T[None]
+def packed_mask(item_T: Tensor, branch_T: Tensor) -> Tensor:
+    """Bool [T, T], query by key: same item, not later in the row, and the key is prompt or of the query's branch."""
+    causal_TT = torch.ones(len(item_T), len(item_T), dtype=torch.bool).tril()
+    same_item_TT = item_T[:, None] == item_T[None]
     visible_TT = (branch_T[None] == PROMPT) | (branch_T[:, None] == branch_T[None])
-    return causal_TT & same_pair_TT & visible_TT
+    return causal_TT & same_item_TT & visible_TT
 
 
-def pad_pairs(pairs: Sequence[PairIds], pad_id: int) -> PairBatch:
-    """Two rows per pair, prompt + chosen and prompt + rejected, padded on the right."""
-    rows = [[*prompt, *response] for prompt, *responses in pairs for response in responses]
-    return _padded(pairs, rows, [len(prompt) for prompt, *_ in pairs for _ in range(2)], pad_id)
-
-
-def _padded(
-    items: Sequence[Sequence[Sequence[int]]], rows: list[list[int]], firsts: list[int], pad_id: int
-) -> PairBatch:
-    """`rows` are whole sequences, `firsts` the place of each one's first response token."""
-    width = max(len(row) for row in rows)
-    ids = [row + [pad_id] * (width - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+def pad(items: Sequence[ItemIds], pad_id: int) -> TokenBatch:
+    """One row for each response, its prompt before it, padded on the right."""
+    rows = [([*prompt, *response], len(prompt)) for prompt, *responses in items for response in responses]
+    width = max(len(row) for row, _ in rows)
+    ids = [row + [pad_id] * (width - len(row)) for row, _ in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row, _ in rows]
     predict: list[int] = []
-    for s, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+    for s, (row, first) in enumerate(rows):
         predict += range(s * width + first - 1, s * width + len(row) - 1)
     return _batch(items, torch.tensor(ids), None, torch.tensor(mask), predict)
 
 
 def _batch(
-    items: Sequence[Sequence[Sequence[int]]],
+    items: Sequence[ItemIds],
     input_ids: Tensor,
     position_ids: Tensor | None,
     mask: Tensor,
     predict: list[int],
-) -> PairBatch:
+) -> TokenBatch:
     if not all(len(part) for item in items for part in item):
-        raise ValueError("a pair needs at least one token in each of prompt, chosen and rejected; so does an example")
+        raise ValueError("a prompt and each response to it need at least one token")
     responses = [response for _, *found in items for response in found]
     length_S = torch.tensor([len(response) for response in responses])
-    return PairBatch(
+    return TokenBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=mask,
@@ -160,7 +126,7 @@ def _batch(
     )
 
 
-def response_logps(model: nn.Module, batch: PairBatch, chunk: int = 512, num_chunks: int | None = None) -> Tensor:
+def response_logps(model: nn.Module, batch: TokenBatch, chunk: int = 512, num_chunks: int | None = None) -> Tensor:
     """Log-probabilities (natural, temperature 1) of all response tokens: float32 [R].
 
     The output embedding sees `chunk` positions at a time; with gradients on, every chunk's logits are computed again
@@ -206,7 +172,7 @@ def check_architecture(model: nn.Module) -> None:
     if model.base_model is model or model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no output embedding on top of a base model; load it as a causal language model")
     pairs, _ = _probe_pairs(model)
-    batch = pad_pairs(pairs, pad_id=0).to(model.device)
+    batch = pad(pairs, pad_id=0).to(model.device)
     with _evaluating(model):
         ours_R = response_logps(model, batch)
         logits_BTV = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
@@ -220,7 +186,7 @@ def check_architecture(model: nn.Module) -> None:
 
 
 def supports_packing(model: nn.Module) -> bool:
-    """Whether `pack_pairs` gives the log-probabilities of `pad_pairs`; tried on two short random pairs.
+    """Whether `pack` gives the log-probabilities of `pad`; tried on two short random pairs.
 
     A given 4D mask replaces the model's own, so layers that mask more than the future are refused by their config: a
     window is longer than any short probe. Eager, flex and flash attention do not read a bool 4D mask; use sdpa.
@@ -229,10 +195,10 @@ def supports_packing(model: nn.Module) -> bool:
         return False
     pairs, others = _probe_pairs(model)
     with _evaluating(model):
-        padded_R = response_logps(model, pad_pairs(pairs, pad_id=0).to(model.device))
-        others_R = response_logps(model, pad_pairs(others, pad_id=0).to(model.device))
+        padded_R = response_logps(model, pad(pairs, pad_id=0).to(model.device))
+        others_R = response_logps(model, pad(others, pad_id=0).to(model.device))
         try:
-            packed_R = response_logps(model, pack_pairs(pairs).to(model.device))
+            packed_R = response_logps(model, pack(pairs).to(model.device))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # each architecture that has no use for a 4D mask or for position_ids fails in its own way
@@ -259,16 +225,16 @@ def _masks_more_than_future(config: object) -> bool:
     return any(kind not in ("full_attention", "global") for kind in layers) or any(windows)
 
 
-def _probe_pairs(model: nn.Module) -> tuple[list[PairIds], list[PairIds]]:
-    """Two random pairs of unequal lengths, and the same responses behind other prompts of the same lengths."""
+def _probe_pairs(model: nn.Module) -> tuple[list[ItemIds], list[ItemIds]]:
+    """Two random pairs of unequal lengths, and the same responses to other prompts of the same lengths."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
 
     def tokens(count: int) -> list[int]:
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
-    pairs: list[PairIds] = [(tokens(7), tokens(9), tokens(4)), (tokens(5), tokens(3), tokens(8))]
-    return pairs, [(tokens(len(prompt)), chosen, rejected) for prompt, chosen, rejected in pairs]
+    pairs: list[ItemIds] = [(tokens(7), tokens(9), tokens(4)), (tokens(5), tokens(3), tokens(8))]
+    return pairs, [(tokens(len(prompt)), *responses) for prompt, *responses in pairs]
 
 
 def _close(a_R: Tensor, b_R: Tensor, dtype: torch.dtype) -> bool:

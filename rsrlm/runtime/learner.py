@@ -22,7 +22,7 @@ from typing import Any
 from rsrlm.records import Example, PreferencePair, seed_of
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Model
-from rsrlm.settings.train import DPO, Train, TrainRule
+from rsrlm.settings.train import Train, TrainRule
 from rsrlm.store.atomic import sync_files
 from rsrlm.store.items import ItemFile
 
@@ -162,15 +162,17 @@ def deepspeed_config(train: TrainRule, dtype: str) -> dict[str, Any]:
 
 
 class Policy:
-    """A model under DeepSpeed that gives response log-probabilities and takes gradient steps on pairs."""
+    """A model under DeepSpeed that gives response log-probabilities and takes gradient steps on items of one type."""
 
-    def __init__(self, model: Any, train: TrainRule, dtype: str) -> None:
+    def __init__(self, model: Any, train: TrainRule, dtype: str, item: type) -> None:
         import deepspeed
         import torch
 
         from rsrlm.losses import packing
+        from rsrlm.losses.base import loss_for
 
         self.train = train
+        self.loss = loss_for(item, train)
         self.model = model
         try:
             packing.check_architecture(model)
@@ -187,7 +189,7 @@ class Policy:
                 super().__init__()
                 self.model = model
 
-            def forward(self, batch: packing.PairBatch, num_chunks: int) -> torch.Tensor:
+            def forward(self, batch: packing.TokenBatch, num_chunks: int) -> torch.Tensor:
                 return packing.response_logps(self.model, batch, num_chunks=num_chunks)
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
@@ -199,24 +201,17 @@ class Policy:
     def batch(self, items: Sequence[Item]) -> Any:
         from rsrlm.losses import packing
 
-        if isinstance(items[0], Example):
-            targets = [(e.prompt_token_ids, e.target_token_ids) for e in items if isinstance(e, Example)]
-            built = packing.pack_examples(targets) if self.packed else packing.pad_examples(targets, self._pad_id)
-            return built.to(self.device)
-        pairs = [item for item in items if isinstance(item, PreferencePair)]
-        triples = [(p.prompt_token_ids, p.chosen_token_ids, p.rejected_token_ids) for p in pairs]
-        built = packing.pack_pairs(triples) if self.packed else packing.pad_pairs(triples, self._pad_id)
+        fields = (self.loss.prompt, *self.loss.responses)
+        ids = [[getattr(item, name) for name in fields] for item in items]
+        built = packing.pack(ids) if self.packed else packing.pad(ids, self._pad_id)
         return built.to(self.device)
+
+    def response_tokens(self, item: Item) -> int:
+        return sum(len(getattr(item, name)) for name in self.loss.responses)
 
     def num_chunks(self, items: Sequence[Item]) -> int:
         """Chunks of any micro-batch of these items: the same on all ranks, since ZeRO-3 gathers the head for each."""
-        longest = max(
-            len(item.target_token_ids)
-            if isinstance(item, Example)
-            else len(item.chosen_token_ids) + len(item.rejected_token_ids)
-            for item in items
-        )
-        return math.ceil(self.train.micro_batch * longest / CHUNK_TOKENS)
+        return math.ceil(self.train.micro_batch * max(map(self.response_tokens, items)) / CHUNK_TOKENS)
 
     def reference_logps(self, items: Sequence[Item], tick: Callable[[int], None]) -> dict[str, list[float]]:
         """Per-token log-probabilities of both responses of every pair, chosen first, under the model as it is now."""
@@ -233,7 +228,7 @@ class Policy:
                 pairs = [items[place] for place in places]
                 batch = self.batch(pairs)
                 values = self.engine(batch, chunks).cpu()
-                owner = torch.div(batch.segment_R.cpu(), 2, rounding_mode="floor")
+                owner = torch.div(batch.segment_R.cpu(), len(self.loss.responses), rounding_mode="floor")
                 for index, (pair, weight) in enumerate(zip(pairs, weights, strict=True)):
                     if weight:
                         found[pair.id] = values[owner == index].tolist()
@@ -252,46 +247,29 @@ class Policy:
         import torch
         import torch.distributed as dist
 
-        from rsrlm.losses import pair as losses
-
         world_size = dist.get_world_size()
-        train = self.train
-        shares = share_of(batch, dist.get_rank(), world_size, train.micro_batch)
+        shares = share_of(batch, dist.get_rank(), world_size, self.train.micro_batch)
         chunks = self.num_chunks(batch)
-        targets = sum(len(item.target_token_ids) for item in batch if isinstance(item, Example))
+        denominator = self.loss.denominator(len(batch), sum(map(self.response_tokens, batch)))
         kinds = sorted({item.kind for item in batch})
         totals: dict[str, float] = {}
-        for number, (items, weights) in enumerate(shares):
+        for number, (items, counted) in enumerate(shares):
             packed = self.batch(items)
-            weight = torch.tensor(weights, device=self.device)
+            counted_N = torch.tensor(counted, device=self.device)
             logps_R = self.engine(packed, chunks)
-            if targets:
-                loss, sums = losses.target_loss(logps_R, packed.segment_R, weight)
-            else:
-                assert isinstance(train, DPO)
+            ref_R = None
+            if self.loss.needs_reference:
                 ref_R = torch.tensor([x for item in items for x in reference[item.id]], device=self.device)
-                result = losses.pair_loss(
-                    logps_R,
-                    ref_R,
-                    packed,
-                    weight,
-                    pair_weight_P=torch.tensor([item.weight for item in items], device=self.device),
-                    target_P=torch.tensor([item.target for item in items], device=self.device),
-                    beta=train.beta,
-                    loss=train.loss,
-                    label_smoothing=train.label_smoothing,
-                    length_normalized=train.length_normalized,
-                    nll_scale=train.nll_scale,
-                )
-                loss, sums = result.loss, dict(result.sums)
-                for kind in kinds if len(kinds) > 1 else ():
-                    of_kind = torch.tensor([item.kind == kind for item in items], device=self.device)
-                    sums |= {f"{kind}/{name}": (value * of_kind).sum() for name, value in result.each.items()}
+            found = self.loss.sums(logps_R, ref_R, packed, items, counted_N)
+            sums = dict(found.sums)
+            for kind in kinds if len(kinds) > 1 else ():
+                of_kind = torch.tensor([item.kind == kind for item in items], device=self.device)
+                sums |= {f"{kind}/{name}": (value * of_kind).sum() for name, value in found.each.items()}
             for name, value in {**sums, "tokens": float(packed.input_ids.numel())}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             self.engine.set_gradient_accumulation_boundary(number == len(shares) - 1)
             # DeepSpeed averages gradients over the ranks; the sum over all items is wanted.
-            self.engine.backward(loss * (world_size / (targets or len(batch))))
+            self.engine.backward(found.loss * (world_size / denominator))
             if number < len(shares) - 1:
                 self.engine.step()
         names = sorted(totals)
@@ -322,10 +300,8 @@ class Policy:
             )
         seconds = time.perf_counter() - started
         tokens = summed.pop("tokens")
-        pairs = "tokens_trained" not in summed
-        means = pair_means(summed, getattr(self.train, "nll_scale", 0.0)) if pairs else target_means(summed)
         return {
-            **means,
+            **self.loss.means(summed),
             "grad_norm": norm,
             "lr": lr,
             "tokens": tokens,
@@ -361,29 +337,6 @@ class Policy:
 
     def close(self) -> None:
         self.engine.destroy()
-
-
-def pair_means(summed: dict[str, float], nll_scale: float) -> dict[str, float]:
-    """Means over the pairs of a step, and over those of each kind; `pairs` are numbers of pairs."""
-    found: dict[str, float] = {}
-    for prefix in ["", *sorted({name.rpartition("/")[0] + "/" for name in summed if "/" in name})]:
-        sums = {
-            name.removeprefix(prefix): value
-            for name, value in summed.items()
-            if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
-        }
-        pairs, kl, kl_tokens = sums.pop("pairs"), sums.pop("kl", None), sums.pop("kl_tokens", None)
-        sums["dpo_loss"] = sums["loss"] - nll_scale * sums["nll"]
-        found |= {prefix + name: value / pairs for name, value in sums.items()} | {prefix + "pairs": pairs}
-        if kl is not None:
-            found["kl_per_token"] = kl / kl_tokens if kl_tokens else math.nan
-    return found
-
-
-def target_means(summed: dict[str, float]) -> dict[str, float]:
-    """`sft_loss` is the mean over the target tokens of a step, in nats."""
-    loss = summed["loss"] / summed["tokens_trained"]
-    return {"loss": loss, "sft_loss": loss, "examples": summed["examples"], "tokens_trained": summed["tokens_trained"]}
 
 
 def memory_gib(device: Any) -> float:
@@ -465,15 +418,15 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
     import torch
     import torch.distributed as dist
 
-    from rsrlm.losses import pair as losses
+    from rsrlm.losses.schedule import lr_at
     from rsrlm.runtime import weights
 
     root = dist.get_rank() == 0
     run, train = Path(job.run), job.train
     started = time.perf_counter()
-    policy = Policy(load_policy(job.model, model, train), train, model.dtype)
+    items: ItemFile[Any] = ItemFile(Path(job.items))
+    policy = Policy(load_policy(job.model, model, train), train, model.dtype, items.kind)
     try:
-        items: ItemFile[Any] = ItemFile(Path(job.items))
         steps = steps_of(range(len(items)), train, job.seed, job.iteration)
         last = train.steps(len(items))
         checkpoint = newest_checkpoint(run, job.version)
@@ -483,7 +436,7 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
         else:
             first, rows, reference = 0, [], {}
             rounds = math.ceil(math.ceil(len(items) / dist.get_world_size()) / train.micro_batch)
-            if isinstance(train, DPO):
+            if policy.loss.needs_reference:
                 reference = policy.reference_logps(
                     items, lambda number: emit({"event": "reference", "done": number + 1, "of": rounds})
                 )
@@ -506,7 +459,7 @@ def run_job(job: TrainJob, model: Model, emit: Emit, goes_on: Callable[[int], bo
                 if last == number:
                     break
             batch = [items[place] for place in steps[number]]
-            lr = losses.lr_at(
+            lr = lr_at(
                 number,
                 len(steps),
                 lr=train.lr,
