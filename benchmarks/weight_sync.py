@@ -8,7 +8,7 @@ pool of two. All three engines are resident and idle. Each measured update follo
 
 - write: the safetensors file in /dev/shm and its checksum, in this process (in a run: in the learner's rank 0).
 - transfer: arrival and checksum, by the engine's own report; of two replicas the slower one. With gloo the bytes come
-  from `Learner.broadcast`, the rank 0 of a Ray Train group, and the rendezvous before is not part of it.
+  from `LearnerGroup.broadcast`, the rank 0 of a Ray Train group, and the rendezvous before is not part of it.
 - load, repack: what vLLM does with the bytes, reported apart; the slower replica.
 - publish: wall time of the whole call, with Ray, rendezvous, loading and repacking.
 - copy: the same number of bytes from one touched buffer to another one, median of 3: `memcpy` is numpy in one thread
@@ -62,7 +62,7 @@ class Sync:
     """A pool for each number of replicas, and one set of weights that changes with every update."""
 
     def __init__(self, config: Config, folder: Path, store: RunFolder) -> None:
-        from rsrlm.runtime.actors import Learner
+        from rsrlm.runtime.group import LearnerGroup
         from rsrlm.runtime.pool import EnginePool
 
         self._folder = str(folder)
@@ -71,7 +71,7 @@ class Sync:
         self._tensors = tensors_of(folder, config.model.dtype)
         first = WeightSet(version="M0", folder=self._folder, files=weights.describe(weight_files(folder)))
         self._pools = {n: EnginePool(config, first, f"of-{n}", n, store.event) for n in REPLICAS}
-        self._learner = Learner(config, store.folder / ".train")
+        self._learner = LearnerGroup(config, store.folder / ".train")
         self._needs_learner = config.weights.transport == "gloo"
 
     async def start(self) -> None:

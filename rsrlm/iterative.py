@@ -25,7 +25,7 @@ from rsrlm.report.signs import measure
 from rsrlm.run import Run
 from rsrlm.settings.train import TrainRule
 from rsrlm.store.folder import RunFolder
-from rsrlm.training import GoesOn, Job, Learner, train
+from rsrlm.training import GoesOn, Learner, Training, train
 
 
 class NoPairs(NoItems):
@@ -63,23 +63,26 @@ class Spine:
     endpoints: Callable[[], Mapping[str, Any]]
     log: Callable[[dict[str, Any]], None]
 
-    async def train(self, job: Job, go_on: GoesOn | None = None) -> dict[str, Any]:
-        return await train(self.learner, self.store, self.run.screen, job, self.config.train.workers, go_on)
+    async def train(self, training: Training, go_on: GoesOn | None = None) -> dict[str, Any]:
+        return await train(self.learner, self.store, self.run.screen, training, go_on)
+
+    def training(self, **what: Any) -> Training:
+        return Training(seed=self.config.seed, workers=self.config.train.workers, **what)
 
     async def train_aside(
         self, iteration: int, start: Model, items: Sequence[Item], rule: TrainRule, name: str
     ) -> Model:
         """A model within an iteration: what it answers may become items of the iteration."""
         plain = {"candidate_every_steps": None, "choose": "last", "early_stop": False}
-        job = Job(
+        training = self.training(
             iteration=iteration,
-            source=start.name,
+            source=start,
             name=name,
             rule=rule.model_copy(update=plain),
             items=items,
             folder=self.store.iteration(iteration) / name,
         )
-        trained = await self.train(job)
+        trained = await self.train(training)
         return await self.run.pools.model(name, trained.get("files"))
 
 
@@ -116,15 +119,15 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
             made = await run.aside(keep, store, number, batch, run.prefix_cache_hit_share, one.recipe.trains)
         choice = Choice(config=spine.config, rule=one.rule, evaluation=spine.validation, before=before)
         with clock("train"):
-            job = Job(
+            training = spine.training(
                 iteration=number,
-                source=before.name if one.rule.start == "before" else run.first.name,
+                source=before if one.rule.start == "before" else run.first,
                 name=one.name,
                 rule=one.rule,
                 items=batch.items,
                 folder=store.iteration(number),
             )
-            trained = await spine.train(job, partial(goes_on, run, store, choice, one.name))
+            trained = await spine.train(training, partial(goes_on, run, store, choice, one.name))
         files = trained.pop("files", None)
         if one.rule.choose != "last":
             with clock("choose"):

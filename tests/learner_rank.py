@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,9 +18,11 @@ import torch
 import torch.distributed as dist
 
 from rsrlm.records import Example, PreferencePair
-from rsrlm.runtime.learner import Policy, load_policy
+from rsrlm.runtime.policy import Policy, load_policy
+from rsrlm.runtime.reference import Reference
 from rsrlm.settings.machine import Model
 from rsrlm.settings.train import DPO, TrainRule
+from rsrlm.store.items import ItemFile, write_items
 
 
 def make_pairs() -> list[PreferencePair]:
@@ -69,11 +72,20 @@ def main() -> None:
         train = (TrainRule if sft else DPO)(
             lr=1e-3, pairs_per_step=5, zero_stage=stage, micro_batch=micro_batch, max_grad_norm=1e9, **options
         )
-        policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32", type(pairs[0]))
-        reference = policy.reference_logps(pairs, lambda _: None) if policy.loss.needs_reference else {}
+        place = Path(f"{output}.{len(found)}")
+        if dist.get_rank() == 0:
+            write_items(place.with_suffix(".items"), pairs)
+        dist.barrier()
+        items: ItemFile[Any] = ItemFile(place.with_suffix(".items"))
+        everything = range(len(items))
+        policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32", items)
+        if policy.loss.needs_reference:
+            policy.write_reference(place, lambda done, of: None)
+            dist.barrier()
+            policy.reference = Reference(place, policy.outline(everything).response_tokens)
         # The first step moves the policy off its reference, so that the second loss is not ln 2.
-        first = policy.step(pairs, reference, 1e-3)
-        summed = policy.gradients(pairs, reference)
+        first = policy.step(everything, 1e-3)
+        summed = policy.gradients(everything, policy.outline(everything))
         gradients = {}
         for name, parameter in policy.model.named_parameters():
             gradient = deepspeed.utils.safe_get_full_grad(parameter)

@@ -16,6 +16,7 @@ from scripted import LETTERS, Characters, Pools, Screen, context_of
 from rsrlm.engines import Answers, Model, key_of
 from rsrlm.evaluate import Evaluation
 from rsrlm.iterative import Iteration, Spine, run_iterations
+from rsrlm.jobs import ReferenceBatch, Resumed, StepTrained, Trained, TrainJob, follow
 from rsrlm.judges.base import judge_of
 from rsrlm.recipes.sft import SFT
 from rsrlm.records import Completion, Prompt, Request, Task
@@ -24,6 +25,7 @@ from rsrlm.settings.train import DPO
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.items import ItemFile
 from rsrlm.store.journal import CompletionLog
+from rsrlm.store.steps import StepLog
 
 SLOTS = 4
 
@@ -93,51 +95,48 @@ class Engine:
 
 
 class Learner:
-    """Trains by writing down what the weights come from. Checkpoints, candidates and the end of training at one of them
-    are as the real learner's."""
+    """Trains by writing down what the weights come from. Checkpoints and candidates are as the real learner's."""
 
     def __init__(self, world: "World") -> None:
         self.world, self.store = world, world.store
-        self._decided: dict[int, bool] = {}
 
-    async def decide(self, step: int, go_on: bool) -> None:
-        self._decided[step] = go_on
+    async def train(self, job: TrainJob, log: StepLog, on_event: Callable[[Any], None]) -> Trained:
+        return await follow(self._said(job), log, on_event)
 
-    async def train(
-        self, iteration: int, source: str, version: str, train: Any, items: Path
-    ) -> AsyncIterator[dict[str, Any]]:
-        made = list(ItemFile(items))
-        job = SimpleNamespace(iteration=iteration, source=source, version=version, rule=train, items=made)
-        self.world.jobs.append(job)
-        weights = (self.world.folder(source) / "weights").read_text()
-        ids = [item.id for item in made]
-        steps = [ids[at : at + train.pairs_per_step] for at in range(0, len(ids), train.pairs_per_step)] * train.epochs
-        last, checkpoint = train.steps(len(made)), self.store.checkpoints / f"{version}.json"
+    async def forget(self) -> None:
+        self.world.happens("learner forget")
+
+    async def _said(self, job: TrainJob) -> AsyncIterator[Any]:
+        items: Sequence[Any] = list(ItemFile(Path(job.items)))
+        source, rule = next(name for name in self.world.names if str(self.world.folder(name)) == job.model), job.train
+        self.world.jobs.append(
+            SimpleNamespace(
+                iteration=job.iteration, source=source, version=job.name, rule=rule, items=items, until=job.until
+            )
+        )
+        weights = (Path(job.model) / "weights").read_text()
+        ids = [item.id for item in items]
+        steps = [ids[at : at + rule.pairs_per_step] for at in range(0, len(ids), rule.pairs_per_step)] * rule.epochs
+        checkpoint = self.store.checkpoints / f"{job.name}-{job.digest}.json"
         rows = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
-        for event in self._beginning(rows, last, train):
-            yield event
-        for number in range(len(rows), last):
-            every = train.candidate_every_steps
-            if every and number and number % every == 0:
-                self._export(f"{version}@{number}", f"{weights}+{number}")
-                yield self._event(event="candidate", step=number)
-                if train.early_stop and not self._decided[number]:
-                    break
-            rows.append(self._row(number, steps[number], train))
-            yield self._event(event="step", row=rows[-1])
-            if (number + 1) % train.checkpoint_every_steps == 0 and number + 1 < last:
+        if not rows and isinstance(rule, DPO):
+            yield self._tell("reference", ReferenceBatch(done=1, of=1))
+        last = rule.steps(len(items))
+        yield self._tell("resumed", Resumed(step=len(rows), of=last, packed=True, rows=list(rows)))
+        end = job.until or last
+        for number in range(len(rows), end):
+            rows.append(self._row(number, steps[number], rule))
+            yield self._tell("step", StepTrained(row=rows[-1]))
+            if ((number + 1) % rule.checkpoint_every_steps == 0 and number + 1 < end) or number + 1 == job.until:
                 self.store.checkpoints.mkdir(exist_ok=True)
                 checkpoint.write_text(json.dumps(rows))
-        self._export(version, f"{weights}+{len(rows)}")
-        seconds = dict.fromkeys(("train_seconds", "decide_seconds", "write_seconds", "export_seconds"), 1.0)
-        yield self._event(event="done", files=f"files of {version}", **seconds)
+        self._export(Path(f"{job.output}@{end}" if job.until else job.output), f"{weights}+{end}")
+        seconds = dict.fromkeys(("train_seconds", "write_seconds", "export_seconds"), 1.0)
+        files = None if job.until else f"files of {job.name}"
+        yield self._tell("done", Trained(steps=end, files=files, **seconds))
 
-    def _beginning(self, rows: list[dict[str, Any]], last: int, rule: Any) -> list[dict[str, Any]]:
-        reference = [] if rows or not isinstance(rule, DPO) else [self._event(event="reference", done=1, of=1)]
-        return [*reference, self._event(event="resumed", step=len(rows), of=last, rows=list(rows))]
-
-    def _event(self, **event: Any) -> dict[str, Any]:
-        self.world.happens(f"learner {event['event']}")
+    def _tell(self, what: str, event: Any) -> Any:
+        self.world.happens(f"learner {what}")
         return event
 
     def _row(self, number: int, ids: list[str], rule: Any) -> dict[str, Any]:
@@ -148,8 +147,7 @@ class Learner:
             "kl_per_token": 0.01, **kind,
         }  # fmt: skip
 
-    def _export(self, name: str, weights: str) -> None:
-        folder = self.store.model(name)
+    def _export(self, folder: Path, weights: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights").write_text(weights)
 
@@ -174,6 +172,11 @@ class World:
         self.jobs: list[Any] = []
         self.logged: list[dict[str, Any]] = []
         self.endpoints: dict[str, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models that there are."""
+        return ["M0", *(path.name for path in self.store.folder.glob("models/*"))]
 
     def folder(self, name: str) -> Path:
         return self._first if name == "M0" else self.store.model(name)

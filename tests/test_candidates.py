@@ -18,7 +18,6 @@ from rsrlm.evaluate import Evaluation, evaluate
 from rsrlm.judges.base import judge_of
 from rsrlm.model import load_tokenizer
 from rsrlm.records import Prompt, Request
-from rsrlm.runtime.mailbox import Mailbox
 from rsrlm.store.folder import RunFolder
 
 PROMPTS = [Prompt(id=f"p{i}", text=f"Say {i}.") for i in range(40)]
@@ -317,26 +316,3 @@ def test_a_validator_is_asked_though_the_judge_bears_its_name(scene: Callable[..
     assert found["score_by_current"] == {"judge": "M0", "mean": 2.0, "n": 40}
     assert found["score_by_first"] == {"judge": "M0", "mean": 5.0, "n": 40}
     assert len(made.outside.requests) == 40
-
-
-def test_ranks_wait_for_a_decision() -> None:
-    async def story() -> None:
-        box = Mailbox()
-        number = await box.post("train")
-        assert await box.decision(number, 4, wait_s=0.01) is None
-        assert await box.next(number, wait_s=0) == (number, None)
-        behind = await box.post("broadcast")  # the candidate's weights are to be sent while the ranks wait
-        assert await box.next(number, wait_s=0) == (behind, "broadcast")
-        await box.emit(behind, {"event": "done"})
-        assert await box.next(number, wait_s=0) == (number, None)
-        waiting = asyncio.ensure_future(box.decision(number, 4, wait_s=5))
-        await asyncio.sleep(0)
-        await box.decide(number, 2, True)  # another candidate's
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        await box.decide(number, 4, False)
-        assert await waiting is False
-        assert await box.decision(number, 4) is False  # a rank that was rebuilt asks again
-        assert await box.next(-1) == (number, "train")
-
-    asyncio.run(story())

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from rsrlm.runtime.learner import TrainJob, export, load_policy, set_dropout
+from rsrlm.jobs import TrainJob
+from rsrlm.runtime.dropout import set_dropout
+from rsrlm.runtime.export import export
+from rsrlm.runtime.policy import load_policy
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Model
 from rsrlm.settings.train import Train
@@ -112,9 +115,9 @@ def test_an_exported_model_has_the_dropout_of_the_first(own: float, smollm2: Pat
         output = tmp_path / f"M{number}"
         job = TrainJob(
             run=str(tmp_path), iteration=number - 1, seed=0, model=str(folder), output=str(output),
-            version=output.name, train=train, items="",
+            name=output.name, train=train, items="", digest="",
         )  # fmt: skip
-        export(policy, policy.state_dict(), job, model)
+        export(policy, policy.state_dict(), job, model, output)
         found, first = AutoConfig.from_pretrained(output), AutoConfig.from_pretrained(tmp_path / "M0")
         assert found.attention_dropout == own
         assert found.to_dict() | {"_name_or_path": ""} == first.to_dict() | {"_name_or_path": ""}

@@ -202,7 +202,8 @@ def test_updates_over_gloo(
     exported: list[Path],
     expected: list[list[tuple[int, ...]]],
 ) -> None:
-    from rsrlm.runtime.learner import BroadcastJob, send
+    from rsrlm.runtime.export import send
+    from rsrlm.runtime.mailbox import BroadcastJob
 
     async def broadcast(weights: Any, address: str, port: int, world_size: int) -> None:
         paths = tuple(file.path for file in weights.files)

@@ -161,7 +161,7 @@ def test_a_row_says_what_was_made_and_trained(world: Callable[..., World]) -> No
     assert row["mean_score"] == pytest.approx((0 + 0.5 + 1.5) / 3)
     assert row["mean_margin"] == pytest.approx(1.5)
     assert row["learner"] == {
-        "train_seconds": 1.0, "decide_seconds": 1.0, "write_seconds": 1.0, "export_seconds": 1.0, "memory_gib": 1.5,
+        "train_seconds": 1.0, "decide_seconds": 0.0, "write_seconds": 1.0, "export_seconds": 1.0, "memory_gib": 1.5,
     }  # fmt: skip
     assert set(row["stage_seconds"]) == {"evaluate first model", "produce", "train", "publish", "evaluate"}
     assert row["signs"]["score_mean"] == row["mean_score"]
@@ -449,6 +449,27 @@ def test_a_choice_among_other_candidates_is_made_again(world: Callable[..., Worl
     assert made.weights() == {"M1": "M0"}
 
 
+def test_other_items_than_a_training_was_begun_with_begin_it_anew(world: Callable[..., World]) -> None:
+    """Neither its candidates nor its steps are those of the items that there are."""
+    made = world(iterations=1, prompts={"per_iteration": 5}, **EARLY)
+    made.kill = only("learner step", 2)
+    assert not start(made)
+    assert made.weights() == {"M1@1": "M0+1"}
+    (made.store.folder / "journal.jsonl").unlink()
+    made.answer = lambda request, weights: answer(request, weights).replace("as 2", "as 3")
+    made.kill = lambda _: False
+    made.start()
+    assert "iteration 0: M1 was trained on other pairs and is trained again" in made.screen.lines
+    assert [job.until for job in made.jobs] == [1, 2, 1, 2]
+    # With the same items, a candidate is not trained again.
+    made = world(name="same", iterations=1, prompts={"per_iteration": 5}, **EARLY)
+    made.kill = only("learner step", 2)
+    assert not start(made)
+    made.kill = lambda _: False
+    made.start()
+    assert [job.until for job in made.jobs] == [1, 2, 2]
+
+
 # -- choosing and stopping early ---------------------------------------------------------------------------------------
 
 
@@ -457,17 +478,32 @@ def test_training_ends_at_the_first_candidate_that_is_not_better(world: Callable
     made = world(iterations=1, prompts={"per_iteration": 5}, **EARLY)
     (row,) = made.start()
     assert made.happened.count("learner step") == 2
-    assert made.happened.count("learner candidate") == 2
+    assert [job.until for job in made.jobs] == [1, 2]
+    assert made.happened.count("learner forget") == 1  # nobody goes on with what it keeps in memory
     assert row["optimizer_steps"] == 2
     assert made.jobs[0].rule.steps(5) == 5
     assert (row["choice"]["chosen"], row["choice"]["candidates"]) == ("M1@1", ["M1@1", "M1@2", "M1"])
     assert list(row["choice"]["found"]) == ["M1@1", "M1@2"]
     assert "M1@2 is not better than M1@1: training ends" in made.screen.lines
     assert made.weights() == {"M1": "M0+1"}
-    # The learner's files are those of its last step: nobody may load them for M1.
-    assert made.pools.discarded == ["files of M1"]
+    assert made.pools.discarded == [None]  # it has no files of a candidate
     assert row["heldout"]["score_by_first"]["mean"] == 0.5
     assert {weights for weights, one in made.asked if one.id.startswith("M1/h") and "@" not in one.id} == {"M0+1", "M0"}
+
+
+def test_candidates_are_judged_after_the_training_where_it_does_not_stop_early(world: Callable[..., World]) -> None:
+    rule = {**EARLY["train"], "early_stop": False}
+    made = world(iterations=1, prompts={"per_iteration": 5}, **{**EARLY, "train": rule})
+    (row,) = made.start()
+    assert [job.until for job in made.jobs] == [1, 2, 3, 4, None]
+    trained = max(place for place, what in enumerate(made.happened) if what.startswith("learner"))
+    assert trained < min(place for place, what in enumerate(made.happened) if what.startswith("hold M1@"))
+    assert (row["optimizer_steps"], row["choice"]["chosen"]) == (5, "M1@1")
+    assert made.screen.ticks.count(("steps", 1, 10)) == 5
+    assert "learner forget" not in made.happened
+    # The learner's files are those of its last step: nobody may load them for M1.
+    assert made.pools.discarded == ["files of M1"]
+    assert made.weights() == {"M1": "M0+1"}
 
 
 def test_nothing_that_is_better_keeps_the_model_before(world: Callable[..., World]) -> None:
@@ -483,7 +519,7 @@ def test_nothing_that_is_better_keeps_the_model_before(world: Callable[..., Worl
     rows = made.start()
     assert [row["choice"]["chosen"] for row in rows] == ["M0", "M1"]
     assert made.weights() == {"M1": "M0", "M2": "M0"}
-    assert made.pools.discarded == ["files of M1", "files of M2"]
+    assert made.pools.discarded == [None, None]
     assert [row["heldout"]["score_by_first"]["mean"] for row in rows] == [0.0, 0.0]
     assert [(job.source, job.version) for job in made.jobs] == [("M0", "M1"), ("M1", "M2")]
 

@@ -4,23 +4,36 @@ import errno
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from samples import PAIR
 
-from rsrlm.runtime import exits, learner
-from rsrlm.runtime.actors import LearnerFailed
-from rsrlm.runtime.learner import newest_checkpoint, share_of, steps_of
+from rsrlm.jobs import ReferenceBatch, Resumed, StepTrained, Trained, TrainJob
+from rsrlm.runtime import exits
+from rsrlm.runtime.checkpoints import TrainingFailed, load_checkpoint, newest_checkpoint
+from rsrlm.runtime.export import FULL_BYTES
+from rsrlm.runtime.group import LearnerFailed
+from rsrlm.runtime.mailbox import Failed, Stop
+from rsrlm.runtime.rank import serve
+from rsrlm.runtime.reference import Reference, write_share
+from rsrlm.runtime.shares import Outline, micro_batches, outline, share_of, steps_of
 from rsrlm.settings.train import Train
+from rsrlm.store.items import ItemFile, write_items
 
 SCRIPT = Path(__file__).parent / "learner_rank.py"
+SESSION = Path(__file__).parent / "session_rank.py"
 OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
 SFT = {"method": "sft"}
 
@@ -31,11 +44,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(model: Path, output: Path, world_size: int, cases: list[Any]) -> list[dict[str, Any]]:
-    import torch
-
+@contextmanager
+def ranks(script: Path, world_size: int, arguments: list[Any]) -> Iterator[None]:
+    """The script as this number of ranks of one process group; all must end well."""
     port = str(free_port())
-    ranks = []
+    started = []
     for rank in range(world_size):
         environment = {
             **os.environ,
@@ -48,11 +61,19 @@ def run_ranks(model: Path, output: Path, world_size: int, cases: list[Any]) -> l
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(SCRIPT), str(model), str(output), json.dumps(cases)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    for rank in ranks:
+        command = [sys.executable, str(script), *map(str, arguments)]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    yield
+    for rank in started:
         out, _ = rank.communicate(timeout=400)
         assert rank.returncode == 0, out.decode()[-3000:]
+
+
+def run_ranks(model: Path, output: Path, world_size: int, cases: list[Any]) -> list[dict[str, Any]]:
+    import torch
+
+    with ranks(SCRIPT, world_size, [model, output, json.dumps(cases)]):
+        pass
     return torch.load(output, weights_only=False)
 
 
@@ -131,28 +152,6 @@ def assert_same_step(other: dict[str, Any], reference: dict[str, Any]) -> None:
         assert torch.allclose(other["gradients"][name], gradient, atol=float(1e-3 * scale), rtol=0), name
 
 
-def pairs_of(count: int) -> list[Any]:
-    sys.path.insert(0, str(SCRIPT.parent))
-    from dataclasses import replace
-
-    from rsrlm.records import PreferencePair
-
-    base = PreferencePair(
-        id="",
-        prompt_id="p",
-        kind="actor",
-        chosen_id="c",
-        rejected_id="r",
-        prompt_token_ids=(1,),
-        chosen_token_ids=(2,),
-        rejected_token_ids=(3,),
-        chosen_score=1.0,
-        rejected_score=0.0,
-        weight_version="M0",
-    )
-    return [replace(base, id=str(number)) for number in range(count)]
-
-
 @pytest.mark.parametrize(
     ("count", "world_size", "micro_batch", "rounds"),
     [(5, 1, 2, 3), (5, 2, 1, 3), (5, 2, 5, 1), (1, 3, 2, 1), (8, 2, 2, 2)],
@@ -160,58 +159,190 @@ def pairs_of(count: int) -> list[Any]:
 def test_shares_cover_a_batch_once_and_keep_ranks_in_step(
     count: int, world_size: int, micro_batch: int, rounds: int
 ) -> None:
-    batch = pairs_of(count)
+    batch = [10 + place for place in range(count)]
     shares = [share_of(batch, rank, world_size, micro_batch) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {rounds}
-    counted = [p.id for share in shares for pairs, weights in share for p, w in zip(pairs, weights, strict=True) if w]
-    assert sorted(counted) == sorted(pair.id for pair in batch)
-    assert all(1 <= len(pairs) <= micro_batch for share in shares for pairs, _ in share)
+    assert {len(share) for share in shares} == {rounds} == {micro_batches(count, world_size, micro_batch)}
+    counted = [
+        place for share in shares for places, counts in share for place, one in zip(places, counts, strict=True) if one
+    ]
+    assert sorted(counted) == batch
+    assert all(1 <= len(places) <= micro_batch for share in shares for places, _ in share)
 
 
 def test_steps_use_every_pair_once_per_epoch() -> None:
     train = Train(lr=1e-3, pairs_per_step=4, epochs=3)
-    steps = steps_of(pairs_of(10), train, 0, 0)
-    ids = [[pair.id for pair in step] for step in steps]
-    assert [len(step) for step in ids] == [4, 4, 2] * 3
-    assert ids[:3] == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "9"]]
-    epochs = [[pair for step in ids[i : i + 3] for pair in step] for i in (0, 3, 6)]
+    steps = [list(step) for step in steps_of(10, train, 0, 0)]
+    assert [len(step) for step in steps] == [4, 4, 2] * 3
+    assert steps[:3] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    epochs = [[place for step in steps[i : i + 3] for place in step] for i in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert epochs[1] != epochs[0] != epochs[2] != epochs[1]
-    assert steps_of(pairs_of(10), train, 0, 0) == steps
+    assert [list(step) for step in steps_of(10, train, 0, 0)] == steps
+    # The order is that of the seed and the iteration, whatever has changed since.
+    assert epochs[1] == [4, 6, 3, 8, 9, 0, 2, 5, 7, 1]
 
 
-def test_the_newest_checkpoint_of_the_model_counts(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path, "M2") is None
-    for name in ("M1-s000008", "M2-s000002", "M2-s000010", "M2-s000012.tmp", "M2-s1-s000020", "M2.ahead-s000030"):
+def test_what_all_ranks_know_of_a_step(tmp_path: Path) -> None:
+    pairs = [replace(PAIR, id=str(n), kind="ab"[n % 2], chosen_token_ids=(1,) * n) for n in range(3)]
+    write_items(tmp_path / "items", pairs)
+    items: ItemFile[Any] = ItemFile(tmp_path / "items")
+    found = outline(items, [2, 0], ("chosen_token_ids", "rejected_token_ids"))
+    rejected = len(PAIR.rejected_token_ids)
+    assert found == Outline(ids=["2", "0"], kinds=["a", "a"], response_tokens=[2 + rejected, rejected])
+
+
+def job_of(run: Path, **changes: Any) -> TrainJob:
+    made = TrainJob(
+        run=str(run), iteration=0, seed=0, model="m", output=str(run / "models/M2"), name="M2",
+        train=Train(lr=1e-3, pairs_per_step=1), items="i", digest="0123456789ab",
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def test_the_newest_checkpoint_of_the_training_counts(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    assert newest_checkpoint(job) is None
+    names = (
+        "M1-01234567-s000008", "M2-01234567-s000002", "M2-01234567-s000010", "M2-01234567-s000012.tmp",
+        "M2-01234567-s1-s000020", "M2.ahead-01234567-s000030", "M2-ffffffff-s000040", "M2-01234567-reference",
+    )  # fmt: skip
+    for name in names:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_checkpoint(tmp_path, "M2") == (tmp_path / "checkpoints" / "M2-s000010", 10)
+    assert newest_checkpoint(job) == (tmp_path / "checkpoints" / "M2-01234567-s000010", 10)
+    # A job that ends before it cannot start from it.
+    assert newest_checkpoint(replace(job, until=10)) == newest_checkpoint(job)
+    assert newest_checkpoint(replace(job, until=9)) == (tmp_path / "checkpoints" / "M2-01234567-s000002", 2)
+    assert newest_checkpoint(replace(job, until=1)) is None
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("what", ["folder", "file", "link"])
 def test_a_checkpoint_with_a_file_of_another_user_is_not_read(what: str, tmp_path: Path) -> None:
-    path = tmp_path / "i00-s000002"
+    path = tmp_path / "M1-01234567-s000002"
     (path / "state").mkdir(parents=True)
     file = path / "state" / "mp_rank_00_model_states.pt"
     file.write_bytes(b"a pickle")
     read: list[str] = []
 
-    def load_checkpoint(folder: str, tag: str) -> Any:
+    def load(folder: str, tag: str) -> Any:
         read.append(folder)
-        return None, {"rsrlm_reference": {}, "rsrlm_rows": []}
+        return None, {"rsrlm_rows": []}
 
-    policy: Any = SimpleNamespace(
-        engine=SimpleNamespace(load_checkpoint=load_checkpoint), train=SimpleNamespace(zero_stage=0)
-    )
-    assert learner.load_checkpoint(policy, path) == ({}, [])
+    engine: Any = SimpleNamespace(load_checkpoint=load)
+    assert load_checkpoint(engine, path, zero_stage=0) == []
     assert read == [str(path)]
     if what == "link":
         file.rename(tmp_path / "theirs")
         file.symlink_to(tmp_path / "theirs")
     os.chown(path if what == "folder" else file, 65534, 65534)
-    with pytest.raises(learner.TrainingFailed, match="belongs to another user"):
-        learner.load_checkpoint(policy, path)
+    with pytest.raises(TrainingFailed, match="belongs to another user"):
+        load_checkpoint(engine, path, zero_stage=0)
     assert read == [str(path)]
+
+
+# -- log-probabilities before the first update -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_each_rank_reads_what_all_have_written(world_size: int, tmp_path: Path) -> None:
+    lengths = [3, 1, 4, 2, 5]
+    values = [np.arange(length, dtype=np.float32) + 10 * place for place, length in enumerate(lengths)]
+    for rank in range(world_size):
+        write_share(tmp_path, rank, world_size, values[rank::world_size])
+    reference = Reference(tmp_path, lengths)
+    assert reference.of([4, 0, 1]).tolist() == [*values[4], *values[0], *values[1]]
+    assert str(reference.of([2]).dtype) == "torch.float32"
+    assert all(reference.of([place]).tolist() == list(values[place]) for place in range(5))
+
+
+def test_a_share_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    write_share(tmp_path, 0, 1, [np.zeros(3, np.float32)])
+    with pytest.raises(ValueError, match="3 log-probabilities in a file that should have 4"):
+        Reference(tmp_path, [2, 2])
+
+
+# -- jobs in parts -----------------------------------------------------------------------------------------------------
+
+
+def run_sessions(model: Path, run: Path, world_size: int, jobs: list[Any]) -> list[list[Any]]:
+    """What the first rank says of each job; see session_rank.py."""
+    with ranks(SESSION, world_size, [model, run, json.dumps(jobs)]):
+        pass
+    return pickle.loads((run / "said").read_bytes())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage", "ways"),
+    [(1, 0, ["kept", "anew", "torn"]), pytest.param(2, 2, ["kept", "anew"], marks=pytest.mark.full)],
+)
+def test_a_training_in_parts_is_the_training_in_one(
+    tiny_model: Path, tmp_path: Path, world_size: int, zero_stage: int, ways: list[str]
+) -> None:
+    """Whatever lies between the parts: nothing, a new process, or another training."""
+    common = {"zero_stage": zero_stage, "epochs": 2, "dropout": 0.1}
+    whole = tmp_path / "whole"
+    (said,) = run_sessions(tiny_model, whole, world_size, [common])
+    rows = [event.row for event in said if isinstance(event, StepTrained)]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert isinstance(said[-1], Trained)
+    assert [Path(file.path).name.endswith("M1.safetensors") for file in said[-1].files] == [True]
+    weights = (whole / "models/M1/model.safetensors").read_bytes()
+    parts = [{**common, "until": 2}, {**common, "until": 3}, common]
+    other = {**common, "name": "other", "until": 1}
+    for way in ways:
+        run = tmp_path / way
+        if way == "anew":
+            found = [run_sessions(tiny_model, run, world_size, [part])[0] for part in parts]
+        else:
+            jobs = parts if way == "kept" else [parts[0], other, *parts[1:]]
+            found = run_sessions(tiny_model, run, world_size, jobs)
+            found = found if way == "kept" else [found[0], *found[2:]]
+        assert [part[-1].steps for part in found] == [2, 3, 6]
+        assert [part[-1].files is None for part in found] == [True, True, False]
+        resumed = [event for part in found for event in part if isinstance(event, Resumed)]
+        assert [(one.step, len(one.rows), one.of) for one in resumed] == [(0, 0, 6), (2, 2, 6), (3, 3, 6)]
+        again = [event.row for part in found for event in part if isinstance(event, StepTrained)]
+        for row, expected in zip(again, rows, strict=True):
+            exact = [name for name in expected if name not in ("seconds", "tokens_per_s", "memory_gib")]
+            assert {name: row[name] for name in exact} == {name: expected[name] for name in exact}
+        assert (run / "models/M1/model.safetensors").read_bytes() == weights
+        candidates = [(run / f"models/M1@{step}/model.safetensors").read_bytes() for step in (2, 3)]
+        assert len({*candidates, weights}) == 3
+        # The log-probabilities before the first update are made once.
+        assert not any(isinstance(event, ReferenceBatch) for part in found[1:] for event in part)
+
+
+@pytest.mark.ray
+def test_another_number_of_ranks_takes_a_training_up(tiny_model: Path, tmp_path: Path) -> None:
+    """Without ZeRO: two ranks go on with what one has begun, log-probabilities before the first update included."""
+    common = {"epochs": 2, "pairs_per_step": 2}
+    (said,) = run_sessions(tiny_model, tmp_path / "whole", 1, [common])
+    run_sessions(tiny_model, tmp_path / "parts", 1, [{**common, "until": 2}])
+    (after,) = run_sessions(tiny_model, tmp_path / "parts", 2, [common])
+    assert not any(isinstance(event, ReferenceBatch) for event in after)
+    rows = [event.row for event in said if isinstance(event, StepTrained)][2:]
+    again = [event.row for event in after if isinstance(event, StepTrained)]
+    assert [row["pair_ids"] for row in again] == [row["pair_ids"] for row in rows]
+    for name in ("loss", "margin", "chosen_logp", "grad_norm"):
+        assert [row[name] for row in again] == pytest.approx([row[name] for row in rows], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.ray
+def test_a_rank_does_without_vllm(tmp_path: Path, tiny_model: Path) -> None:
+    """It trains beside the engines, and sends weights to them: their library would cost it seconds and memory."""
+    code = (
+        "import sys, runpy\n"
+        "import rsrlm.runtime.rank, rsrlm.runtime.group\n"
+        f"sys.path.insert(0, {str(SESSION.parent)!r})\n"
+        "runpy.run_path(sys.argv[1])['main']()\n"
+        "assert 'rsrlm.runtime.gloo' in sys.modules\n"
+        "assert not [name for name in sys.modules if name.partition('.')[0] == 'vllm']\n"
+    )
+    script = tmp_path / "rank.py"
+    script.write_text(code.replace("sys.argv[1]", repr(str(SESSION))))
+    with ranks(script, 1, [tiny_model, tmp_path / "run", json.dumps([{"until": 1}])]):
+        pass
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------
@@ -231,20 +362,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def serve_one(folder: Path, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def serve_one(folder: Path, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What a rank says when `work` is its training job."""
-    events: list[dict[str, Any]] = []
-    # The second answer is for the rank's look at what waits beside its job.
-    jobs = iter([(0, "a job"), (0, None), (1, "stop")])
+    events: list[Any] = []
+    jobs = iter([(0, job_of(folder)), (0, None), (1, Stop())])
     names = {"next": lambda *_: next(jobs), "emit": lambda number, event: events.append(event)}
     remote = {name: SimpleNamespace(remote=call) for name, call in names.items()}
     monkeypatch.setattr("ray.get", lambda value: value)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
-    monkeypatch.setattr(learner, "run_job", lambda *_: work())
+    monkeypatch.setattr("rsrlm.runtime.session.Session", lambda *_: work())
     train = Train(lr=1e-3, pairs_per_step=1)
-    learner.serve({"model": None, "train": train, "mailbox": SimpleNamespace(**remote), "folder": str(folder)})
+    serve({"model": None, "train": train, "mailbox": SimpleNamespace(**remote), "folder": str(folder)})
     return events
+
+
+def test_what_the_user_must_mend_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise TrainingFailed("the loss is nan")
+
+    assert serve_one(tmp_path, fail, monkeypatch) == [Failed(message="the loss is nan")]
 
 
 def test_an_export_on_a_full_disk_is_the_users_to_mend(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +392,9 @@ def test_an_export_on_a_full_disk_is_the_users_to_mend(small_disk: Path, monkeyp
     (event,) = serve_one(
         small_disk, lambda: save_file({"a": np.zeros(120 << 20, np.uint8)}, small_disk / "m"), monkeypatch
     )
-    assert shutil.disk_usage(small_disk).free > learner.FULL_BYTES
-    status, code, reason = exits.failure(LearnerFailed(event["message"]))
-    assert (event["event"], status, code) == ("failed", "failed", 2)
+    assert shutil.disk_usage(small_disk).free > FULL_BYTES
+    status, code, reason = exits.failure(LearnerFailed(event.message))
+    assert (status, code) == ("failed", 2)
     assert reason.startswith("the disk is full (No space left on device (")
 
 
@@ -267,7 +404,7 @@ def test_a_checkpoint_on_a_full_disk_is_the_users_to_mend(small_disk: Path, monk
     (event,) = serve_one(
         small_disk, lambda: torch.save({"a": torch.zeros(120 << 20, dtype=torch.uint8)}, small_disk / "m"), monkeypatch
     )
-    assert exits.failure(LearnerFailed(event["message"]))[1] == 2
+    assert exits.failure(LearnerFailed(event.message))[1] == 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), OSError(errno.EIO, "Input/output error"), KeyError("x")])

@@ -7,7 +7,7 @@ SR is Self-Rewarding (2401.10020v3), MR Meta-Rewarding (2407.19594v2); numbers a
 import asyncio
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +44,8 @@ from rsrlm.records import (
     Sampling,
     Scored,
 )
-from rsrlm.runtime.learner import set_dropout, steps_of
+from rsrlm.runtime.dropout import set_dropout
+from rsrlm.runtime.shares import steps_of
 
 ROOT = Path(__file__).parent.parent
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
@@ -190,9 +191,8 @@ def learning_rates(config: Config, encoder: ChatEncoder) -> list[float]:
 
 
 def steps(config: Config, encoder: ChatEncoder) -> Any:
-    items: Sequence[Any] = [RESPONSES[0]] * 11
     train = recipe_config(config).train
-    return [len(step) for step in steps_of(items, train, 0, 0)][: train.steps(11)]
+    return [len(step) for step in steps_of(11, train, 0, 0)][: train.steps(11)]
 
 
 def requests(config: Config, encoder: ChatEncoder) -> Any:

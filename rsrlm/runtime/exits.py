@@ -49,7 +49,7 @@ def failure(error: BaseException) -> tuple[str, int, str]:
             return status, code, str(error)
     from ray.exceptions import RayTaskError
 
-    from rsrlm.runtime.actors import LearnerFailed
+    from rsrlm.runtime.group import LearnerFailed
     from rsrlm.runtime.replicas import PoolFailed
 
     cause = error.cause if isinstance(error, RayTaskError) else error  # the actor's own, which has its errno

@@ -2,12 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
-from rsrlm.config import Config
 from rsrlm.engines import Answers
 from rsrlm.iterative import Spine, run_iterations
 from rsrlm.report import tables
@@ -17,52 +14,16 @@ from rsrlm.run import Run
 from rsrlm.runtime.cluster import engines_of, ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
 from rsrlm.runtime.setup import Prepared
-from rsrlm.settings.train import TrainRule
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import CompletionLog
 
 
-class LearnerPort:
-    """The learner group by model names."""
-
-    def __init__(self, config: Config, store: RunFolder, first: Path, group: Any) -> None:
-        self._config = config
-        self._store = store
-        self._first = first
-        self._group = group
-
-    def train(
-        self,
-        iteration: int,
-        source: str,
-        version: str,
-        train: TrainRule,
-        items: Path,
-    ) -> AsyncIterator[dict[str, Any]]:
-        from rsrlm.runtime.learner import TrainJob
-
-        job = TrainJob(
-            run=str(self._store.folder),
-            iteration=iteration,
-            seed=self._config.seed,
-            model=str(self._first if source == "M0" else self._store.model(source)),
-            output=str(self._store.model(version)),
-            version=version,
-            train=train,
-            items=str(items),
-        )
-        return self._group.train(job)
-
-    async def decide(self, step: int, go_on: bool) -> None:
-        await self._group.decide(step, go_on)
-
-
 async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -> list[dict[str, Any]]:
-    from rsrlm.runtime.actors import Learner
+    from rsrlm.runtime.group import LearnerGroup
     from rsrlm.runtime.pools import EnginePools
 
     config = prepared.config
-    group = Learner(config, store.folder / ".train")
+    group = LearnerGroup(config, store.folder / ".train")
     models = {config.model_name(0): prepared.model}
     up: list[int] = []
 
@@ -86,7 +47,7 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
         run = Run(pools, Answers(answers), report, store.event, await pools.model(config.model_name(0)), store.segments)
         spine = Spine(
             run=run,
-            learner=LearnerPort(config, store, prepared.model, group),
+            learner=group,
             store=store,
             heldout=prepared.heldout,
             validation=prepared.validation,

@@ -26,8 +26,8 @@ from rsrlm.recipes.sft import MADE, SFT
 from rsrlm.records import Example, Prompt, Task, wording
 from rsrlm.report import alarms
 from rsrlm.runtime.cluster import check_devices
+from rsrlm.runtime.dropout import set_dropout
 from rsrlm.runtime.endpoint import EndpointClient
-from rsrlm.runtime.learner import set_dropout
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import BUILTIN_MODEL
 from rsrlm.settings.methods import JudgeSection, Validator

@@ -19,10 +19,10 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rsrlm.runtime.gloo import broadcast, gloo_group
 from rsrlm.runtime.weights import WeightFile, bytes_of, tensors_in, verified
 
 BACKENDS = {"shm": "rsrlm_shm", "gloo": "rsrlm_gloo"}
-BUCKET_BYTES = 64 << 20
 
 
 def repair_tied_head(model: torch.nn.Module) -> None:
@@ -104,22 +104,6 @@ class GlooEngine(ShmEngine):
 
     def shutdown(self) -> None:
         self.group = None
-
-
-def gloo_group(address: str, port: int, rank: int, world_size: int) -> Any:
-    """A process group of its own, beside the one that torch.distributed may already hold."""
-    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
-
-    return stateless_init_torch_distributed_process_group(address, port, rank, world_size, "gloo")
-
-
-def broadcast(group: Any, data: torch.Tensor) -> None:
-    """Broadcast a uint8 tensor from rank 0 in buckets; both sides cut at the same places."""
-    options = torch.distributed.BroadcastOptions()
-    options.rootRank = 0
-    options.rootTensor = 0
-    for start in range(0, data.numel(), BUCKET_BYTES):
-        group.broadcast([data[start : start + BUCKET_BYTES]], options).wait()
 
 
 class WorkerExtension:

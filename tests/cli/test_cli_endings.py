@@ -32,7 +32,7 @@ def of_an_actor(error: Exception) -> BaseException:
 
 
 def of_the_learner(message: str) -> Exception:
-    from rsrlm.runtime.actors import LearnerFailed
+    from rsrlm.runtime.group import LearnerFailed
 
     return LearnerFailed(message)
 

@@ -1,12 +1,12 @@
-"""The learner group on the driver's side.
+"""The learner's group: one long fit of Ray Train, fed through a mailbox.
 
-It decides nothing about losses or steps: jobs go in, events come out.
+Ray Train places the ranks together, sets up their process group and rebuilds the group when a rank dies.
 """
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,19 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rsrlm.config import Config
-from rsrlm.runtime.learner import BroadcastJob, TrainJob, serve
-from rsrlm.runtime.mailbox import Mailbox
+from rsrlm.jobs import Event, Trained, TrainJob, follow
+from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, LearnerJob, Mailbox, Stop
+from rsrlm.runtime.rank import serve
 from rsrlm.runtime.weights import WeightSet
+from rsrlm.store.steps import StepLog
 
 
 class LearnerFailed(RuntimeError):
     """The learner group cannot go on."""
 
 
-class Learner:
-    """The learner group: one long fit of Ray Train, fed through a mailbox.
-
-    Ray Train places the ranks together, sets up their process group and rebuilds the group when a rank dies.
-    """
+class LearnerGroup:
+    """The driver's side of the learner. Use it from one event loop."""
 
     def __init__(self, config: Config, storage: Path) -> None:
         self._config = config
@@ -36,7 +35,6 @@ class Learner:
         self._fitting: Any = None
         self._fit: asyncio.Future[None] | None = None
         self._working = 0  # jobs that are not done
-        self._training = -1  # number of the newest training job
 
     async def start(self) -> None:
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
@@ -55,12 +53,11 @@ class Learner:
 
         self._fit = asyncio.ensure_future(fit())
 
-    async def _run(self, job: TrainJob | BroadcastJob) -> AsyncIterator[dict[str, Any]]:
+    async def _run(self, job: LearnerJob) -> AsyncIterator[Any]:
+        """What is said of a job, to its end. Raises LearnerFailed."""
         assert self._fit is not None
         self._working += 1
         number = await self._mailbox.post.remote(job)
-        if isinstance(job, TrainJob):
-            self._training = number
         seen = 0
         while True:
             waiting = asyncio.ensure_future(self._mailbox.events.remote(number, seen))
@@ -74,26 +71,27 @@ class Learner:
                 raise LearnerFailed("the learner group ended before its job")
             for event in await waiting:
                 seen += 1
-                if event["event"] == "failed":
-                    raise LearnerFailed(event["message"])
-                if event["event"] == "done":
+                if isinstance(event, Failed):
+                    raise LearnerFailed(event.message)
+                if isinstance(event, (Trained, Finished)):
                     self._working -= 1
                 yield event
-                if event["event"] == "done":
+                if isinstance(event, (Trained, Finished)):
                     return
 
-    def train(self, job: TrainJob) -> AsyncIterator[dict[str, Any]]:
-        """Events of `rsrlm.runtime.learner.run_job`, the last one `done`. Raises LearnerFailed."""
-        return self._run(job)
+    async def train(self, job: TrainJob, log: StepLog, on_event: Callable[[Event], None]) -> Trained:
+        """Do a job; its steps are in the log when it is done. Raises LearnerFailed."""
+        return await follow(self._run(job), log, on_event)
 
-    async def decide(self, step: int, go_on: bool) -> None:
-        """Whether the training job goes on behind its candidate of this step; it waits for that."""
-        await self._mailbox.decide.remote(self._training, step, go_on)
+    async def forget(self) -> None:
+        """Give up what the ranks keep in memory for another job of the same training."""
+        async for _ in self._run(ForgetJob()):
+            pass
 
     async def broadcast(self, weights: WeightSet, address: str, port: int, world_size: int) -> None:
+        """Send the files of a version to the engines' workers over gloo."""
         paths = tuple(file.path for file in weights.files)
-        job = BroadcastJob(paths=paths, address=address, port=port, world_size=world_size)
-        async for _ in self._run(job):
+        async for _ in self._run(BroadcastJob(paths=paths, address=address, port=port, world_size=world_size)):
             pass
 
     async def close(self) -> None:
@@ -101,7 +99,7 @@ class Learner:
             return
         if not self._working:  # in the middle of a job no rank hears it
             with contextlib.suppress(Exception):
-                await self._mailbox.post.remote("stop")
+                await self._mailbox.post.remote(Stop())
                 await asyncio.wait({self._fit}, timeout=15)
         for actor in (self._fitting, self._mailbox):
             with contextlib.suppress(Exception):

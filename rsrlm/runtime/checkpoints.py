@@ -1,0 +1,76 @@
+"""Where a training can be taken up again: DeepSpeed's own checkpoints, and the log-probabilities before the first
+update. Their names tell the model and the items, so that those of a training on other items are not taken."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from rsrlm.jobs import TrainJob
+from rsrlm.store.atomic import sync_files
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says why and names the items."""
+
+
+def _place(job: TrainJob, name: str) -> Path:
+    return Path(job.run) / "checkpoints" / f"{job.name}-{job.digest[:8]}-{name}"
+
+
+def checkpoint_path(job: TrainJob, step: int) -> Path:
+    return _place(job, f"s{step:06d}")
+
+
+def reference_path(job: TrainJob) -> Path:
+    return _place(job, "reference")
+
+
+def newest_checkpoint(job: TrainJob) -> tuple[Path, int] | None:
+    """The newest whole checkpoint of a training that is not beyond the end of the job, and the number of optimizer
+    steps before it."""
+    start = re.escape(checkpoint_path(job, 0).name.removesuffix("s000000"))
+    folder = checkpoint_path(job, 0).parent
+    steps = [int(found[1]) for path in folder.glob("*") if (found := re.fullmatch(rf"{start}s(\d{{6}})", path.name))]
+    steps = [step for step in steps if job.until is None or step <= job.until]
+    return (checkpoint_path(job, max(steps)), max(steps)) if steps else None
+
+
+def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]]) -> None:
+    """It has its name when every rank has written its part; then older ones of this model go. `rows` are the metrics of
+    the steps before it."""
+    path = checkpoint_path(job, len(rows))
+    scratch = path.with_name(path.name + ".tmp")
+    engine.save_checkpoint(str(scratch), tag="state", client_state={"rsrlm_rows": rows})
+    dist.barrier()
+    if dist.get_rank() == 0:
+        sync_files(scratch)
+        shutil.rmtree(path, ignore_errors=True)
+        scratch.rename(path)
+        for old in path.parent.glob("*"):
+            if old != path and re.fullmatch(re.escape(job.name) + r"-[^-]*-s\d{6}", old.name):
+                shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def load_checkpoint(engine: Any, path: Path, zero_stage: int) -> list[dict[str, Any]]:
+    """Restore weights and optimizer; returns the metrics of the steps before. Raises TrainingFailed."""
+    # lstat as well: a link of one's own may lead to a file of another's.
+    for file in (path, *path.rglob("*")):
+        if {file.stat().st_uid, file.lstat().st_uid} != {os.getuid()}:
+            raise TrainingFailed(
+                f"checkpoint {path}: {file.name} belongs to another user, and is not read since DeepSpeed's format can "
+                "run code; delete the checkpoint to start the iteration's training again"
+            )
+    ranks = len(list((path / "state").glob("*optim_states.pt"))) or 1
+    if zero_stage and ranks != dist.get_world_size():
+        raise TrainingFailed(
+            f"checkpoint {path} was written by {ranks} ranks and cannot be read by {dist.get_world_size()}; resume "
+            f"with train.workers={ranks}, or delete it to start the iteration's training again"
+        )
+    _, client = engine.load_checkpoint(str(path), tag="state")
+    rows: list[dict[str, Any]] = client["rsrlm_rows"]
+    return rows

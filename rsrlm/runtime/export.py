@@ -1,0 +1,54 @@
+"""What a training leaves: model folders, and the files that engines take the weights from."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rsrlm.jobs import TrainJob
+from rsrlm.model import load_tokenizer
+from rsrlm.runtime.gloo import broadcast, gloo_group
+from rsrlm.runtime.mailbox import BroadcastJob
+from rsrlm.runtime.weights import bytes_of
+from rsrlm.settings.machine import Model
+from rsrlm.store.atomic import sync_files
+
+FULL_BYTES = 64 << 20  # less free space than this explains a failed write
+
+
+def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model, output: Path) -> None:
+    """A Hugging Face folder with tokenizer and chat template; it appears under its name only when it is whole."""
+    from transformers import AutoConfig
+
+    scratch = output.with_name(output.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch, state_dict=state)
+    # The model's own config has what this stage's training set, dropout and no cache: that is no other stage's.
+    source = AutoConfig.from_pretrained(job.model, trust_remote_code=config.trust_remote_code)
+    source.architectures, source.dtype = model.config.architectures, model.dtype
+    source.save_pretrained(scratch)
+    load_tokenizer(Path(job.model), config.trust_remote_code).save_pretrained(scratch)
+    generation = Path(job.model) / "generation_config.json"
+    if generation.is_file():
+        shutil.copy(generation, scratch)
+    sync_files(scratch)
+    shutil.rmtree(output, ignore_errors=True)
+    scratch.rename(output)
+
+
+def send(job: BroadcastJob) -> None:
+    """Broadcast the files over a gloo group of this process and the replicas' workers."""
+    group = gloo_group(job.address, job.port, 0, job.world_size)
+    for path in job.paths:
+        broadcast(group, bytes_of(path))
+
+
+def disk_is_full(error: Exception, folder: str | Path) -> bool:
+    """Whether a write failed for want of space, so that a rebuilt group would fail in the same way.
+
+    safetensors raises an error of its own with the system's words, and takes away what it has written. torch says
+    nothing of the reason, and leaves the disk full.
+    """
+    said = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return said or (isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free <= FULL_BYTES)

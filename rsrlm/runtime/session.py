@@ -1,0 +1,176 @@
+"""The training of one model on the learner's ranks, job by job.
+
+It starts from a model folder, writes the log-probabilities before the first update, trains, exports and is given up, so
+a resumed run takes the same path as an undisturbed one.
+"""
+
+import gc
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rsrlm.jobs import ReferenceBatch, Resumed, Said, StepTrained, Trained, TrainJob
+from rsrlm.losses.schedule import lr_at
+from rsrlm.records import seed_of
+from rsrlm.runtime import weights
+from rsrlm.runtime.checkpoints import load_checkpoint, newest_checkpoint, reference_path, save_checkpoint
+from rsrlm.runtime.export import export, send
+from rsrlm.runtime.mailbox import BroadcastJob, Finished, ForgetJob
+from rsrlm.runtime.policy import Policy, load_policy
+from rsrlm.runtime.reference import Reference
+from rsrlm.runtime.shares import steps_of
+from rsrlm.settings.machine import Model
+from rsrlm.store.atomic import sync_files
+from rsrlm.store.items import ItemFile
+
+Say = Callable[[Any], None]
+
+
+def candidate_path(output: str, step: int) -> Path:
+    """The model after this number of optimizer steps, beside the one at the end of the training."""
+    return Path(f"{output}@{step}")
+
+
+class Desk:
+    """What one rank works at: the jobs, and the training that is kept in memory until it is done."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._session: Session | None = None
+
+    def do(self, job: TrainJob | BroadcastJob | ForgetJob, say: Say) -> None:
+        """Do a job. On the first rank `say` tells of it, the end included."""
+        if isinstance(job, TrainJob):
+            self._train(job, say)
+            return
+        if isinstance(job, ForgetJob):
+            self.forget()
+        elif dist.get_rank() == 0:
+            send(job)
+        say(Finished())
+
+    def _train(self, job: TrainJob, say: Say) -> None:
+        keep = False
+        try:
+            if self._session is None or not self._session.can_do(job):
+                self.forget()
+                self._session = Session(job, self._model, say)
+            self._session.do(job, say)
+            keep = job.until is not None
+        finally:
+            if not keep:
+                self.forget()
+
+    def forget(self) -> None:
+        if self._session:
+            self._session.close()
+        self._session = None
+        gc.collect()
+
+
+class Session:
+    """A training in memory: the policy after as many optimizer steps as there are rows of metrics."""
+
+    def __init__(self, job: TrainJob, model: Model, say: Callable[[Said], None]) -> None:
+        self._job, self._model = job, model
+        self._root = dist.get_rank() == 0
+        items: ItemFile[Any] = ItemFile(Path(job.items))
+        self._steps = steps_of(len(items), job.train, job.seed, job.iteration)
+        self._last = job.train.steps(len(items))
+        self._policy = Policy(load_policy(job.model, model, job.train), job.train, model.dtype, items)
+        self._rows: list[dict[str, Any]] = []
+        self._saved = 0  # optimizer steps before the newest checkpoint
+        try:
+            if self._policy.loss.needs_reference:
+                self._policy.reference = self._reference(len(items), say)
+            found = agreed(newest_checkpoint(job))
+            if found:
+                path, self._saved = found
+                self._rows = load_checkpoint(self._policy.engine, path, job.train.zero_stage)
+        except BaseException:
+            self.close()
+            raise
+
+    def _reference(self, items: int, say: Callable[[Said], None]) -> Reference:
+        """Of the model that the training starts from: before a checkpoint is loaded."""
+        folder = reference_path(self._job)
+        if not agreed(folder.exists()):
+            scratch = folder.with_name(folder.name + ".tmp")
+            if self._root:
+                shutil.rmtree(scratch, ignore_errors=True)
+            dist.barrier()
+            self._policy.write_reference(scratch, lambda done, of: say(ReferenceBatch(done=done, of=of)))
+            dist.barrier()
+            if self._root:
+                sync_files(scratch)
+                scratch.rename(folder)
+            dist.barrier()
+        return Reference(folder, self._policy.outline(range(items)).response_tokens)
+
+    def can_do(self, job: TrainJob) -> bool:
+        """Whether the job takes this training up from where it is, or further on."""
+        return self._job.continues(job) and len(self._rows) <= (self._last if job.until is None else job.until)
+
+    def do(self, job: TrainJob, say: Callable[[Said], None]) -> None:
+        """Train to the end of the job and export the model."""
+        started = time.perf_counter()
+        policy, rows = self._policy, self._rows
+        say(Resumed(step=len(rows), of=self._last, packed=policy.packed, rows=list(rows)))
+        end = self._last if job.until is None else job.until
+        for number in range(len(rows), end):
+            rows.append({"step": number, **self._step(number)})
+            say(StepTrained(row=rows[-1]))
+            if len(rows) % job.train.checkpoint_every_steps == 0 and len(rows) < end:
+                self._save(job)
+        if job.until is not None and self._saved < end:
+            self._save(job)  # before the export: who finds the candidate can go on from here
+        trained = time.perf_counter()
+        state = policy.state()
+        if self._root:
+            files = weights.write(state, Path(job.run), job.name) if job.until is None else None
+            written = time.perf_counter()
+            output = Path(job.output) if job.until is None else candidate_path(job.output, job.until)
+            export(policy.model, state, job, self._model, output)
+            say(
+                Trained(
+                    steps=end,
+                    files=files,
+                    train_seconds=trained - started,
+                    write_seconds=written - trained,
+                    export_seconds=time.perf_counter() - written,
+                )
+            )
+        dist.barrier()
+
+    def _step(self, number: int) -> dict[str, Any]:
+        job, train = self._job, self._job.train
+        lr = lr_at(
+            number,
+            len(self._steps),
+            lr=train.lr,
+            lr_final=train.lr_final,
+            warmup_steps=train.warmup_steps,
+            schedule=train.schedule,
+        )
+        # Dropout draws the same masks when a step is replayed, and others on every rank.
+        torch.manual_seed(seed_of(job.seed, job.iteration, str(number), "learner", str(dist.get_rank())))
+        return self._policy.step(self._steps[number], lr)
+
+    def _save(self, job: TrainJob) -> None:
+        save_checkpoint(self._policy.engine, job, self._rows)
+        self._saved = len(self._rows)
+
+    def close(self) -> None:
+        self._policy.close()
+
+
+def agreed(found: Any) -> Any:
+    """What the first rank has found, on all ranks: a shared file system may show others something else for a while."""
+    box = [found]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,53 @@
+"""One rank that does training jobs outside Ray, started by test_learner.py: what the first rank says of each job is
+pickled to RUN/said.
+
+`python session_rank.py MODEL RUN JOBS` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; JOBS is JSON: a list of
+the options of `train`, beside which `until` and `name` are those of the job.
+"""
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from learner_rank import make_pairs
+
+from rsrlm.jobs import TrainJob
+from rsrlm.runtime.session import Desk
+from rsrlm.settings.machine import Model
+from rsrlm.settings.train import Train
+from rsrlm.store.items import write_items
+
+
+def main() -> None:
+    folder, run, jobs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    (run / "models").mkdir(parents=True, exist_ok=True)
+    desk = Desk(Model(path=folder, dtype="float32"))
+    said: list[list[Any]] = []
+    for options in jobs:
+        until, name = options.pop("until", None), options.pop("name", "M1")
+        digest = write_items(run / "items", make_pairs()) if dist.get_rank() == 0 else ""
+        box = [digest]
+        dist.broadcast_object_list(box, src=0)
+        job = TrainJob(
+            run=str(run), iteration=0, seed=5, model=folder, output=str(run / "models" / name), name=name,
+            train=Train(**{"lr": 1e-2, "pairs_per_step": 2, "checkpoint_every_steps": 5, **options}),
+            items=str(run / "items"), digest=box[0], until=until,
+        )  # fmt: skip
+        said.append([])
+        desk.do(job, said[-1].append)
+    if dist.get_rank() == 0:
+        (run / "said").write_bytes(pickle.dumps(said))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    main()
