@@ -1,10 +1,12 @@
 """The Ray cluster of a run: joined, or started on this machine and stopped again."""
 
+import atexit
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,19 @@ def begin(config: Config) -> Future[Any]:
     _set_environment(address_of(config))
     import ray  # noqa: F401 - here, since two threads that import at once can see modules half made
 
-    thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-    try:
-        return thread.submit(_init, config)
-    finally:
-        thread.shutdown(wait=False)
+    begun: Future[Any] = Future()
+
+    def start() -> None:
+        try:
+            begun.set_result(_init(config))
+        except BaseException as error:
+            begun.set_exception(error)
+        # On Linux Ray's processes end with the thread that started them: this one lasts as long as the driver.
+        threading.Event().wait()
+
+    threading.Thread(target=start, name="ray", daemon=True).start()
+    atexit.register(wait, [begun])  # before Ray's own end at exit, which must find it started
+    return begun
 
 
 @contextlib.contextmanager

@@ -146,6 +146,6 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Answering:
         made.clusters += 1
         yield
 
-    monkeypatch.setattr(launch, "ray_cluster", cluster)
+    monkeypatch.setattr("rsrlm.commands.engines.ray_cluster", cluster)
     monkeypatch.setattr(pools, "EnginePool", lambda config, weights, *_: AnsweringPool(made, weights))
     return made
