@@ -125,7 +125,7 @@ def test_another_validator_has_engines_and_judges_the_first_model_too(make_confi
 
 
 def test_the_first_iteration_is_within_the_bounds(make_config: Any, model: Path) -> None:
-    """It evaluates M0 before it begins, and M1 at its end, which M1 and M0 judge: see loop.run."""
+    """It evaluates M0 before it begins, and M1 at its end, which M1 and M0 judge."""
     planned = plan(make_config(judge={"kind": "digits"}), model)
     assert planned.requests["held-out answers"] >= 2 * 2
     assert planned.requests["held-out judgements"] + planned.requests["held-out judgements to report"] >= 2 + 2 * 2
