@@ -70,6 +70,7 @@ def on_engines(
     except (NobodyAnswers, BaseExceptionGroup) as error:
         if isinstance(error, BaseExceptionGroup) and not error.subgroup(NobodyAnswers):
             raise
+    report.line("starting engines")
     with ray_cluster(config, store, learner=False):
         return interruptible(main(started=True))
 
