@@ -83,6 +83,11 @@ class Config(Section):
                 f"steps has {len(self.steps)} entries for iterations={self.iterations}; write one for each, or leave "
                 "out iterations"
             )
+        if self.engine.producers and (self.judge.endpoint or self.evaluate.judge.endpoint):
+            raise ValueError(
+                f"engine.producers={self.engine.producers} with a judge behind an API, whose requests and cost are "
+                "counted in one place: set engine.producers=0"
+            )
         if self.train.gpus == 0 and self.engine.gpus == 0 and self.model.dtype == "bfloat16":
             raise ValueError("model.dtype=bfloat16 without GPUs is slow and untested; use model.dtype=float32")
         self._fits_engine("evaluate.max_tokens", self.evaluate.max_tokens)

@@ -12,15 +12,34 @@ from typing import Any, Protocol, TypeVar
 
 from rsrlm.engines import Answers, Engines, Model, NotHeld
 from rsrlm.records import Group, Role, Task
-from rsrlm.store.buffer import Buffer, receipt_of
+from rsrlm.store.buffer import Buffer, Receipt, receipt_of
 from rsrlm.store.items import Segment
 
 Result = TypeVar("Result")
 Trainer = Callable[[Model, Sequence[Any], Any, str], Awaitable[Model]]
 
 
+class Producers(Protocol):
+    """Processes beside the engines that make groups by themselves."""
+
+    async def make(
+        self,
+        model: Model,
+        task: Task,
+        hold: Callable[[Model], Awaitable[None]],
+        count: Callable[[str, int, int], None],
+    ) -> Receipt:
+        """Make the group of a task. `hold` loads the model on the engines; `count` is told of answered requests."""
+        ...
+
+
 class Pools(Protocol):
     """The engines of a run and the weights that they hold."""
+
+    @property
+    def producers(self) -> Producers | None:
+        """Who makes groups; None: the run itself."""
+        ...
 
     async def model(self, name: str, files: Any = None) -> Model:
         """A model of the run by its name; `files` are the learner's transfer files of the same weights."""
@@ -129,9 +148,14 @@ class Run:
         folder = self._segments / f"{tasks[0].iteration:02d}"
         buffer, segment = Buffer([task.id for task in tasks], folder), Segment(folder / "groups")
 
+        async def made(task: Task) -> Receipt:
+            if self.pools.producers:
+                return await self.pools.producers.make(engines.model, task, self._hold, self.answers.count)
+            return receipt_of(await recipe.group(engines, task), segment)
+
         async def one(index: int) -> None:
             task = tasks[index]
-            receipt = receipt_of(await recipe.group(engines, task), segment)
+            receipt = await made(task)
             self.event("group", g=task.id, pairs=[pair.id for pair in receipt.pairs], reason=receipt.reason or None)
             buffer.put(index, receipt)
 

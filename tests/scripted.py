@@ -169,6 +169,7 @@ class Pools:
     ) -> None:
         self.engine, self.other_judge, self.validator, self._folder = engine, judge, validator, folder
         self.discarded: list[Any] = []
+        self.producers: Any = None
         self._held: Model | None = None
 
     async def model(self, name: str, files: Any = None) -> Model:

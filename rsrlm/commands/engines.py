@@ -20,7 +20,7 @@ from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Model
 from rsrlm.store.atomic import write_whole
 from rsrlm.store.folder import RunFolder
-from rsrlm.store.journal import CompletionLog
+from rsrlm.store.journal import Journals
 
 
 def on_engines(
@@ -51,7 +51,7 @@ def on_engines(
         from rsrlm.runtime.pools import EnginePools
 
         pools = EnginePools(by_judge(config), store, models, None, judge)
-        log = CompletionLog(folder / "journal.jsonl")
+        log = Journals(folder)
         try:
             if not started and engines and not len(log):
                 raise NobodyAnswers("nothing is known yet")

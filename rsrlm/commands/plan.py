@@ -29,19 +29,18 @@ ENGINE_BASE = 1.15 * GIB
 ENGINE_CORE_BASE = 1.40 * GIB  # further processes of AsyncLLM
 LEARNER_BASE = 0.85 * GIB
 DRIVER = 0.60 * GIB
-RECORD, RECORD_TOKEN = 1100, 40  # bytes of a record in the driver, and of each of its tokens with its text
+PRODUCER = 0.60 * GIB
 RECORD_ON_DISK = {True: 1800, False: 900}  # bytes of a response, and of a judgement or comparison
 RAY = 1.75 * GIB  # raylet, GCS, agents, mailbox and the helpers of Ray Train
 
 
 @dataclass(frozen=True)
 class Process:
-    """`number` processes that take `size` bytes each; not `counted` where the size is a bound far above use."""
+    """`number` processes that take `size` bytes each."""
 
     name: str
     number: int
     size: float
-    counted: bool = True
 
     @property
     def label(self) -> str:
@@ -149,6 +148,8 @@ def actors(config: Config) -> list[tuple[str, int, str]]:
         found.append(("engine (judges)", config.judge.replicas, each))
     if config.evaluate.judge.model:
         found.append(("engine (validates)", config.evaluate.judge.replicas, each))
+    if engine.producers:
+        found.append(("producer", engine.producers, "its share of the engines"))
     found.append(("learner rank", train.workers, f"{train.cpus:g} Ray CPU, {train.threads} threads, {train.gpus} GPU"))
     return found
 
@@ -202,10 +203,6 @@ def memory(
     activations = tokens * per_token * BYTES[config.model.dtype]
     logits = 3 * min(512, 2 * train.micro_batch * config.sample.max_tokens) * shape["vocabulary"] * 4
     rank = float(LEARNER_BASE + copies * weights + activations + logits)
-    records = max(
-        sum(number * (RECORD + RECORD_TOKEN * tokens) for number, tokens in demand.requests.values())
-        for demand in demands
-    )
     return [
         Process("engine", engine.replicas, _engine(config, model)),
         Process("judge engine", config.judge.replicas, _engine(config, judge or model)),
@@ -215,15 +212,14 @@ def memory(
             _engine(config, validator or model),
         ),
         Process("learner rank", train.workers, rank),
+        Process("producer", engine.producers, float(PRODUCER)),
         Process("driver", 1, float(DRIVER)),
-        # A bound that supposes every answer as long as it may be: it must refuse no run.
-        Process("records in the driver, at most", 1, float(records), counted=False),
         Process("ray", 1, float(RAY)),
     ]
 
 
 def total_memory(processes: Sequence[Process]) -> float:
-    return sum(one.number * one.size for one in processes if one.counted)
+    return sum(one.number * one.size for one in processes)
 
 
 def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence[int]) -> dict[str, float]:

@@ -21,9 +21,14 @@ class EngineActor:
 
     async def __init__(self, config: Config, folder: str, version: str, replica: int) -> None:  # type: ignore[misc]
         self._engine = make_engine(config, folder, version, replica)
+        self._calls = 0  # that wait for answers
 
     async def generate(self, requests: list[Request]) -> list[Outcome]:
-        return await self._engine.generate(requests)
+        self._calls += 1
+        try:
+            return await self._engine.generate(requests)
+        finally:
+            self._calls -= 1
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         await self._engine.connect(init_info)
@@ -41,8 +46,8 @@ class EngineActor:
         return await self._engine.stats()
 
     async def progress(self) -> int:
-        """Grows with every step of the engine."""
-        return self._engine.progress()
+        """Another number after every step of the engine, and while it has nothing to do."""
+        return self._engine.progress() if self._calls else -time.monotonic_ns()
 
     async def pid(self) -> int:
         return os.getpid()

@@ -15,12 +15,13 @@ from rsrlm.runtime.cluster import engines_of, ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
 from rsrlm.runtime.setup import Prepared
 from rsrlm.store.folder import RunFolder
-from rsrlm.store.journal import CompletionLog
+from rsrlm.store.journal import Journals
 
 
 async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -> list[dict[str, Any]]:
     from rsrlm.runtime.group import LearnerGroup
     from rsrlm.runtime.pools import EnginePools
+    from rsrlm.runtime.producers import Producers
 
     config = prepared.config
     group = LearnerGroup(config, store.folder / ".train")
@@ -37,10 +38,12 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
     # Resuming after an iteration's training: the engines come up with its result.
     done = len(store.metrics())
     trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
-    answers = CompletionLog(store.folder / "journal.jsonl")
+    answers = Journals(store.folder)
     try:
         with report.busy("starting engines and learner"):
             await group.start()
+            if config.engine.producers:
+                pools.producers = Producers(config, prepared.drawn, pools, store.event, config.engine.producers)
             await pools.start(config.model_name(done + trained))
         if len(answers):
             report.line(f"{len(answers)} answers are known already")

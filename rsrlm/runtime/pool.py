@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from rsrlm.config import Config
 from rsrlm.records import Completion, Request
 from rsrlm.runtime import publish
-from rsrlm.runtime.replicas import GONE, PoolFailed, Replicas
+from rsrlm.runtime.replicas import GONE, PoolFailed, Replica, Replicas
 from rsrlm.runtime.weights import WeightSet
 
 MAX_ATTEMPTS = 3  # of one request: its engine died, or gave no usable answer
@@ -20,26 +20,29 @@ def _work(request: Request) -> int:
     return request.sampling.max_tokens * DECODED + len(request.prompt_token_ids)
 
 
-class EnginePool:
-    """Replicas with the same weights. Use it from one event loop."""
+class Lending(Protocol):
+    """Who keeps replicas."""
 
-    def __init__(self, config: Config, weights: WeightSet, name: str, replicas: int, note: Callable[..., None]) -> None:
-        """`note` is called with a kind of event ("engine_up", "engine_lost", "engine_restarted") and its fields."""
-        self.replicas = Replicas(config, weights, name, replicas, note)
+    config: Config
+    all: list[Replica]
+
+    async def least_busy(self) -> Replica: ...
+    def lost(self, replica: Replica, generation: int, error: Exception) -> None:
+        """A request found that this actor of the replica is gone."""
+        ...
+
+
+class Asking:
+    """Requests to replicas. Use it from one event loop."""
+
+    def __init__(self, replicas: Lending) -> None:
+        self._replicas = replicas
         self._attempts = 0
-
-    @property
-    def version(self) -> str:
-        return self.replicas.weights.version
 
     @property
     def slots(self) -> int:
         """Requests that run at once."""
-        return len(self.replicas.all) * self.replicas.config.engine.max_num_seqs
-
-    async def start(self) -> None:
-        """All replicas up, each having generated a token. Raises PoolFailed after engine.start_timeout_s."""
-        await self.replicas.start()
+        return len(self._replicas.all) * self._replicas.config.engine.max_num_seqs
 
     async def generate(self, request: Request) -> Completion:
         """`generate_all` of one request."""
@@ -73,7 +76,7 @@ class EnginePool:
 
     async def _ask_once(self, requests: Sequence[Request]) -> Sequence[Completion | Exception]:
         """What the least busy replica makes of each request. If its engine died, it is replaced."""
-        replica = await self.replicas.least_busy()
+        replica = await self._replicas.least_busy()
         generation = replica.generation
         work = sum(map(_work, requests))
         replica.outstanding += work
@@ -90,8 +93,25 @@ class EnginePool:
                 replica.outstanding -= work
         # After a RequestFailed the engine is well and keeps its other requests.
         if dead := next((outcome for outcome in outcomes if isinstance(outcome, GONE)), None):
-            self.replicas.lost(replica, generation, dead)
+            self._replicas.lost(replica, generation, dead)
         return outcomes
+
+
+class EnginePool(Asking):
+    """Replicas with the same weights."""
+
+    def __init__(self, config: Config, weights: WeightSet, name: str, replicas: int, note: Callable[..., None]) -> None:
+        """`note` is called with a kind of event ("engine_up", "engine_lost", "engine_restarted") and its fields."""
+        self.replicas = Replicas(config, weights, name, replicas, note)
+        super().__init__(self.replicas)
+
+    @property
+    def version(self) -> str:
+        return self.replicas.weights.version
+
+    async def start(self) -> None:
+        """All replicas up, each having generated a token. Raises PoolFailed after engine.start_timeout_s."""
+        await self.replicas.start()
 
     async def publish(self, weights: WeightSet, broadcast: publish.Broadcast) -> list[dict[str, Any]]:
         """Load the weights on every replica (see `rsrlm.runtime.publish`). `broadcast` sends them where the transport

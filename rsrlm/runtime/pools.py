@@ -12,7 +12,11 @@ from rsrlm.config import Config
 from rsrlm.engines import Answers, Engines, Model
 from rsrlm.model import weight_files
 from rsrlm.runtime.endpoint import EndpointClient, EndpointPool
+from rsrlm.runtime.engine import EngineDead
 from rsrlm.runtime.pool import EnginePool
+from rsrlm.runtime.producer import Lent, Loan, Lost
+from rsrlm.runtime.producers import Producers
+from rsrlm.runtime.replicas import Replica
 from rsrlm.runtime.weights import WeightFile, WeightSet, describe, remove
 from rsrlm.settings.machine import Endpoint as EndpointConfig
 from rsrlm.settings.methods import JudgeSection, Validator
@@ -48,6 +52,7 @@ class EnginePools:
         self._held: Model | None = None
         self._judges: tuple[Any, Model | None] = (None, None)  # who judges apart, and with which weights of its own
         self._validators: tuple[Any, Model] | None = None
+        self.producers: Producers | None = None
 
     def folder(self, name: str) -> Path:
         """Of a model by its name."""
@@ -158,6 +163,28 @@ class EnginePools:
         """Remove transfer files of weights that nobody wants."""
         remove(tuple(files or ()), self._store.folder)
 
+    async def loan(self, number: int, of: int) -> tuple[Loan, list[Replica]]:
+        """The replicas that producer `number` of `of` asks, as soon as one of each pool is ready: its share of them, or
+        all where there are not enough."""
+        judges, own = self._judges
+        shares, everyone = {}, list[Replica]()
+        for name, pool in (("engines", self.samplers), ("judges", judges)):
+            if pool is None:
+                continue
+            await pool.replicas.least_busy()
+            ready = pool.replicas.ready
+            share = ready[number::of] or ready
+            everyone += share
+            shares[name] = [Lent(index=one.index, generation=one.generation, actor=one.actor) for one in share]
+        assert self._held is not None
+        return Loan(model=self._held, replicas=shares, judge_model=own), everyone
+
+    def lost(self, lost: Lost) -> None:
+        """A producer found a replica gone: it is replaced."""
+        pool = self.samplers if lost.pool == "engines" else self._judges[0]
+        assert pool is not None
+        pool.replicas.lost(pool.replicas.all[lost.index], lost.generation, EngineDead(lost.reason))
+
     async def stats(self) -> dict[str, float]:
         """Counters of all engines together, since they started."""
         total: dict[str, float] = {}
@@ -178,6 +205,8 @@ class EnginePools:
         return found
 
     async def close(self) -> None:
+        if self.producers:
+            self.producers.close()
         self.endpoint_usage()
         for files in self._transfer.values():
             remove(tuple(files), self._store.folder)

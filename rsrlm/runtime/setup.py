@@ -106,10 +106,7 @@ def prepare(
     wordings: set[str] = set()  # of the questions in files of examples
     needs: dict[str, int] = {}
     recipes: list[Recipe] = []
-    context = Context(
-        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
-    )
-    judging = replace(context, encoder=judge_encoder)
+    context, judging = _contexts(config, encoder, judge_encoder)
     alarms.limits_of(config)  # refuses a sign that is not known
     for step in config.planned:
         if recipes and step.config is recipes[-1].config:  # without steps all iterations are alike
@@ -207,6 +204,26 @@ def recipe_of(step: Step, context: Context, judging: Context, parts: seed_data.P
             files[source.path], questions = read_examples(source.path, context.encoder, own)
             wordings |= questions
     return step.recipe(step.config, context, judging, parts, files), wordings
+
+
+def recipes_of(config: Config, drawn: Mapping[str, str]) -> list[Recipe]:
+    """The recipe of each iteration as a producer needs it, without what only its iteration as a whole needs."""
+    _, _, encoder = _model_of(config, drawn, _nothing_shown)
+    _, judge_encoder = judge_of(config, encoder)
+    context, judging = _contexts(config, encoder, judge_encoder)
+    made: list[Recipe] = []
+    for step in config.planned:
+        again = bool(made) and step.config is made[-1].config
+        made.append(made[-1] if again else step.recipe(step.config, context, judging))
+    return made
+
+
+def _contexts(config: Config, encoder: ChatEncoder, judge_encoder: ChatEncoder) -> tuple[Context, Context]:
+    """Of the model, and of who judges."""
+    context = Context(
+        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
+    )
+    return context, replace(context, encoder=judge_encoder)
 
 
 def _parts(config: Config) -> seed_data.Parts | None:

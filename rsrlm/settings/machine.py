@@ -42,6 +42,12 @@ class Engine(Section):
         "inprocess", description="inprocess: vLLM's LLMEngine in the actor (small machines); async: AsyncLLM"
     )
     replicas: int = Field(1, gt=0)
+    producers: int = Field(
+        0,
+        ge=0,
+        description="processes that make groups, each with its share of the replicas: worth it where one process "
+        "cannot keep them busy; 0: the run's own",
+    )
     threads: int = Field(2, gt=0, description="CPU threads of one replica")
     cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one replica (placement only)")
     gpus: int = Field(0, ge=0, description="GPUs of one replica (tensor parallel size)")
@@ -56,6 +62,8 @@ class Engine(Section):
     def _fits(self) -> Self:
         if self.kind == "inprocess" and self.gpus > 1:
             raise ValueError(f"engine.gpus={self.gpus} needs engine.kind=async (tensor parallel)")
+        if self.producers > self.replicas:
+            raise ValueError(f"engine.producers={self.producers} with engine.replicas={self.replicas}: each needs one")
         if self.gpus == 0 and self.block_size % 32:
             raise ValueError(f"engine.block_size={self.block_size}: vLLM on CPUs needs a multiple of 32")
         return self

@@ -107,6 +107,29 @@ class CompletionLog:
         self._file = -1
 
 
+class Journals:
+    """A journal of one's own in a run folder, and what other processes have written to theirs by now."""
+
+    def __init__(self, folder: Path, name: str = "journal") -> None:
+        self._own = CompletionLog(folder / f"{name}.jsonl")
+        paths = sorted(set(folder.glob("journal*.jsonl")) - {self._own.path})
+        self._others = [CompletionLog(path, readonly=True) for path in paths]
+        self.add, self.sync = self._own.add, self._own.sync
+
+    def __len__(self) -> int:
+        return sum(map(len, (self._own, *self._others)))
+
+    def __contains__(self, key: bytes) -> bool:
+        return any(key in one for one in (self._own, *self._others))
+
+    def get(self, key: bytes) -> dict[str, Any] | None:
+        return next((one.get(key) for one in (self._own, *self._others) if key in one), None)
+
+    def close(self) -> None:
+        for one in (self._own, *self._others):
+            one.close()
+
+
 class _Index:
     """Offset and length of the line of each digest, in 24 bytes.
 

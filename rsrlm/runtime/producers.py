@@ -1,0 +1,134 @@
+"""The producers of a run as the driver sees them: started, lent replicas, sent tasks, replaced when they die."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayActorError
+
+from rsrlm.config import Config
+from rsrlm.engines import Model
+from rsrlm.records import Task
+from rsrlm.runtime.producer import Loan, Lost, Made, Producer
+from rsrlm.runtime.replicas import MOST_RESTARTS, PoolFailed, Replica
+from rsrlm.store.buffer import Receipt
+
+
+class Lender(Protocol):
+    """The pools whose replicas the producers ask."""
+
+    async def loan(self, number: int, of: int) -> tuple[Loan, list[Replica]]:
+        """The share of producer `number` of `of`, as soon as a replica of each pool is ready."""
+        ...
+
+    def lost(self, lost: Lost) -> None: ...
+
+
+class Member:
+    """One producer. `starts` counts its actors, `open` the tasks that it has."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.actor: Any = None
+        self.starts = 0
+        self.open = 0
+        self.lent: Any = None  # what tells the loan that it has from others
+        self.changing = asyncio.Lock()
+
+
+class Producers:
+    """Use it from one event loop."""
+
+    def __init__(
+        self, config: Config, drawn: Mapping[str, str], lender: Lender, note: Callable[..., None], number: int
+    ) -> None:
+        """`note` is called with a kind of event ("producer_lost") and its fields."""
+        self._config, self._drawn, self._lender, self._note = config, drawn, lender, note
+        self._members = [Member(index) for index in range(number)]
+        for member in self._members:
+            self._start(member)
+
+    def _start(self, member: Member) -> None:
+        actor_class = ray.remote(Producer).options(num_cpus=0, max_concurrency=100_000, max_restarts=0)
+        member.actor = actor_class.remote(self._config, dict(self._drawn), member.number, member.starts)
+        member.starts += 1
+        member.lent = None
+
+    async def make(
+        self,
+        model: Model,
+        task: Task,
+        hold: Callable[[Model], Awaitable[None]],
+        count: Callable[[str, int, int], None],
+    ) -> Receipt:
+        """The receipt of a task's group, from the producer with the fewest open tasks. `hold` loads the model on the
+        engines, and `count` is told of requests that are answered. Raises PoolFailed."""
+        member = min(self._members, key=lambda one: (one.open, one.number))
+        member.open += 1
+        try:
+            while True:
+                made = await self._once(member, model, task)
+                if made is None:
+                    continue
+                for answered in made.counts:
+                    count(*answered)
+                for lost in made.losses:
+                    self._lender.lost(lost)
+                if made.not_held:
+                    await hold(model)
+                if made.receipt:
+                    return made.receipt
+        finally:
+            member.open -= 1
+
+    async def _once(self, member: Member, model: Model, task: Task) -> Made | None:
+        """None where the producer died, and another is in its place."""
+        starts = member.starts
+        try:
+            async with member.changing:
+                replicas = await self._lend(member)
+            with _given_work(replicas):
+                made: Made = await member.actor.make.remote(model, task)
+            return made
+        except RayActorError as error:
+            if member.starts == starts:
+                reason = (str(error) or repr(error)).splitlines()[0][:300]
+                self._note("producer_lost", producer=member.number, error=reason)
+                if starts > MOST_RESTARTS:
+                    raise PoolFailed(f"producer {member.number} died {starts} times; last: {error}") from error
+                self._start(member)
+            return None
+
+    async def _lend(self, member: Member) -> list[Replica]:
+        loan, replicas = await self._lender.loan(member.number, len(self._members))
+        lent = (
+            loan.model.digest,
+            [(name, one.index, one.generation) for name, some in loan.replicas.items() for one in some],
+        )
+        if lent != member.lent:
+            await member.actor.lend.remote(loan)
+            member.lent = lent
+        return replicas
+
+    def close(self) -> None:
+        for member in self._members:
+            with contextlib.suppress(Exception):
+                ray.kill(member.actor)
+
+
+@contextlib.contextmanager
+def _given_work(replicas: list[Replica]) -> Iterator[None]:
+    """Replicas that producers ask are watched as those that the driver asks itself: see `Replicas.watch`."""
+    generations = [replica.generation for replica in replicas]
+    for replica in replicas:
+        replica.outstanding += 1
+    try:
+        yield
+    finally:
+        for replica, generation in zip(replicas, generations, strict=True):
+            if replica.generation == generation:
+                replica.outstanding -= 1
+                replica.last_answer = time.monotonic()
