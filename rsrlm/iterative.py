@@ -5,23 +5,21 @@ iteration is finished when its metrics.json is there.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 from rsrlm.candidates import Choice, choose, goes_on
 from rsrlm.config import Config
 from rsrlm.engines import Model
 from rsrlm.evaluate import Evaluation, evaluate
-from rsrlm.judges.base import mean_verdicts
 from rsrlm.recipes.base import Batch, Item, NoItems, Recipe
-from rsrlm.records import Group, PreferencePair, Scored, Task, Unparsed
+from rsrlm.records import PreferencePair, Task
 from rsrlm.report import alarms
 from rsrlm.report.signs import measure
+from rsrlm.report.summary import summary_of
 from rsrlm.run import Run
 from rsrlm.settings.train import TrainRule
 from rsrlm.store.folder import RunFolder
@@ -163,8 +161,9 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
 
 def keep(store: RunFolder, iteration: int, batch: Batch, cache_share: float | None, trains: str) -> dict[str, Any]:
     """Write the records of an iteration; returns what they come to. Raises NoPairs."""
-    pairs = [item for item in batch.items if isinstance(item, PreferencePair)]
-    store.write_records(iteration, *records_of(batch.groups), pairs)
+    pairs = pairs_in(batch, trains)
+    store.write_groups(iteration, batch.groups)
+    store.write_pairs(iteration, pairs)
     if trains == "examples":
         store.write_examples(iteration, batch.items)  # type: ignore[arg-type]
     elif not pairs:
@@ -178,37 +177,9 @@ def keep(store: RunFolder, iteration: int, batch: Batch, cache_share: float | No
     }
 
 
-def records_of(groups: Sequence[Group]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    return (
-        [group.prompt for group in groups],
-        [response for group in groups for response in group.responses],
-        [judgement for group in groups for judgement in group.judgements],
-        [comparison for group in groups for comparison in group.comparisons],
-    )
-
-
-def summary_of(groups: Sequence[Group], pairs: Sequence[PreferencePair]) -> dict[str, Any]:
-    """Counts and means of what was made. `mean_score` is over the responses with a readable score."""
-    prompts, responses, judgements, comparisons = records_of(groups)
-    unread = Counter(j.verdict.reason for j in judgements if isinstance(j.verdict, Unparsed))
-    points = [v.points for v in mean_verdicts(responses, judgements).values() if isinstance(v, Scored)]
-    actor = [pair for pair in pairs if pair.kind == "actor"]
-    return {
-        "prompts": len(prompts),
-        "responses": len(responses),
-        "responses_cut": sum(not response.complete for response in responses),
-        "responses_empty": sum(not response.text.strip() for response in responses),
-        "judgements": len(judgements),
-        "judgements_unreadable": sum(unread.values()),
-        "unreadable_reasons": dict(unread),
-        "comparisons": len(comparisons),
-        "pairs": len(pairs),
-        "pairs_of_kind": dict(Counter(pair.kind for pair in pairs)),
-        "mean_score": fmean(points) if points else None,
-        "responses_scored": len(points),
-        "mean_response_tokens": fmean(len(response.token_ids) for response in responses) if responses else None,
-        "mean_margin": fmean(pair.chosen_score - pair.rejected_score for pair in actor) if actor else None,
-    }
+def pairs_in(batch: Batch, trains: str) -> Sequence[PreferencePair]:
+    """The items of a recipe that trains on pairs; one that trains on examples has none."""
+    return batch.items if trains == "pairs" else ()  # type: ignore[return-value]
 
 
 def signs_of(
@@ -221,11 +192,9 @@ def signs_of(
 ) -> dict[str, float | None]:
     """Signs of trouble of a finished iteration, `earlier` being the metrics of those before it and `heldout` what
     `evaluate` found of its model."""
-    _, responses, judgements, _ = records_of(batch.groups)
     return measure(
         batch.groups,
-        mean_verdicts(responses, judgements),
-        [item for item in batch.items if isinstance(item, PreferencePair)],
+        pairs_in(batch, one.recipe.trains),
         store.steps(iteration).rows,
         earlier=[row["signs"] for row in earlier if row.get("signs")],
         kl_to_first=heldout.get("kl_to_first", {}).get("per_token"),

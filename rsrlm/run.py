@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 Trainer = Callable[[Model, Sequence[Any], Any, str], Awaitable[Model]]
 
 
-class Producers(Protocol):
+class Makers(Protocol):
     """Processes beside the engines that make groups by themselves."""
 
     async def make(
@@ -37,7 +37,7 @@ class Pools(Protocol):
     """The engines of a run and the weights that they hold."""
 
     @property
-    def producers(self) -> Producers | None:
+    def producers(self) -> Makers | None:
         """Who makes groups; None: the run itself."""
         ...
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import JUDGEMENTS, LAST_SEED, PAIR, SAMPLING, made_for, response
 
-from rsrlm.records import Example, Prompt
+from rsrlm.records import Example, Group, Prompt
 from rsrlm.store import tables
 from rsrlm.store.buffer import Buffer, receipt_of
 from rsrlm.store.folder import RunFolder
@@ -36,7 +36,15 @@ def test_parquet_is_what_datasets_reads(store: RunFolder, tmp_path: Path) -> Non
     prompts = [Prompt(id="z", text="Zwei?"), Prompt(id="tea", text="Describe tea.")]
     other = replace(PAIR, id="00/a/1>0", prompt_id="a", weight=0.5)
     stopped = replace(response(0), sampling=replace(SAMPLING, stop=("\n", "ü")))
-    store.write_records(0, prompts, [response(1), stopped], JUDGEMENTS[::-1], [], [PAIR, other])
+    groups = [
+        Group(id="00/z", iteration=0, prompt=prompts[0], responses=()),
+        Group(
+            id="00/tea", iteration=0, prompt=prompts[1], responses=(response(1), stopped),
+            judgements=tuple(JUDGEMENTS[::-1]),
+        ),
+    ]  # fmt: skip
+    store.write_groups(0, groups)
+    store.write_pairs(0, [PAIR, other])
     example = Example(id="ift/1", kind="ift", prompt_token_ids=(), target_token_ids=(0, 2**31 - 1))
     store.write_examples(0, [example])
     folder = store.iteration(0)
@@ -62,19 +70,17 @@ def test_parquet_is_what_datasets_reads(store: RunFolder, tmp_path: Path) -> Non
 
 
 def test_a_judgement_without_an_engine_has_no_sampling(store: RunFolder) -> None:
-    store.write_records(0, [], [], JUDGEMENTS, [], [])
+    store.write_groups(0, [replace(made_for("tea"), judgements=tuple(JUDGEMENTS))])
     found = list(rows(store.iteration(0) / "judgements.parquet"))
     assert [row["sampling"] is None for row in found] == [False, False, False, True]
     assert found[2]["sampling"]["seed"] == LAST_SEED
 
 
 def test_an_iteration_without_any_pair_has_its_records_too(store: RunFolder) -> None:
-    names = {"prompts.parquet", "responses.parquet", "judgements.parquet"}
     store.write_groups(0, [])
-    assert {path.name for path in store.iteration(0).iterdir()} == names
-    store.write_records(1, [], [], [], [], [])
-    assert {path.name for path in store.iteration(1).iterdir()} == {*names, "pairs.parquet"}
-    assert list(rows(store.iteration(1) / "pairs.parquet")) == []
+    store.write_pairs(0, [])
+    found = {path.name: list(rows(path)) for path in store.iteration(0).iterdir()}
+    assert found == {f"{kind}.parquet": [] for kind in ("prompts", "responses", "judgements", "pairs")}
 
 
 # Ids that are the beginning of others, with what comes before and after the slash in the order of characters.
@@ -96,21 +102,22 @@ def test_groups_become_tables_ordered_by_id(
         buffer.put(index, receipt_of(group, segment))
     store.write_groups(0, buffer)
     store.write_groups(1, groups)
-    records = [
-        [record for group in groups for record in getattr(group, kind)]
-        for kind in ("responses", "judgements", "comparisons")
-    ]
-    store.write_records(2, [group.prompt for group in groups], *records, [])  # type: ignore[arg-type]
-    store.iteration(2).joinpath("pairs.parquet").unlink()
-    for iteration in range(3):
-        found = {path.stem: list(rows(path)) for path in store.iteration(iteration).iterdir()}
-        assert found.keys() == {"prompts", "responses", "judgements"} | ({"comparisons"} if records[2] else set())
-        for kind, table in found.items():
-            assert [row["id"] for row in table] == sorted(row["id"] for row in table), kind
-        assert [row["id"] for row in found["prompts"]] == sorted(names)
-        assert [row["id"] for row in found["responses"]] == sorted(one.id for one in records[0])
-        assert found["responses"] == [plain(one) for one in sorted(records[0], key=lambda one: one.id)]
-        assert len(found["judgements"]) == len(records[1])
+    by_hand = {
+        "prompts": [group.prompt for group in groups],
+        **{
+            kind: [record for group in groups for record in getattr(group, kind)]
+            for kind in ("responses", "judgements", "comparisons")
+        },
+    }
+    if not by_hand["comparisons"]:
+        del by_hand["comparisons"]
+    for kind, records in by_hand.items():
+        write_table(store.iteration(2) / f"{kind}.parquet", kind, sorted(records, key=lambda one: one.id))
+    found, from_list, expected = (
+        {path.stem: list(rows(path)) for path in store.iteration(iteration).iterdir()} for iteration in range(3)
+    )
+    assert found == from_list == expected
+    assert found["responses"] == [plain(one) for one in sorted(by_hand["responses"], key=lambda one: one.id)]
 
 
 @given(ids=st.lists(st.text(st.characters(codec="utf-8")), max_size=30))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rsrlm.config import Config, dump, load
-from rsrlm.records import Example, Group, Judgement, PreferencePair, Prompt, Response
+from rsrlm.records import Example, Group, PreferencePair
 from rsrlm.settings.base import ConfigError
 from rsrlm.store import tables
 from rsrlm.store.atomic import append_line, sync_files, write_whole
@@ -162,29 +162,6 @@ class RunFolder:
     def write_examples(self, iteration: int, examples: Iterable[Example]) -> None:
         """Parquet of what an iteration of supervised fine-tuning trains on, in training order."""
         tables.write_table(self.iteration(iteration) / "examples.parquet", "examples", examples)
-
-    def write_records(
-        self,
-        iteration: int,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Response],
-        judgements: Sequence[Judgement],
-        comparisons: Sequence[Judgement],
-        pairs: Sequence[PreferencePair],
-    ) -> None:
-        """`write_groups` and `write_pairs` of records that are all in memory.
-
-        A pair carries the tokens and scores that are trained on. Those of the responses that it names can differ, where
-        a response was lost after the buffer had the pair and was sampled anew (event "pair_kept").
-        """
-        kinds: dict[str, Sequence[Any]] = {"prompts": prompts, "responses": responses, "judgements": judgements}
-        if comparisons:
-            kinds["comparisons"] = comparisons
-        for kind, records in kinds.items():
-            order = tables.order_of(record.id for record in records)
-            path = self.iteration(iteration) / f"{kind}.parquet"
-            tables.write_table(path, kind, (records[index] for index in order))
-        self.write_pairs(iteration, pairs)
 
     # -- results ---------------------------------------------------------------------------------------------------
 

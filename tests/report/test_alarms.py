@@ -101,7 +101,7 @@ def test_limits(value: float | None, limit: Limit, expected: tuple[str, float] |
 
 def test_a_sign_that_was_not_measured_raises_no_alarm() -> None:
     assert check({}, {"unreadable": Limit(direction="above", warn=0.0)}) == []
-    assert check(measure([], {}, [], [])) == []
+    assert check(measure([], [], [])) == []
 
 
 def test_the_config_changes_limits(make_config: Any) -> None:

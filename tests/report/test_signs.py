@@ -66,8 +66,7 @@ def step(chosen_logp: float, kl: float = 0.01) -> dict[str, float]:
 
 
 def found(made: Sequence[tuple[Group, dict[str, Verdict]]], **more: object) -> dict[str, float | None]:
-    verdicts = {name: verdict for _, of_group in made for name, verdict in of_group.items()}
-    return measure([one for one, _ in made], verdicts, more.pop("pairs", ()), more.pop("steps", ()), **more)
+    return measure((one for one, _ in made), more.pop("pairs", ()), more.pop("steps", ()), **more)
 
 
 def test_nothing_made_is_no_number() -> None:
@@ -129,8 +128,16 @@ def test_pairs_of_responses_and_of_judgements_are_apart() -> None:
     assert (made["chosen_chars"], made["rejected_chars"], made["pair_score_gap"]) == (3, 3, 2.5)
     assert (made["judge_chosen_chars"], made["judge_rejected_chars"]) == (6, 12)
     assert (made["n_actor_pairs"], made["n_judge_pairs"]) == (2, 1)
-    with pytest.raises(KeyError):
-        found([], pairs=[pair("actor", "00/old/0", "00/old/1")])
+
+
+def test_a_solution_that_came_with_the_prompt_is_no_sampled_text() -> None:
+    """Nothing is known of its characters; the pair counts all the same."""
+    tea = group("tea", ("twelve chars", 4.5), ("x", 4.0))
+    both = [pair("actor", "01/tea/g", "01/tea/1"), pair("actor", "01/tea/0", "01/tea/1")]
+    made = found([tea], pairs=both)
+    assert (made["chosen_chars"], made["rejected_chars"], made["n_actor_pairs"]) == (12, 1, 2)
+    alone = found([tea], pairs=both[:1])
+    assert (alone["chosen_chars"], alone["rejected_chars"]) == (None, 1)
 
 
 def test_against_earlier_iterations() -> None:
