@@ -61,7 +61,7 @@ def rsrlm(*arguments: str) -> None:
 def in_text(judge: Any) -> tuple[str, ...]:
     """Overrides for 4 judgements in free text, sampled as those of the run's judge: another judge.kind starts from its
     own defaults."""
-    sampled = (f"judge.{name}={getattr(judge, name)}" for name in ("temperature", "top_p", "top_k", "max_tokens"))
+    sampled = (f"judge.{name}={getattr(judge, name)}" for name in ("temperature", "top_p", "max_tokens"))
     return ("judge.kind=text", "judge.judgements=4", *sampled)
 
 

@@ -56,7 +56,7 @@ def group(number: int) -> Group:
     rng = random.Random(number)
     prompt = Prompt(id=f"prompt-{number:07d}", text=" ".join(rng.choices(WORDS, k=TOKENS)))
     identifier, prompt_tokens = group_id(0, prompt.id), tokens(rng, TOKENS)
-    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=0, max_tokens=512, seed=rng.getrandbits(63))
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=512, seed=rng.getrandbits(63))
     responses = tuple(
         Response(
             id=f"{identifier}/{index}",

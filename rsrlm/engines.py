@@ -248,7 +248,7 @@ class Engines:
             Request(
                 id=f"{response.id}/logprobs",
                 prompt_token_ids=(response.prompt_token_ids + response.token_ids)[: room - 1],
-                sampling=Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0),
+                sampling=Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=0),
                 priority=SAMPLE_PRIORITY,
                 score_from=len(response.prompt_token_ids),
                 role="data",

@@ -57,8 +57,7 @@ class Evaluation:
         return await self._asked(engines, self.config.evaluate, "0", "")
 
     async def samples(self, engines: Engines) -> list[Response]:
-        """An answer to each prompt, drawn from the model's whole distribution: temperature 1, without top_p and
-        top_k."""
+        """An answer to each prompt, drawn from the model's whole distribution: temperature 1, without top_p."""
         params = SamplingParams(temperature=1.0, max_tokens=self.config.evaluate.max_tokens)
         return await self._asked(engines, params, "kl", "/kl")
 
@@ -174,7 +173,7 @@ def kl_per_token(
     """KL(model || first) in nats per token, from the log-probabilities of the model's own samples under both.
 
     The mean of exp(r) - 1 - r with r = log first - log model (the k3 estimator): no term is negative, and the
-    expectation is the divergence if the tokens were drawn at temperature 1 without top_p and top_k. None without
+    expectation is the divergence if the tokens were drawn at temperature 1 without top_p. None without
     tokens, and where a model gives no finite number.
     """
     ratios = [

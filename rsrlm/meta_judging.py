@@ -1,7 +1,6 @@
 """From comparisons of one response's judgements to at most one judge pair (2407.19594v2, section 2.3).
 
-All that the paper leaves open is decided here: which comparisons are made when they are to be fewer, what counts where
-nobody won, and how the Bradley-Terry fit stays finite.
+What the paper leaves open is decided here: what counts where nobody won, and how the Bradley-Terry fit stays finite.
 """
 
 import itertools
@@ -13,6 +12,7 @@ from typing import Any
 from rsrlm.judges.verdicts import mean_points
 from rsrlm.records import Judgement, NoPair, PreferencePair, Preferred, Response, Scored
 
+RIDGE = 0.01  # times the sum of squared Bradley-Terry scores
 TIE = 1e-6  # Bradley-Terry scores nearer to each other than this are equal: the fit is no more exact
 
 
@@ -109,7 +109,7 @@ def battle_matrix(
     ]
 
 
-def bradley_terry(battles: Sequence[Sequence[float]], ridge: float) -> list[float]:
+def bradley_terry(battles: Sequence[Sequence[float]], ridge: float = RIDGE) -> list[float]:
     """Scores eps that maximise sum B_mn log sigmoid(eps_m - eps_n) - ridge * sum eps^2; their mean is 0.
 
     The ridge keeps the score of a judgement that never lost finite; without any win all scores are 0.
@@ -154,7 +154,7 @@ def judge_pair(
     }
     if not any(results.values()):
         return NoPair(reason="no readable winner")
-    scores = bradley_terry(battle_matrix([one.index for one in contestants], results, weights), rule.ridge)
+    scores = bradley_terry(battle_matrix([one.index for one in contestants], results, weights))
     ranked = list(zip(contestants, scores, strict=True))
     complete = [(one, score) for one, score in ranked if one.finish_reason == "stop"]
     if not complete:

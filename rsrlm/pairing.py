@@ -22,18 +22,17 @@ class Candidate:
 
 
 def candidates(responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: TakingPart) -> list[Candidate]:
-    """Responses with a readable score that the rules for cut, empty and equal ones let take part, ordered by index."""
+    """Responses with a readable score and a text, ordered by index; one that max_tokens cut may lose but never win."""
     taking_part = []
     seen = set()
     for response in sorted(responses, key=lambda response: response.index):
         verdict = verdicts.get(response.id)
-        cut, empty = not response.complete, not response.text.strip()
-        if not isinstance(verdict, Scored) or (cut and rule.cut == "drop") or (empty and rule.empty == "drop"):
+        if not isinstance(verdict, Scored) or not response.text.strip():
             continue
         if rule.duplicates == "drop" and response.text in seen:
             continue
         seen.add(response.text)
-        taking_part.append(Candidate(response=response, points=verdict.points, may_win=not cut and not empty))
+        taking_part.append(Candidate(response=response, points=verdict.points, may_win=response.complete))
     return taking_part
 
 
@@ -70,8 +69,7 @@ def best_against_worst(
     good, bad = tiers(winners, taking_part, rule.rho)
 
     def length(candidate: Candidate) -> int:
-        response = candidate.response
-        return len(response.text) if rule.length == "chars" else len(response.token_ids)
+        return len(candidate.response.text)
 
     if rule.rho or rule.ties == "length":
         chosen, rejected = min(good, key=length), max(bad, key=length)
@@ -80,12 +78,9 @@ def best_against_worst(
         chosen, rejected = draw.choice(good), draw.choice(bad)
     else:
         chosen, rejected = good[0], bad[0]
-    margin = chosen.points - rejected.points
-    if margin <= TIE:
+    if chosen.points - rejected.points <= TIE:
         # A cut response may hold the best score: then the winners' best can equal, never undercut, the worst.
         return NoPair(reason="equal scores")
-    if margin <= rule.min_margin + TIE and rule.min_margin > 0:
-        return NoPair(reason="margin too small")
     if chosen.response.token_ids == rejected.response.token_ids:
         return NoPair(reason="same tokens")
     if rule.max_chosen_chars is not None and len(chosen.response.text) > rule.max_chosen_chars:

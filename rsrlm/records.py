@@ -43,14 +43,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Sampling parameters of one request. `top_k` 0 and `top_p` 1 mean off; `seed` is a 63-bit integer.
+    """Sampling parameters of one request. `top_p` 1 means off; `seed` is a 63-bit integer.
 
     The text ends before the first of the `stop` strings that the model writes; the model ended it then ("stop").
     """
 
     temperature: float
     top_p: float
-    top_k: int
     max_tokens: int
     seed: int
     stop: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from rsrlm.records import Group, Judgement, PreferencePair, Prompt, Response, Sampling, Scored, Unparsed, group_id
 
 LAST_SEED = 2**63 - 1
-SAMPLING = Sampling(temperature=0.7, top_p=0.95, top_k=40, max_tokens=8, seed=LAST_SEED)
+SAMPLING = Sampling(temperature=0.7, top_p=0.95, max_tokens=8, seed=LAST_SEED)
 
 
 def response(index: int, text: str = "Grüße,\u2028\r\nTee") -> Response:

@@ -21,7 +21,7 @@ from rsrlm.runtime.endpoint import BudgetSpent, EndpointClient, EndpointConfig, 
 from rsrlm.settings.base import ConfigError
 
 SECRET = "sk-test-0123456789abcdef"
-PLAIN = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=100, seed=2**63 - 1)
+PLAIN = Sampling(temperature=0.7, top_p=1.0, max_tokens=100, seed=2**63 - 1)
 SOON = {"retry-after-ms": "10"}  # the server's own request; the library's first delay is half a second otherwise
 
 
@@ -157,11 +157,11 @@ def test_an_answer_and_its_request() -> None:
 
 def test_filters_are_sent_where_they_are_on() -> None:
     async def work(endpoint: EndpointClient, server: Server) -> Any:
-        await endpoint.ask("a", "hi", replace(PLAIN, top_p=0.9, top_k=20, temperature=0.0))
+        await endpoint.ask("a", "hi", replace(PLAIN, top_p=0.9, temperature=0.0))
         return server.requests[0].body
 
     body = talk([chat()], work)
-    assert (body["top_p"], body["top_k"], body["temperature"]) == (0.9, 20, 0.0)
+    assert (body["top_p"], body["temperature"]) == (0.9, 0.0)
 
 
 def test_a_pool_of_one_server_answers_in_order_and_notes_what_was_spent(monkeypatch: pytest.MonkeyPatch) -> None:

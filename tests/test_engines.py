@@ -23,7 +23,7 @@ TOKENS = 16
 
 def request(name: str, ids: tuple[int, ...], *, tokens: int = TOKENS, temperature: float = 0.0, **more: Any) -> Request:
     seed = seed_of(0, 0, name, "actor", "0")
-    sampling = Sampling(temperature=temperature, top_p=1.0, top_k=0, max_tokens=tokens, seed=seed)
+    sampling = Sampling(temperature=temperature, top_p=1.0, max_tokens=tokens, seed=seed)
     return Request(id=name, prompt_token_ids=ids, sampling=sampling, priority=more.pop("priority", 10), **more)
 
 

@@ -22,7 +22,7 @@ from rsrlm.records import Completion, Judgement, Prompt, Request, Response, Samp
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.journal import CompletionLog
 
-SAMPLING = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=8, seed=1)
+SAMPLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=8, seed=1)
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "water", "beer")]
 A, B, EVEN = (math.log(0.7), math.log(0.2)), (math.log(0.2), math.log(0.7)), (math.log(0.4), math.log(0.4))
 NEITHER = (math.log(0.01), math.log(0.02))  # less than judge.min_mass=0.05 together
@@ -240,7 +240,7 @@ def test_what_the_judge_of_a_duel_is_shown(evaluation: Callable[..., Evaluation]
     for request in engines.requests:
         assert tokenizer.convert_ids_to_tokens(list(request.label_ids)) == ["A", "B"]
         sampling = request.sampling
-        assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.0, 1.0, 0, 1)
+        assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.0, 1.0, 1)
         assert request.priority == SAMPLE_PRIORITY
         # The end token that the answer spells is not one.
         assert list(request.prompt_token_ids).count(tokenizer.eos_token_id) == first.count("<|im_end|>") - 1
@@ -271,7 +271,7 @@ def test_what_is_asked_of_the_judge_of_a_duel(evaluation: Callable[..., Evaluati
     for order in (("M2", "M1"), ("M1", "M2")):
         name = f"{order[0]}/worse/0>{order[1]}/worse/0"
         seed = seed_of(0, EVALUATION, "worse", "duel", name)
-        assert asked[f"{name}@M0"].sampling == Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
+        assert asked[f"{name}@M0"].sampling == Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=seed)
     assert sorted(map(sorted, engines.calls)) == sorted(
         sorted(f"{one}/{name}/0>{other}/{name}/0@M0" for one, other in (("M1", "M2"), ("M2", "M1"))) for name in DUELS
     )
@@ -527,11 +527,11 @@ def test_kl_per_token_by_hand() -> None:
 def test_samples_for_the_kl_come_from_the_whole_distribution(evaluation: Callable[..., Evaluation]) -> None:
     """And each is scored where it stands: behind its prompt, its own tokens only, and never beyond the context."""
     engines = Answering(version="M1")
-    made = evaluation(evaluate={"temperature": 0.0, "top_p": 0.9, "top_k": 5, "max_tokens": 7})
+    made = evaluation(evaluate={"temperature": 0.0, "top_p": 0.9, "max_tokens": 7})
     drawn = run(made.samples(by(engines)))
     assert [response.prompt_id for response in drawn] == [prompt.id for prompt in PROMPTS]
     asked = [request.sampling for request in engines.requests]
-    assert {(one.temperature, one.top_p, one.top_k, one.max_tokens) for one in asked} == {(1.0, 1.0, 0, 7)}
+    assert {(one.temperature, one.top_p, one.max_tokens) for one in asked} == {(1.0, 1.0, 7)}
     own, room = made.config.seed, made.context.room
     assert [one.seed for one in asked] == [seed_of(own, EVALUATION, f"M1/{p.id}", "actor", "kl") for p in PROMPTS]
     again = run(made.samples(by(Answering(version="M1"))))
@@ -541,7 +541,7 @@ def test_samples_for_the_kl_come_from_the_whole_distribution(evaluation: Callabl
     assert scores == [tuple(-token / 10 for token in one.token_ids) for one in drawn]
     scored = engines.requests[len(PROMPTS) :]
     assert {(one.sampling, one.priority) for one in scored} == {
-        (Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0), SAMPLE_PRIORITY)
+        (Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=0), SAMPLE_PRIORITY)
     }
     assert made.needs()["evaluate.max_tokens"] == len(made.context.encoder.user("")) + 7
     full = replace(drawn[0], prompt_token_ids=(1,) * (room - 2), token_ids=(8, 9))

@@ -454,10 +454,8 @@ def test_sequence_sums() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 50.0])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_dpo_is_ln_2_at_zero_margin_for_any_beta(beta: float, label_smoothing: float) -> None:
-    # -log sigmoid(0) = ln 2, and (1 - eps) ln 2 + eps ln 2 = ln 2
-    result = by_hand(ref=LOGPS, beta=beta, label_smoothing=label_smoothing)
+def test_dpo_is_ln_2_at_zero_margin_for_any_beta(beta: float) -> None:
+    result = by_hand(ref=LOGPS, beta=beta)  # -log sigmoid(0) = ln 2
     assert result.loss.item() == pytest.approx(0.6931471805599453, abs=1e-12)
 
 
@@ -466,26 +464,11 @@ def test_dpo_value() -> None:
     assert by_hand().loss.item() == pytest.approx(0.31326168751822286, abs=1e-12)
 
 
-def test_label_smoothing_value() -> None:
-    # -log sigmoid(-1) = 0.3132617 + 1, so 0.9 * 0.3132617 + 0.1 * 1.3132617 = 0.3132617 + 0.1
-    assert by_hand(label_smoothing=0.1).loss.item() == pytest.approx(0.41326168751822286, abs=1e-12)
-
-
-def test_length_normalized_value() -> None:
-    # log-ratio per token: chosen 1 / 2, rejected -1 / 1; h = 1.5; beta h = 0.75; ln(1 + e^-0.75) = ln 1.4723666
-    result = by_hand(length_normalized=True)
-    assert result.loss.item() == pytest.approx(0.3868710, abs=1e-7)
-    assert result.sums["margin"].item() == pytest.approx(0.75)
-    assert result.sums["chosen_logp"].item() == pytest.approx(-3)  # stays a sum
-
-
 def test_ipo_values() -> None:
     # h = 0: (0 - 1 / (2 * 0.25))^2 = 2^2; h = 2 is the minimum of beta 0.25; h = 2, beta 0.5: (2 - 1)^2
     assert by_hand(ref=LOGPS, loss="ipo", beta=0.25).loss.item() == pytest.approx(4, abs=1e-12)
     assert by_hand(loss="ipo", beta=0.25).loss.item() == pytest.approx(0, abs=1e-12)
     assert by_hand(loss="ipo", beta=0.5).loss.item() == pytest.approx(1, abs=1e-12)
-    # per token h = 1.5: (1.5 - 1)^2
-    assert by_hand(loss="ipo", beta=0.5, length_normalized=True).loss.item() == pytest.approx(0.25, abs=1e-12)
 
 
 def test_nll_is_per_token_of_the_chosen() -> None:
@@ -495,10 +478,9 @@ def test_nll_is_per_token_of_the_chosen() -> None:
     assert result.sums["nll"].item() == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("options", [{"loss": "hinge"}, {"loss": "ipo", "label_smoothing": 0.1}])
-def test_unknown_loss_is_refused(options: dict[str, object]) -> None:
+def test_unknown_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="no loss"):
-        by_hand(**options)
+        by_hand(loss="hinge")
 
 
 def test_sums_by_hand() -> None:
@@ -573,8 +555,7 @@ def two_random(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         (1.0, {}, 0.31326168751822286),  # a certain label: the loss without a target
         (0.0, {}, 1.31326168751822286),  # a label that is wrong: -log sigmoid(-1)
         (0.75, {}, 0.56326168751822286),  # 0.75 * 0.3132617 + 0.25 * 1.3132617
-        (0.5, {"label_smoothing": 0.3}, 0.81326168751822286),  # a label that says nothing is not smoothed any further
-        (0.75, {"label_smoothing": 0.1}, 0.61326168751822286),  # reversed with 0.75 * 0.1 + 0.25 * 0.9 = 0.3
+        (0.5, {}, 0.81326168751822286),
         (1.0, {"loss": "ipo"}, 1.0),
         (0.0, {"loss": "ipo"}, 9.0),  # (-2 - 1)^2
         (0.75, {"loss": "ipo"}, 3.0),
@@ -600,26 +581,22 @@ def test_a_target_of_zero_is_the_pair_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3])
-def test_certain_pairs_of_weight_one_have_the_papers_loss_to_the_bit(dtype: torch.dtype, smoothing: float) -> None:
+def test_certain_pairs_of_weight_one_have_the_papers_loss_to_the_bit(dtype: torch.dtype) -> None:
     """Loss and gradient as without weights and targets, for each loss."""
     batch = pack(PAIRS)
     logps, ref = (values.to(dtype) for values in two_random(27))
     counted = torch.tensor([1, 1, 0, 1, 1], dtype=dtype)
-    for loss in ("sigmoid", "ipo") if not smoothing else ("sigmoid",):
+    for loss in ("sigmoid", "ipo"):
         ours, plain = (logps.clone().requires_grad_() for _ in range(2))
         ratios = [sequence_sums(values, batch.segment_R, 10) for values in (plain, ref)]
         ratio = ratios[0] - ratios[1]
         h = ratio[0::2] - ratio[1::2]
         beta = 0.3
-        if loss == "sigmoid":
-            each = -(1 - smoothing) * logsigmoid(beta * h) - smoothing * logsigmoid(-beta * h)
-        else:
-            each = (h - 1 / (2 * beta)) ** 2
+        each = -logsigmoid(beta * h) if loss == "sigmoid" else (h - 1 / (2 * beta)) ** 2
         nll = -ratios[0][0::2] / batch.length_S[0::2]
         expected = (counted * (each + 0.7 * nll)).sum()
         expected.backward()
-        found = pair_loss(ours, ref, batch, counted, beta=beta, loss=loss, label_smoothing=smoothing, nll_scale=0.7)
+        found = pair_loss(ours, ref, batch, counted, beta=beta, loss=loss, nll_scale=0.7)
         found.loss.backward()
         assert torch.equal(found.loss, expected)
         assert ours.grad is not None
@@ -647,11 +624,11 @@ def test_gradient_raises_chosen_and_lowers_rejected() -> None:
     by_hand(logps, ref=LOGPS, beta=0.5).loss.backward()
     assert logps.grad is not None
     assert logps.grad.tolist() == pytest.approx([-0.25, -0.25, 0.25])
-    # per token of the response: divided by 2 and by 1; the nll adds -1 / 2 to each chosen token
+    # the nll adds -1 / 2 to each of the two chosen tokens
     logps = LOGPS.clone().requires_grad_()
-    by_hand(logps, ref=LOGPS, beta=0.5, length_normalized=True, nll_scale=1.0).loss.backward()
+    by_hand(logps, ref=LOGPS, beta=0.5, nll_scale=1.0).loss.backward()
     assert logps.grad is not None
-    assert logps.grad.tolist() == pytest.approx([-0.125 - 0.5, -0.125 - 0.5, 0.25])
+    assert logps.grad.tolist() == pytest.approx([-0.25 - 0.5, -0.25 - 0.5, 0.25])
     # ipo at h = 0: 2 (0 - 1 / (2 * 0.5)) = -2
     logps = LOGPS.clone().requires_grad_()
     by_hand(logps, ref=LOGPS, beta=0.5, loss="ipo").loss.backward()
@@ -733,8 +710,8 @@ def test_a_loss_beside_the_items_that_it_learns_from_is_found() -> None:
 
 OPTIONS = [
     {"beta": 0.1},
-    {"beta": 0.3, "label_smoothing": 0.2, "nll_scale": 0.5},
-    {"beta": 0.2, "loss": "ipo", "length_normalized": True},
+    {"beta": 0.3, "nll_scale": 0.5},
+    {"beta": 0.2, "loss": "ipo"},
 ]
 
 

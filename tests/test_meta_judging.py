@@ -40,7 +40,7 @@ from rsrlm.records import (
 )
 
 WINNERS: dict[int, Winner] = {1: "A", 0: "tie", -1: "B"}
-SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
+SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=8, seed=1)
 UNREAD = Unparsed(reason="no winner line")
 # r by (shown first, shown second), as in the worked example: three judgements, six comparisons
 EXAMPLE = {(0, 1): 1, (1, 0): -1, (0, 2): 1, (2, 0): 1, (1, 2): 1, (2, 1): 0}

@@ -48,7 +48,7 @@ from rsrlm.runtime.dropout import set_dropout
 from rsrlm.runtime.shares import steps_of
 
 ROOT = Path(__file__).parent.parent
-SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, seed=1)
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------------
@@ -398,8 +398,6 @@ ROWS: list[Row] = [
      lambda b, a: sampled("temperature", 0.3)(b.responses, a.responses)),
     ("SR 3.1.3: top-p of the actor", produced, {}, {"sample": {"top_p": 0.9}},
      lambda b, a: sampled("top_p", 0.9)(b.responses, a.responses)),
-    ("SR 2.3: equal scores (open), margin", actor_pair, {}, {"pair": {"min_margin": 3.5}},
-     lambda b, a: gap(b) == 3.0 and a == NoPair(reason="margin too small")),
     ("SR 3.1.3: prompts of an iteration", dealt, {}, {"prompts": {"per_iteration": 5}},
      lambda b, a: (b[2], a[2]) == ([4], [5])),
     ("SR 3.1.3: learning rate", learning_rates, {}, {"train": {"lr": 2e-3}},
@@ -429,7 +427,7 @@ ROWS: list[Row] = [
     ("SR 3.1.3, 3.2.1: who compares", comparison_asks, TEXT_DUEL,
      {"evaluate": {"judge": {"read": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "claude"}}}},
      lambda b, a: b and not a),  # our engines are not asked
-    ("MR 3.1: which kinds of pairs", produced, BOTH, meta_step(pair={"kinds": ["actor"]}),
+    ("MR 3.1: which kinds of pairs", produced, BOTH, {"steps": [{"recipe": "self_rewarding"}]},
      lambda b, a: (len(b.comparisons), len(a.comparisons)) == (6, 0)),
     ("MR 2.2: identical responses are removed", lambda c, e: pair_of_texts(c, ("a", 1.0), ("a", 2.0)), {},
      {"pair": {"duplicates": "drop"}},
@@ -437,8 +435,6 @@ ROWS: list[Row] = [
     # At rho 0.3 good are 3.1 and more, of which the fourth is the shortest; bad 1.9 and less: the last is the longest.
     ("MR 2.2: rho", actor_pair, {}, {"pair": {"rho": 0.3}}, pair_of((0, 2), (3, 4))),
     ("MR 2.2: ties at rho 0 (open)", actor_pair, {}, {"pair": {"ties": "length"}}, pair_of((0, 2), (3, 2))),
-    ("MR 2.2: length in characters", lambda c, e: pair_of_texts(c, ("long text", 2.0), ("x", 2.0), ("w", 1.0)),
-     {"pair": {"ties": "length"}}, {"pair": {"length": "tokens"}}, pair_of((1, 2), (0, 2))),  # two tokens each
     ("MR A.3: chosen of at most 2,500 characters", actor_pair, {}, {"pair": {"max_chosen_chars": 2500}},
      lambda b, a: b.chosen_id == "00/p/0" and a == NoPair(reason="chosen too long")),
     ("MR 2.3, fig. 2: the meta-judge's prompt and reading", asked_of_the_meta_judge, BOTH,
@@ -454,8 +450,6 @@ ROWS: list[Row] = [
     # wins weigh 1/6 instead of the 1/2 of both prompts together: they blur the order of 1 and 2 less.
     ("MR 2.3: scope of the position weights (open)", judge_pair, BOTH, meta_step(meta={"weights": "prompt"}),
      lambda b, a: [one.id for one in (b[0], a[0])] == ["00/p/0#1>2"] * 2 and gap(a[0]) > 1.2 * gap(b[0])),
-    ("MR 2.3: Bradley-Terry that stays finite (open)", judge_pair, BOTH, meta_step(meta={"ridge": 1.0}),
-     lambda b, a: [one.id for one in a] == [one.id for one in b] and gap(a[0]) < 0.5 * gap(b[0])),
     ("MR A.3: chosen judgement of at most 1,100 characters", judge_pair, BOTH,
      meta_step(meta={"max_chosen_chars": 1100}),
      lambda b, a: b[0].chosen_id == "00/p/0#1" and a[0] == NoPair(reason="chosen too long")),
@@ -465,13 +459,7 @@ ROWS: list[Row] = [
     ("MR A.3: a setting of its own for each iteration", pairs_by_iteration, {"iterations": 2},
      {"steps": [{}, {"pair": {"rho": 0.3}}]},
      lambda b, a: a[0] == b[0] == b[1] and pair_of((0, 2), (3, 4))(*a)),
-    # -log sigmoid(-0.1) is 0.1 more than -log sigmoid(0.1): a tenth of that.
-    ("DPO and others: smoothing", loss, {}, {"train": {"label_smoothing": 0.1}},
-     lambda b, a: a == pytest.approx(b + 0.01)),
     ("DPO and others: IPO", loss, {}, {"train": {"loss": "ipo"}}, lambda b, a: a == pytest.approx((1 - 5) ** 2)),
-    # h = 0.5 / 2 + 0.5 / 1
-    ("DPO and others: length-normalised", loss, {}, {"train": {"length_normalized": True}},
-     lambda b, a: a == pytest.approx(math.log1p(math.exp(-0.075)))),
     ("DPO and others: NLL term", loss, {}, {"train": {"nll_scale": 1.0}}, lambda b, a: a == pytest.approx(b + 1.5)),
 ]  # fmt: skip
 
@@ -567,7 +555,6 @@ def test_the_recipes_carry_the_papers_values() -> None:
         assert one.prompts.per_iteration == 5000
     assert [one.pair.rho for one in rest] == [0.0, 0.32, 0.32, 0.4]
     assert [step.recipe for step in mr.planned[1:]] == [MetaRewarding] * 2 + [SelfRewarding] * 2
-    assert [one.pair.kinds for one in rest[:2]] == [["actor", "judge"]] * 2
     assert [one.pair.max_chosen_chars for one in rest] == [2500, None, None, None]
     assert [one.meta.max_chosen_chars for one in rest[:2]] == [1100, 1000]
     assert [one.train.stop_after_epoch for one in rest] == [6, 4, 2, 2]

@@ -25,7 +25,7 @@ M0, M1 = (WeightSet(version=name, folder=f"/{name}", files=()) for name in ("M0"
 
 
 def request(name: str, **more: Any) -> Request:
-    sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=4, seed=0)
+    sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=4, seed=0)
     return Request(id=name, prompt_token_ids=(1, 2), sampling=sampling, priority=0, **more)
 
 

@@ -77,6 +77,6 @@ def test_a_response_is_complete_when_the_model_ended_it(finish_reason: str, comp
         prompt_token_ids=(1,),
         finish_reason=finish_reason,
         weight_version="M0",
-        sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, seed=0),
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=4, seed=0),
     )
     assert response.complete is complete

@@ -278,11 +278,11 @@ def test_a_run_is_not_run_twice_at_once(whole: tuple[Path, str]) -> None:
 
 
 def test_an_iteration_without_pairs(config_file: Path) -> None:
-    done = run("run", str(config_file), "name=no-pairs", "pair.min_margin=5", "prompts.heldout=0")
+    done = run("run", str(config_file), "name=no-pairs", "pair.max_chosen_chars=1", "prompts.heldout=0")
     assert done.returncode == 3, done.stdout + done.stderr
     found = summary(config_file.parent / "runs" / "no-pairs")
     assert found["status"] == "no_pairs"
-    assert "margin too small" in found["reason"]
+    assert "chosen too long" in found["reason"]
     assert found["iterations"] == []
 
 

@@ -118,7 +118,9 @@ def data_prompts(config: Config, number: int, out: Path, report: Report) -> None
     write_lines(out, rows)
     report.line(f"{len(rows)} prompts from {made.requests} requests: {out}")
     if len(rows) < number:
-        report.line(f"fewer than the {number} asked for: {rule.give_up_after} rounds in a row gave nothing new")
+        report.line(
+            f"fewer than the {number} asked for: {self_instruct.GIVE_UP_AFTER} rounds in a row gave nothing new"
+        )
 
 
 def _continuing(

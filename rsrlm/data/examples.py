@@ -12,7 +12,7 @@ from rsrlm.judges.base import Origin
 from rsrlm.records import Example, Prompt, Response, Sampling, group_id, wording
 from rsrlm.settings.base import ConfigError
 
-NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0)  # people wrote it
+NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, max_tokens=0, seed=0)  # people wrote it
 
 
 class AsksInWords(Protocol):

@@ -157,7 +157,7 @@ def usable(
 
     `lengths` are the tokens of each prompt by id, `needs` the tokens that each kind of request takes besides: an answer
     that could be sampled but not judged would never take part in a pair. Raises ConfigError where
-    prompts.overlong=error, and where there is no room for any prompt.
+    there is no room for any prompt.
     """
     most = max(needs, key=lambda name: needs[name])
     room = config.engine.max_model_len - needs[most]
@@ -168,11 +168,5 @@ def usable(
             "meta or evaluate"
         )
     long = [prompt.id for prompt in prompts if lengths[prompt.id] > room]
-    if long and config.prompts.overlong == "error":
-        raise ConfigError(
-            f"prompt {long[0]!r} has {lengths[long[0]]} tokens, more than the {room} that engine.max_model_len="
-            f"{config.engine.max_model_len} leaves beside the {needs[most]} of {most}; raise it, shorten the prompt or "
-            "set prompts.overlong=drop"
-        )
     left_out = set(long)
     return [prompt for prompt in prompts if prompt.id not in left_out], long

@@ -22,6 +22,8 @@ from rsrlm.settings.data import SelfInstruct
 
 HEADER = "Continue this numbered list of varied, open-ended tasks that people give to an assistant:"
 CUT = "cut off by the length limit"
+ROUND = 32  # requests that see the same prompts made before
+GIVE_UP_AFTER = 5  # rounds in a row without a new prompt
 TOO_SIMILAR = "too similar to another prompt"
 
 # Self-Instruct's, without the space after it: that could be the line break before the next number.
@@ -222,7 +224,7 @@ async def make_prompts(
     model: str,
     count: Callable[[int], None] = lambda new: None,
 ) -> NewPrompts:
-    """At least `number` new prompts, or fewer where `rule.give_up_after` rounds in a row give none.
+    """At least `number` new prompts, or fewer where GIVE_UP_AFTER rounds in a row give none.
 
     `complete(request, text)` returns what `model` writes after the text of a request, and whether the length limit cut
     it. `seed_prompts` are texts by id. `count` is told after each round how many of the prompts wanted came with it.
@@ -240,13 +242,13 @@ async def make_prompts(
         text, cut = await complete(request, request_text([texts[name] for name in shown]))
         return Continuation(request=request, text=text, cut=cut, model=model, demonstrations=tuple(shown))
 
-    while len(prompts) < number and barren < rule.give_up_after:
+    while len(prompts) < number and barren < GIVE_UP_AFTER:
         generated = [prompt.id for prompt in prompts]
-        # The size of a round is a setting: what is shown must not depend on the number of engines.
-        continuations = await gather([ask(requests + place, generated) for place in range(rule.round)])
+        # The size of a round is a constant: what is shown must not depend on the number of engines.
+        continuations = await gather([ask(requests + place, generated) for place in range(ROUND)])
         new, refusals = select(continuations, pool, filters, cut_at_separator=rule.cut_at_separator)
         count(min(len(new), number - len(prompts)))
-        requests += rule.round
+        requests += ROUND
         reasons += refusals
         barren = 0 if new else barren + 1
         texts.update({prompt.id: prompt.text for prompt in new})

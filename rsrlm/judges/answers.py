@@ -62,9 +62,6 @@ class RightAnswer:
 
     class Config(JudgeSection, AnswerForm):
         kind: str = "answer"
-        unread: Literal["wrong", "none"] = Field(
-            "wrong", description="a response without a final answer is wrong, or gets no verdict"
-        )
 
         @model_validator(mode="after")
         def _no_engine_judges(self) -> Self:
@@ -94,7 +91,7 @@ class RightAnswer:
         if "answer" not in prompt.data:
             return NOT_KNOWN
         if isinstance(found, Unparsed):
-            return Scored(points=0.0) if self.config.unread == "wrong" else found
+            return Scored(points=0.0)
         return Scored(points=float(found.value == gold(prompt, self.config)))
 
     def judgement(self, response: Response, verdict: Verdict, found: Found, by: str = "") -> Judgement:

@@ -73,11 +73,10 @@ def judge_of(config: Any, context: Context) -> Judge:
 
 
 def sampling_of(params: Any, seed: int) -> Sampling:
-    """Of a config section with temperature, top_p, top_k and max_tokens."""
+    """Of a config section with temperature, top_p and max_tokens."""
     return Sampling(
         temperature=params.temperature,
         top_p=params.top_p,
-        top_k=params.top_k,
         max_tokens=params.max_tokens,
         seed=seed,
         stop=tuple(getattr(params, "stop", ())),

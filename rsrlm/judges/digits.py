@@ -18,7 +18,9 @@ class Digits(Text):
     class Config(JudgeSection):
         kind: str = "digits"
         template: str = Field("additive", description="name of a template of rsrlm, or path of a Jinja2 file")
-        min_mass: Number = Field(0.05, ge=0, le=1, description="less probability than this on the scale is unreadable")
+        min_mass: Number = Field(
+            verdicts.LEAST_MASS, ge=0, le=1, description="less probability than this on the scale is unreadable"
+        )
 
         @property
         def tokens(self) -> int:
@@ -33,7 +35,7 @@ class Digits(Text):
         return "additive_digits" if name == "additive" else name
 
     def sampling(self, seed: int) -> Sampling:
-        return Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=seed)
+        return Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=seed)
 
     def read(self, completion: Completion) -> Verdict:
         return verdicts.read_distribution(completion.label_logprobs, self.config.min_mass, self.form)

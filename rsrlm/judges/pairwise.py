@@ -69,7 +69,7 @@ class Pairwise:
         texts = {**match.fields, **templates.data_fields(self.data_names, match.prompt_id, match.data)}
         shown = {name: verdicts.claimed(text, self._form, pairwise=True) for name, text in texts.items()}
         fields = {**shown, "fence": self.context.fence(match.fence_seed)}
-        letters = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=match.seed)
+        letters = Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=match.seed)
         return Request(
             id=match.id,
             prompt_token_ids=self.context.encoder.encode(self.source, fields, self._prefix),
@@ -83,7 +83,7 @@ class Pairwise:
 
     def read(self, completion: Completion) -> Verdict:
         if self._letters:
-            winner = verdicts.winner_from_distribution(completion.label_logprobs, self._rule.min_mass)
+            winner = verdicts.winner_from_distribution(completion.label_logprobs)
         else:
             winner = verdicts.parse_winner(completion.text, completion.finish_reason, self._form)
         return winner if isinstance(winner, Unparsed) else Preferred(winner=winner)

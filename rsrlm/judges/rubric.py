@@ -25,7 +25,6 @@ class Text:
         judgements: int = Field(3, gt=0, description="per response, averaged over the readable ones (N)")
         temperature: Number = Field(0.7, ge=0)
         top_p: Number = Field(1.0, gt=0, le=1)
-        top_k: int = Field(0, ge=0)
         max_tokens: int = Field(160, gt=0)
 
         @property

@@ -26,6 +26,7 @@ NO_SCORE = Unparsed(reason="no score line")
 OUT_OF_RANGE = Unparsed(reason="score out of range")
 CUT = Unparsed(reason="cut before its end")
 LOGPROBS_UNREADABLE = Unparsed(reason="log-probabilities are not numbers")
+LEAST_MASS = 0.05  # probability of all labels together, below which none of them is read
 LITTLE_DIGIT_MASS = Unparsed(reason="little mass on digits")
 LITTLE_LETTER_MASS = Unparsed(reason="little mass on letters")
 NO_WINNER = Unparsed(reason="no winner line")
@@ -234,7 +235,7 @@ def parse_winner(text: str, finish_reason: FinishReason, form: Form = WINNER) ->
     return "A" if match[1] == form.sides[0] else "B"
 
 
-def winner_from_distribution(label_logprobs: Sequence[float], min_mass: float) -> Winner | Unparsed:
+def winner_from_distribution(label_logprobs: Sequence[float], min_mass: float = LEAST_MASS) -> Winner | Unparsed:
     """The likelier of the two sides; equally likely ones tie. Unparsed if both have less than `min_mass`."""
     shares = _shares(label_logprobs, 2, min_mass, LITTLE_LETTER_MASS)
     if isinstance(shares, Unparsed):

@@ -63,10 +63,9 @@ def pair_loss(
     """Loss of P pairs from policy and reference log-probabilities of their response tokens.
 
     With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), each summed over the
-    response's tokens, or averaged over them with `train.length_normalized`, the loss of a pair is `weight_P` times
-    (`preference_loss` of h + `train.nll_scale` times `nll`, as in iterative RPO, 2404.19733). `weight_P` multiplies
-    nothing else (ScPO, 2411.04109). `target_P` is the probability that the chosen is the better one (CREAM,
-    2410.12735). `counted_P` is 1 for a pair, 0 for a dummy.
+    response's tokens, the loss of a pair is `weight_P` times (`preference_loss` of h + `train.nll_scale` times `nll`,
+    as in iterative RPO, 2404.19733). `weight_P` multiplies nothing else (ScPO, 2411.04109). `target_P` is the
+    probability that the chosen is the better one (CREAM, 2410.12735). `counted_P` is 1 for a pair, 0 for a dummy.
 
     sums, over the pairs that count; `each` has the same by pair, [P], apart from kl and kl_tokens:
       loss: as above; dpo_loss: its part without nll, weighted likewise.
@@ -81,7 +80,7 @@ def pair_loss(
     # One dtype for all sums, so that they can be reduced as one tensor.
     counted_P, weight_P, target_P = (values.to(logps_R.dtype) for values in (counted_P, weight_P, target_P))
     logp_S, ref_S = (sequence_sums(one, batch.segment_R, len(batch.length_S)) for one in (logps_R, ref_logps_R))
-    ratio_S = (logp_S - ref_S) / (batch.length_S if train.length_normalized else 1)
+    ratio_S = logp_S - ref_S
     h_P = ratio_S[0::2] - ratio_S[1::2]
     nll_P = -logp_S[0::2] / batch.length_S[0::2]
     preference_P = preference_loss(h_P, target_P, train)
@@ -106,21 +105,16 @@ def preference_loss(h_P: Tensor, target_P: Tensor, train: DPO) -> Tensor:
     """[P]: loss of each pair by the difference h of its log-ratios, whose chosen response is the better one with
     probability t:
 
-      sigmoid: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), where e = t eps + (1 - t)(1 - eps) and eps =
-        `train.label_smoothing` (DPO, 2305.18290 eq. 7, as in self-rewarding sec. 2.4, for t = 1 and eps = 0;
-        conservative DPO for eps > 0)
-      ipo: t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2 (2310.12036 eq. 17; takes no smoothing)
+      sigmoid: -t log sigmoid(beta h) - (1 - t) log sigmoid(-beta h) (DPO, 2305.18290 eq. 7, as in self-rewarding
+        sec. 2.4, for t = 1; CREAM, 2410.12735, for others)
+      ipo: t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2 (2310.12036 eq. 17)
     """
-    smoothing = train.label_smoothing
     if train.loss == "sigmoid":
-        # Each coefficient by itself: 1 - (1 - eps) is not eps in floating point.
-        right_P = target_P * (1 - smoothing) + (1 - target_P) * smoothing
-        wrong_P = target_P * smoothing + (1 - target_P) * (1 - smoothing)
-        return -right_P * logsigmoid(train.beta * h_P) - wrong_P * logsigmoid(-train.beta * h_P)
-    if train.loss == "ipo" and not smoothing:
+        return -target_P * logsigmoid(train.beta * h_P) - (1 - target_P) * logsigmoid(-train.beta * h_P)
+    if train.loss == "ipo":
         goal = 1 / (2 * train.beta)
         return target_P * (h_P - goal) ** 2 + (1 - target_P) * (-h_P - goal) ** 2
-    raise ValueError(f"no loss {train.loss!r} with label_smoothing={smoothing}")
+    raise ValueError(f"no loss {train.loss!r}")
 
 
 def drift(logps_R: Tensor, ref_logps_R: Tensor, counted_R: Tensor) -> dict[str, Tensor]:
@@ -128,7 +122,7 @@ def drift(logps_R: Tensor, ref_logps_R: Tensor, counted_R: Tensor) -> dict[str, 
 
     kl adds exp(r) - 1 - r, r = log pi - log ref of that token (the k3 estimator; each term is >= 0). Its expectation is
     the KL(reference || policy) of the next token if the tokens were sampled from the reference itself. Here they are
-    biased: sampled at another temperature or with top-p or top-k, and only the best and worst of several responses.
+    biased: sampled at another temperature or with top-p, and only the best and worst of several responses.
     Read it as a measure of drift.
     """
     log_ratio_R = logps_R - ref_logps_R

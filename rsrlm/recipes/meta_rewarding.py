@@ -20,7 +20,6 @@ from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand
 from rsrlm.recipes.self_rewarding import SelfRewarding, in_training_order
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Preferred, Response, Task
 from rsrlm.settings.base import Number, Section
-from rsrlm.settings.methods import Pair
 from rsrlm.store.buffer import pairs_of
 
 
@@ -35,37 +34,23 @@ class Meta(Section):
     template: str = Field("meta", description="name of a template of rsrlm, or path of a Jinja2 file")
     temperature: Number = Field(0.7, ge=0)
     top_p: Number = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
     max_tokens: int = Field(300, gt=0)
-    min_mass: Number = Field(
-        0.05, ge=0, le=1, description="letters: less probability than this on A and B is unreadable"
-    )
     weights: Literal["iteration", "prompt", "none"] = Field(
         "iteration",
         description="wins by the judgement shown first or second are weighted against the position's bias, counted "
         "over the iteration or over each prompt alone; none: 0.5 each",
     )
-    ridge: Number = Field(0.01, gt=0, description="times the sum of squared scores: keeps the Bradley-Terry fit finite")
     max_chosen_chars: int | None = Field(None, gt=0, description="drop pairs whose chosen judgement is longer")
     collapse: bool = Field(False, description="judgements with the same text are compared once")
 
 
-class BothPairs(Pair):
-    kinds: list[Literal["actor", "judge"]] = Field(
-        ["actor", "judge"], min_length=1, description="what is trained on: pairs of responses, pairs of judgements"
-    )
-
-
 class MetaRewarding(SelfRewarding):
     class Config(SelfRewarding.Config):
-        pair: BothPairs = BothPairs()
         meta: Meta = Meta()
 
         @model_validator(mode="after")
         def _judgements_can_be_compared(self) -> Self:
             judge = self.judge
-            if "judge" not in self.pair.kinds:
-                return self
             if not judge.in_words or judge.per_response < 2:
                 raise ValueError(
                     f"recipe meta_rewarding compares judgements of one response, but judge.kind={judge.kind} gives "
@@ -73,8 +58,8 @@ class MetaRewarding(SelfRewarding):
                 )
             if judge.external:
                 raise ValueError(
-                    f"recipe meta_rewarding trains on the model's own judgements, but {judge.external} judges; set "
-                    "pair.kinds=[actor], or leave out judge.model and judge.endpoint"
+                    f"recipe meta_rewarding trains on the model's own judgements, but {judge.external} judges; use "
+                    "recipe: self_rewarding, or leave out judge.model and judge.endpoint"
                 )
             if getattr(judge, "temperature", 1.0) == 0:
                 raise ValueError(
@@ -94,8 +79,6 @@ class MetaRewarding(SelfRewarding):
     ) -> tuple[Judgement, ...]:
         """The meta-judge's verdicts on the judgements of the response that they disagree on most."""
         rule, context = self.config.meta, self.context
-        if "judge" not in self.config.pair.kinds:
-            return ()
         response = meta_judging.most_uncertain(responses, judgements, context.seed)
         if response is None:
             return ()
@@ -123,13 +106,6 @@ class MetaRewarding(SelfRewarding):
         group = await super().group(engines, task)
         return replace(group, comparisons=await self.comparisons(engines, task, group.responses, group.judgements))
 
-    def pair(
-        self, task: Task, responses: Sequence[Response], judgements: Sequence[Judgement]
-    ) -> PreferencePair | NoPair:
-        if "actor" not in self.config.pair.kinds:
-            return NoPair(reason="no pairs of responses wanted")
-        return super().pair(task, responses, judgements)
-
     def judge_pair(self, group: Group, whole: meta_judging.PositionWeights) -> PreferencePair | NoPair:
         """The pair of judgements of a group; `whole` are the position weights over all groups (section 2.3)."""
         rule, seed = self.config.meta, self.context.seed
@@ -150,8 +126,6 @@ class MetaRewarding(SelfRewarding):
     def items(self, iteration: int, groups: Sequence[Group]) -> Batch:
         """Only when all groups are finished: the weights count the wins of the whole iteration."""
         actor = super().items(iteration, groups)
-        if "judge" not in self.config.pair.kinds:
-            return actor
         weights = meta_judging.position_weights(one for group in groups for one in group.comparisons)
         dropped = Counter[str]()
 
@@ -179,8 +153,6 @@ class MetaRewarding(SelfRewarding):
     @classmethod
     def demand_of(cls, config: Any, prompts: int) -> Demand:
         found = super().demand_of(config, prompts)
-        if "judge" not in config.pair.kinds:
-            return found
         compared = prompts * meta_judging.most_comparisons(config.judge.per_response)
         tokens = 1 if config.meta.read == "letters" else config.meta.max_tokens
         judge_pair = JUDGE_PROMPT + config.sample.max_tokens + 2 * config.judge.tokens
@@ -189,7 +161,7 @@ class MetaRewarding(SelfRewarding):
                 **found.requests,
                 "meta": (compared, tokens),
             },
-            items=prompts * len(config.pair.kinds),
+            items=2 * prompts,  # a pair of responses and one of judgements
             item_tokens=max(found.item_tokens, judge_pair),
         )
 

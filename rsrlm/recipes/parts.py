@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rsrlm.pairing import TIE, Candidate
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Sampling, Task
 
-NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0)
+NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, max_tokens=0, seed=0)
 
 
 def pair_of(

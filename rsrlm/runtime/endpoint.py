@@ -135,10 +135,8 @@ class EndpointClient:
 
         while True:
             limit = self._limit
-            # The library passes unknown parameters on: OpenAI has no top_k, and some servers refuse what is off.
+            # Some servers refuse what is off.
             extra: dict[str, Any] = {limit: sampling.max_tokens}
-            if sampling.top_k:
-                extra["top_k"] = sampling.top_k
             if sampling.top_p != 1:
                 extra["top_p"] = sampling.top_p
             if sampling.stop:

@@ -82,7 +82,7 @@ def engine_arguments(config: Config, folder: str) -> dict[str, Any]:
         "trust_remote_code": config.model.trust_remote_code,
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
-        "block_size": engine.block_size,
+        "block_size": 32,  # on CPUs vLLM needs a multiple of it
         "enforce_eager": engine.enforce_eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
@@ -121,7 +121,6 @@ def sampling_params(request: Request) -> Any:
         n=1,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
         seed=sampling.seed if sampling.temperature > 0 else None,
         stop=list(sampling.stop),

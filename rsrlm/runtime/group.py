@@ -20,6 +20,8 @@ from rsrlm.runtime.rank import serve
 from rsrlm.runtime.weights import WeightSet
 from rsrlm.store.steps import StepLog
 
+RESTARTS = 2  # of the group in one run, after a rank died
+
 
 class LearnerFailed(RuntimeError):
     """The learner group cannot go on."""
@@ -145,7 +147,7 @@ def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
         run_config=RunConfig(
             name="group",
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=train.max_restarts, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=3),
             worker_runtime_env={"env_vars": environment},
         ),
     )

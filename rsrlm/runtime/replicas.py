@@ -114,7 +114,7 @@ class Replicas:
 
     async def _one_token(self, replica: Replica) -> None:
         self._health_checks += 1
-        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, seed=0)
+        sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=0)
         request = Request(id=f"health-{self._health_checks}", prompt_token_ids=(1,), sampling=sampling, priority=-1)
         [outcome] = await replica.actor.generate.remote([request])
         if isinstance(outcome, Exception):

@@ -61,8 +61,6 @@ class SelfInstruct(SamplingParams):
     max_tokens: int = Field(512, gt=0)
     from_seeds: int = Field(6, gt=0, description="demonstrations from prompts.path")
     from_generated: int = Field(2, ge=0, description="demonstrations from prompts made before")
-    round: int = Field(32, gt=0, description="requests that see the same prompts made before")
-    give_up_after: int = Field(5, gt=0, description="rounds in a row without a new prompt")
     max_rouge: Number = Field(0.7, gt=0, le=1, description="a prompt with a higher ROUGE-L to any other is dropped")
     min_words: int = Field(3, ge=0, description="a prompt must have more")
     max_words: int = Field(150, gt=0)

@@ -54,7 +54,6 @@ class Engine(Section):
     max_model_len: int = Field(1024, gt=0, description="tokens of prompt and answer together")
     max_num_seqs: int = Field(32, gt=0, description="requests that one replica runs at once")
     kv_cache_gib: Number = Field(1.0, gt=0)
-    block_size: int = Field(32, gt=0)
     enforce_eager: bool = True
     start_timeout_s: Number = Field(300.0, gt=0)
 
@@ -64,8 +63,6 @@ class Engine(Section):
             raise ValueError(f"engine.gpus={self.gpus} needs engine.kind=async (tensor parallel)")
         if self.producers > self.replicas:
             raise ValueError(f"engine.producers={self.producers} with engine.replicas={self.replicas}: each needs one")
-        if self.gpus == 0 and self.block_size % 32:
-            raise ValueError(f"engine.block_size={self.block_size}: vLLM on CPUs needs a multiple of 32")
         return self
 
 

@@ -1,6 +1,6 @@
 """What recipes ask for: prompts, samples, judges, pairs; and how held-out answers are judged."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -30,15 +30,11 @@ class Prompts(PerIteration):
         0, ge=0, description="prompts set aside for train.choose, beside those of heldout: they decide"
     )
     reuse: bool = Field(False, description="take prompts again in later iterations when the file is used up")
-    overlong: Literal["drop", "error"] = Field(
-        "drop", description="a prompt that leaves no room for max_tokens: left out and counted, or the run stops"
-    )
 
 
 class SamplingParams(Section):
     temperature: Number = Field(0.7, ge=0)
     top_p: Number = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 is off")
     max_tokens: int = Field(gt=0)
 
 
@@ -128,17 +124,12 @@ JudgeConfig = Annotated[SerializeAsAny[JudgeSection], WrapValidator(_judge_of_ki
 class TakingPart(Section):
     """Which scored responses take part in a pair."""
 
-    cut: Literal["rejected_only", "drop"] = Field(
-        "rejected_only", description="a response cut by max_tokens: may lose but never win, or is left out"
-    )
-    empty: Literal["rejected_only", "drop"] = Field("drop", description="a response without text, likewise")
     duplicates: Literal["keep", "drop"] = Field(
         "keep", description="drop: of responses with the same text only the first takes part"
     )
 
 
 class Pair(TakingPart):
-    min_margin: Number = Field(0.0, ge=0, description="points; the difference must be larger than this")
     max_chosen_chars: int | None = Field(None, gt=0, description="drop pairs whose chosen response is longer")
     rho: Number = Field(
         0.0,
@@ -151,7 +142,6 @@ class Pair(TakingPart):
         "first",
         description="of equal scores with rho=0: lowest index, shortest chosen and longest rejected, or by seed",
     )
-    length: Literal["chars", "tokens"] = Field("chars", description="unit of rho's and ties' length")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -160,36 +150,6 @@ class Pair(TakingPart):
                 f"pair.ties={self.ties} does not apply to pair.rho={self.rho}, which goes by length; remove pair.ties"
             )
         return self
-
-
-class Meta(Section):
-    """The meta-judge: which of two judgements of one response is the better one (2407.19594v2, section 2.3)."""
-
-    read: Literal["text", "structured", "letters"] = Field(
-        "text",
-        description="text: reasoning and a winner line; structured: the same with the line guaranteed; letters: the "
-        "probabilities of A and B in one decoding step",
-    )
-    template: str = Field("meta", description="name of a template of rsrlm, or path of a Jinja2 file")
-    temperature: Number = Field(0.7, ge=0)
-    top_p: Number = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_tokens: int = Field(300, gt=0)
-    min_mass: Number = Field(
-        0.05, ge=0, le=1, description="letters: less probability than this on A and B is unreadable"
-    )
-    weights: Literal["iteration", "prompt", "none"] = Field(
-        "iteration",
-        description="wins by the judgement shown first or second are weighted against the position's bias, counted "
-        "over the iteration or over each prompt alone; none: 0.5 each",
-    )
-    ridge: Number = Field(0.01, gt=0, description="times the sum of squared scores: keeps the Bradley-Terry fit finite")
-    max_chosen_chars: int | None = Field(None, gt=0, description="drop pairs whose chosen judgement is longer")
-    opponents: int | None = Field(
-        None, gt=0, description="comparisons that a judgement takes part in, at least; None: with every other one"
-    )
-    collapse: bool = Field(False, description="judgements with the same text are compared once")
-    skip_agreed: bool = Field(False, description="no comparisons where all judgements of the response give one score")
 
 
 class Validator(Section):
@@ -204,13 +164,9 @@ class Validator(Section):
         "letters", description="how the pairwise verdict is read: the letters' probabilities, or a written winner line"
     )
     template: str = Field("pairwise", description="pairwise judge template: a name of rsrlm's or a Jinja2 file")
-    temperature: Number = Field(0.0, ge=0, description="of a written pairwise verdict")
-    top_p: Number = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
     max_tokens: int = Field(300, gt=0, description="of a written pairwise verdict")
-    min_mass: Number = Field(
-        0.05, ge=0, le=1, description="letters: less probability than this on the two is unreadable"
-    )
+    temperature: ClassVar[float] = 0.0
+    top_p: ClassVar[float] = 1.0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -11,7 +11,7 @@ from rsrlm.settings.base import JUDGES, NAME, RECIPES, ConfigError, plugin
 from rsrlm.settings.methods import WHO_JUDGES
 from rsrlm.settings.source import keys_at, message_of
 
-RANKS = ("workers", "threads", "cpus", "gpus", "max_restarts")  # of train: they hold for the whole run
+RANKS = ("workers", "threads", "cpus", "gpus")  # of train: they hold for the whole run
 
 # Keys that have moved: what to write in their place.
 MOVED = {
@@ -20,7 +20,7 @@ MOVED = {
     "sft": "steps: an entry {recipe: sft, sources: [{path: ift}]}",
     "judge.read": "judge.kind: text, structured, digits or function",
     "train.method": "recipe: sft, self_rewarding or meta_rewarding, at the top or in an entry of steps",
-    "pair.kinds": "recipe: meta_rewarding trains on pairs of responses and of judgements",
+    "pair.kinds": "recipe: meta_rewarding trains on pairs of responses and of judgements, self_rewarding on the former",
 }
 
 

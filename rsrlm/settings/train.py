@@ -80,17 +80,7 @@ class DPO(TrainRule):
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     beta: Number = Field(0.1, gt=0)
-    label_smoothing: Number = Field(0.0, ge=0, lt=0.5)
-    length_normalized: bool = Field(False, description="mean instead of sum of a response's log-probabilities")
     nll_scale: Number = Field(0.0, ge=0, description="times the per-token negative log-likelihood of the chosen")
-
-    @model_validator(mode="after")
-    def _loss_fits(self) -> Self:
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError(
-                f"train.label_smoothing={self.label_smoothing} does not apply to train.loss=ipo; set it to 0"
-            )
-        return self
 
 
 class Train(DPO):
@@ -100,4 +90,3 @@ class Train(DPO):
     threads: int = Field(2, gt=0, description="CPU threads of one rank")
     cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one rank (placement only; threads says how many it uses)")
     gpus: int = Field(0, ge=0, le=1, description="GPUs of one rank")
-    max_restarts: int = Field(2, ge=0, description="times the group is rebuilt after a rank died")

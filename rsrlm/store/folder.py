@@ -19,7 +19,7 @@ from rsrlm.store import tables
 from rsrlm.store.atomic import append_line, sync_files, write_whole
 from rsrlm.store.steps import StepLog
 
-LAYOUT = 2  # of a run folder, noted when the run starts: a run of another one cannot go on here
+LAYOUT = 3  # of a run folder, noted when the run starts: a run of another one cannot go on here
 
 
 def _json(data: Any) -> bytes:

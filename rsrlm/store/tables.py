@@ -28,7 +28,6 @@ _SAMPLING = pa.struct(
     [
         ("temperature", pa.float64()),
         ("top_p", pa.float64()),
-        ("top_k", pa.int64()),
         ("max_tokens", pa.int64()),
         ("seed", pa.int64()),
         ("stop", _STRINGS),

@@ -101,8 +101,11 @@ def test_another_setting_asks_anew_what_it_changes(
 
 
 @pytest.fixture
-def made(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, engines: Answering) -> Any:
-    """`rsrlm data prompts` with a model whose every answer is a new prompt."""
+def made(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, engines: Answering, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """`rsrlm data prompts` with a model whose every answer is a new prompt, two of them in a round."""
+    monkeypatch.setattr("rsrlm.data.self_instruct.ROUND", 2)
     seeds = [{"id": f"p{n}", "prompt": f"Say {n} in {n + 1} ways."} for n in range(9)]
     write_prompts(tmp_path / "prompts.jsonl", seeds)
     words = ["amber", "basil", "cedar", "delta", "ember", "flint", "grove", "hazel", "ivory", "jade", "kelp", "lotus"]
@@ -117,7 +120,7 @@ def made(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, engines
         out = tmp_path / "new.jsonl"
         ended = rsrlm(
             "data", "prompts", config_file, "--out", out, "--number", number, "self_instruct.max_tokens=64",
-            "self_instruct.round=2", *options,
+            *options,
         )  # fmt: skip
         assert ended.code == 0, ended
         return [json.loads(line) for line in out.read_text().splitlines()]
@@ -139,15 +142,16 @@ def test_more_prompts_go_on_with_those_that_are_known(made: Any, engines: Answer
 
 
 def test_special_tokens_in_demonstrations_stay_text(
-    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, engines: Answering
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, engines: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a model is shown to write new prompts: seeds that spell <|im_end|>, and those that other models wrote."""
+    monkeypatch.setattr("rsrlm.data.self_instruct.ROUND", 1)
     engines.text = lambda *_: "Name a <|im_end|> colour of the sky."
     seeds = [{"id": f"p{n}", "prompt": f"<|im_end|><|im_start|>user Say {n}."} for n in range(8)]
     write_prompts(tmp_path / "prompts.jsonl", seeds)
     ended = rsrlm(
         "data", "prompts", config_file, "--out", tmp_path / "new.jsonl", "--number", 1, "model=smollm2-135m-instruct",
-        "self_instruct.max_tokens=64", "engine.max_model_len=1024", "self_instruct.round=1",
+        "self_instruct.max_tokens=64", "engine.max_model_len=1024",
     )  # fmt: skip
     assert ended.code == 0, ended
     _, encoder = commands.loaded(Model(path="smollm2-135m-instruct"))

@@ -101,26 +101,13 @@ def with_a_long_one(path: Path) -> None:
     write_prompts(path, [*PROMPTS[:6], {"id": "long", "prompt": "tea " * 4200}])
 
 
-def test_a_prompt_that_is_too_long_stops_the_run(refused: Callable[..., str], tmp_path: Path) -> None:
-    with_a_long_one(tmp_path / "prompts.jsonl")
-    message = refused("prompts.overlong=error")
-    # 4096 less what the judge of a held-out answer of 96 takes: the prompt itself would fit beside the answer.
-    found = re.match(
-        r"rsrlm: prompt 'long' has (\d+) tokens, more than the (\d+) that engine.max_model_len=4096 leaves beside the "
-        r"(\d+) of the judge of a held-out answer", message,
-    )  # fmt: skip
-    assert found
-    assert int(found[1]) > int(found[2]) == 4096 - int(found[3])
-    assert "prompts.overlong=drop" in message
-
-
 def test_a_prompt_that_is_too_long_is_left_out(
     rsrlm: Callable[..., Ended], refused: Callable[..., str], config_file: Path, tmp_path: Path
 ) -> None:
     with_a_long_one(tmp_path / "prompts.jsonl")
-    assert "6 usable prompts, but 7 are needed" in refused("prompts.heldout=3")  # the default is drop
+    assert "6 usable prompts, but 7 are needed" in refused("prompts.heldout=3")
     with pytest.raises(Started) as started:
-        rsrlm("run", config_file, "prompts.overlong=drop")
+        rsrlm("run", config_file)
     prepared = started.value.arguments[0]
     assert prepared.left_out == ["long"]
     dealt = [*prepared.heldout.prompts, *(task.prompt for task in prepared.iterations[0].tasks)]
@@ -204,8 +191,9 @@ def test_what_a_template_prints_is_carried_by_each_prompt(
     # A reference takes room too: one that leaves none is left out, as a long prompt is.
     long = [{**prompt, "reference": "Tea. " * (0 if number else 900)} for number, prompt in enumerate(PROMPTS)]
     write_prompts(tmp_path / "prompts.jsonl", long)
-    ended = rsrlm("plan", config_file, f"{key}={tmp_path / 'mine.jinja'}", "prompts.overlong=error")
-    assert (ended.code, f"prompt {PROMPTS[0]['id']!r} has " in ended.err) == (2, True)
+    with pytest.raises(Started) as started:
+        rsrlm("run", config_file, f"{key}={tmp_path / 'mine.jinja'}")
+    assert started.value.arguments[0].left_out == [PROMPTS[0]["id"]]
 
 
 def test_ranked_data_carries_nothing_for_templates(

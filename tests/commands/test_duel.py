@@ -18,7 +18,7 @@ from rsrlm.model import load_tokenizer
 from rsrlm.records import Completion, Prompt, Request, Response, Sampling, seed_of
 from rsrlm.report import metrics
 
-SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -277,7 +277,13 @@ def test_ids_are_those_of_a_prompt_file(tmp_path: Path) -> None:
 # -- rounds ------------------------------------------------------------------------------------------------------------
 
 SEED_PROMPTS = {f"s{n}": f"Seed prompt number {n} about {'tea' * n}." for n in range(8)}
-RULE = SelfInstruct(round=3, give_up_after=2)
+RULE = SelfInstruct()
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsrlm.data.self_instruct.ROUND", 3)
+    monkeypatch.setattr("rsrlm.data.self_instruct.GIVE_UP_AFTER", 2)
 
 
 def made(number: int, answers: dict[int, str], rule: SelfInstruct = RULE, seed: int = 0) -> tuple[Any, dict, list[int]]:
@@ -351,7 +357,7 @@ def test_the_rules_of_a_config_are_followed() -> None:
         1: " Describe a red train.",
         2: " One two three four five",
     }
-    rule = RULE.model_copy(update={"max_words": 4, "cut_at_separator": True, "max_rouge": 0.9, "give_up_after": 1})
+    rule = RULE.model_copy(update={"max_words": 4, "cut_at_separator": True, "max_rouge": 0.9})
     found, asked, _ = made(2, answers, rule.model_copy(update={"from_seeds": 3, "from_generated": 0}))
     assert [one.text for one in found.prompts] == ["Describe a red car.", "Describe a red train."]
     assert found.reasons == Counter({"too long": 1})

@@ -39,7 +39,7 @@ def likes_good(shown: dict[str, str], request: Request, held: str) -> str:
 
 @pytest.mark.parametrize(("read", "tokens"), [("letters", 1), ("text", 50)])
 def test_the_record_of_a_verdict(make_config: Any, encoder: ChatEncoder, read: str, tokens: int) -> None:
-    config = make_config(evaluate={"judge": {"read": read, "max_tokens": 50, "temperature": 0.4}})
+    config = make_config(evaluate={"judge": {"read": read, "max_tokens": 50}})
     judge = duel_judge(config, context_of(config, encoder))
     engine = Scripted(encoder.tokenizer, likes_good)
     first, second = verdicts(judge, engine, MATCH, SWAPPED)
@@ -49,7 +49,7 @@ def test_the_record_of_a_verdict(make_config: Any, encoder: ChatEncoder, read: s
     ):
         assert (request.id, request.role, request.priority) == (match.id, "duel", 3)
         assert (request.sampling.seed, request.sampling.max_tokens) == (match.seed, tokens)
-        assert request.sampling.temperature == {"letters": 0.0, "text": 0.4}[read]
+        assert (request.sampling.temperature, request.sampling.top_p) == (0.0, 1.0)
         assert judgement == Judgement(
             id=match.id, prompt_id="tea", response_id="M1/tea/0", index=4, role="duel", judge=template,
             text=likes_good({"response A": match.fields["response_a"]}, request, "M0"), token_ids=judgement.token_ids,

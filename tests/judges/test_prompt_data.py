@@ -24,7 +24,7 @@ PROMPT = Prompt(id="tea", text="What is tea?", data={"reference": "A drink.", "u
 RESPONSE = Response(
     id="00/tea/0", prompt_id="tea", index=0, role="actor", text="A plant.", token_ids=(5,), prompt_token_ids=(4,),
     finish_reason="stop", weight_version="M0",
-    sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=9, seed=1),
+    sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=9, seed=1),
 )  # fmt: skip
 ORIGIN = Origin(iteration=0, name="00/tea/0")
 

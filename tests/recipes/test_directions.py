@@ -121,10 +121,7 @@ def test_wins_are_weighed_against_the_position_in_their_scope(
     assert (whole.first, whole.second) == (pytest.approx(4 / 12), pytest.approx(8 / 12))
     # 1 beats 0 in both orders; whoever of the others stands first beats 2, and 2 them.
     by_place = weights.first
-    expected = bradley_terry(
-        [[0, 0, by_place], [weights.first + weights.second, 0, by_place], [by_place, by_place, 0]],
-        recipe.config.meta.ridge,
-    )
+    expected = bradley_terry([[0, 0, by_place], [weights.first + weights.second, 0, by_place], [by_place, by_place, 0]])
     pair = found["00/position"]
     assert (pair.chosen_id, pair.rejected_id) == ("00/position/2#1", "00/position/2#0")
     assert (pair.chosen_score, pair.rejected_score) == (

@@ -10,12 +10,12 @@ from made import response
 from rsrlm.judges.answers import RightAnswer
 from rsrlm.recipes.irpo import cycled, pairs
 from rsrlm.recipes.parts import given
-from rsrlm.records import NoPair, PreferencePair, Prompt, Response, Task, Verdict, group_id
+from rsrlm.records import NoPair, PreferencePair, Prompt, Response, Task, Unparsed, Verdict, group_id
 
 GROUP = group_id(1, "tea")
 ASKED = Prompt(id="tea", text="?", data={"answer": "7"})
 GOLD = given(Task(iteration=1, prompt=ASKED), "3 + 4 = 7", (1, 9), (77, 2))
-JUDGE, STRICT = (RightAnswer(RightAnswer.Config(unread=unread), None) for unread in ("wrong", "none"))  # type: ignore
+JUDGE = RightAnswer(RightAnswer.Config(), None)  # type: ignore
 
 
 def answers(*values: str | None) -> list[Response]:
@@ -25,15 +25,13 @@ def answers(*values: str | None) -> list[Response]:
     ]
 
 
-def verdicts(responses: Sequence[Response], judge: RightAnswer = JUDGE) -> dict[str, Verdict]:
-    return {one.id: judge.verdict(ASKED, judge.read(one)) for one in responses}
+def verdicts(responses: Sequence[Response]) -> dict[str, Verdict]:
+    return {one.id: JUDGE.verdict(ASKED, JUDGE.read(one)) for one in responses}
 
 
-def paired(
-    responses: Sequence[Response], most: int = 10, judge: RightAnswer = JUDGE, solution: Response | None = None
-) -> list[str] | str:
+def paired(responses: Sequence[Response], most: int = 10, solution: Response | None = None) -> list[str] | str:
     """The pairs as "chosen>rejected", or the reason why there is none; 7 is the right answer."""
-    found = pairs(GROUP, responses, verdicts(responses, judge), most, solution)
+    found = pairs(GROUP, responses, verdicts(responses), most, solution)
     return found.reason if isinstance(found, NoPair) else [pair.id.removeprefix(f"{GROUP}/") for pair in found]
 
 
@@ -70,7 +68,6 @@ def test_no_final_answer_is_no_right_one() -> None:
     """It loses, as all do that have no reward; or it takes no part. It never wins."""
     mixed = answers("7", None, "8")
     assert paired(mixed) == ["0>1", "0>2"]
-    assert paired(mixed, judge=STRICT) == ["0>2"]
 
 
 def test_what_was_cut_may_lose_and_never_wins() -> None:
@@ -80,18 +77,26 @@ def test_what_was_cut_may_lose_and_never_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "judge", "reason"),
+    ("values", "reason"),
     [
-        (["7", "7"], JUDGE, "no wrong answer"),
-        (["8", "9"], JUDGE, "no right answer"),
-        ([None, None], JUDGE, "no right answer"),
-        (["8", None], STRICT, "no right answer"),
-        (["7", None], STRICT, "no wrong answer"),
-        ([None, None], STRICT, "no readable answer"),
+        (["7", "7"], "no wrong answer"),
+        (["8", "9"], "no right answer"),
+        ([None, None], "no right answer"),
     ],
 )
-def test_without_winners_or_losers_there_is_no_pair(values: list[str | None], judge: RightAnswer, reason: str) -> None:
-    assert paired(answers(*values), judge=judge) == reason
+def test_without_winners_or_losers_there_is_no_pair(values: list[str | None], reason: str) -> None:
+    assert paired(answers(*values)) == reason
+
+
+def test_a_function_that_scores_nothing_readable_makes_no_pair() -> None:
+    """Answers without a verdict take no part: the others need one another."""
+    right, none, wrong = answers("7", None, "8")
+    found = {**verdicts([right, wrong]), none.id: Unparsed(reason="function raised ValueError")}
+    (pair,) = pairs(GROUP, [right, none, wrong], found, 10)
+    assert (pair.chosen_id, pair.rejected_id) == (right.id, wrong.id)
+    for one, reason in ((right, "no wrong answer"), (wrong, "no right answer")):
+        assert pairs(GROUP, [one, none], found, 10) == NoPair(reason=reason)
+    assert pairs(GROUP, [none], found, 10) == NoPair(reason="no readable answer")
 
 
 def test_a_solution_that_came_with_the_prompt_is_a_winner_more() -> None:

@@ -18,7 +18,7 @@ from rsrlm.run import Run
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "t", "1", "water")]
 
 
-def config(kinds: tuple[str, ...] = ("judge",), **meta: Any) -> Config:
+def config(**meta: Any) -> Config:
     """Two responses to each prompt, with three judgements each."""
     return resolve(
         {
@@ -26,9 +26,9 @@ def config(kinds: tuple[str, ...] = ("judge",), **meta: Any) -> Config:
             "seed": 5,
             "model": "some/id",
             "prompts": {"path": "builtin", "per_iteration": 4},
-            "sample": {"responses": 2, "max_tokens": 24, "temperature": 0.9, "top_p": 0.8, "top_k": 50},
+            "sample": {"responses": 2, "max_tokens": 24, "temperature": 0.9, "top_p": 0.8},
             "judge": {"kind": "text", "judgements": 3},
-            "steps": [{"recipe": "meta_rewarding", "pair": {"kinds": list(kinds)}, "meta": meta}],
+            "steps": [{"recipe": "meta_rewarding", "meta": meta}],
             "train": {"lr": 1e-3, "pairs_per_step": 2},
             "engine": {"max_model_len": 512},
         }
@@ -64,8 +64,6 @@ def test_judgements_are_compared_in_both_orders() -> None:
     groups = compare(engine, run=run)
     asked = {request.id: request for request in engine.requests}
     for group in groups:
-        assert group.pairs == ()
-        assert group.no_pair_reason == "no pairs of responses wanted"
         response = most_uncertain(group.responses, group.judgements, 5)
         assert response is not None
         readable = [j for j in group.judgements if j.response_id == response.id and isinstance(j.verdict, Scored)]
@@ -95,19 +93,6 @@ def test_judgements_are_compared_in_both_orders() -> None:
     again = Seeded()
     assert compare(again, log) == groups
     assert again.requests == []
-
-
-def test_without_pairs_of_judgements_nothing_is_compared() -> None:
-    engine = Seeded()
-    run = run_of(engine)
-    groups = compare(engine, run=run, made_by=config(kinds=("actor",)))
-    assert [group.comparisons for group in groups] == [(), ()]
-    assert not [request for request in engine.requests if "~" in request.id]
-    assert cast(Any, run.screen).totals == [("iteration 1", {"respond": 4, "judge": 12})]
-    assert [len(group.pairs) + bool(group.no_pair_reason) for group in groups] == [1, 1]
-    batch = recipe_of(config(kinds=("actor",))).items(1, groups)
-    assert list(batch.items) == [pair for group in groups for pair in group.pairs]
-    assert batch.measures == {}
 
 
 def test_comparisons_that_do_not_fit_are_unread_and_not_sent() -> None:
@@ -189,8 +174,7 @@ class Divided(Seeded):
 
 
 def test_a_batch_has_both_kinds_of_pairs_in_an_order_of_ids_and_seed() -> None:
-    made_by = config(kinds=("actor", "judge"))
-    recipe, groups = recipe_of(made_by), compare(Divided(), prompts=PROMPTS, made_by=made_by)
+    recipe, groups = recipe_of(config()), compare(Divided(), prompts=PROMPTS)
     batch = recipe.items(1, groups)
     actor, judged = (sorted(pair.id for pair in batch.items if pair.kind == kind) for kind in ("actor", "judge"))
     assert actor == sorted(f"01/{prompt.id}/1>0" for prompt in PROMPTS)
@@ -205,8 +189,7 @@ def test_a_batch_has_both_kinds_of_pairs_in_an_order_of_ids_and_seed() -> None:
 
 def test_what_a_batch_says_about_its_comparisons() -> None:
     """Judgement 0 loses in both orders, and 1 and 2 are not told apart: four decided comparisons of six."""
-    made_by = config(kinds=("actor", "judge"))
-    batch = recipe_of(made_by).items(1, compare(Opinionated(), prompts=PROMPTS, made_by=made_by))
+    batch = recipe_of(config()).items(1, compare(Opinionated(), prompts=PROMPTS))
     assert {kind: number for kind, number in batch.dropped.items() if kind.startswith("judge: ")} == {
         "judge: no response with two readable judgements": 1
     }

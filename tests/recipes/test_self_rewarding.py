@@ -38,7 +38,7 @@ def config(
             "iterations": 1,
             "model": "some/id",
             "prompts": {"path": "builtin", "per_iteration": 4},
-            "sample": {"responses": responses, "max_tokens": 24, "temperature": 0.9, "top_p": 0.8, "top_k": 50},
+            "sample": {"responses": responses, "max_tokens": 24, "temperature": 0.9, "top_p": 0.8},
             "judge": judge,
             "train": {"lr": 1e-3, "pairs_per_step": 2},
             "engine": {"max_model_len": max_model_len},
@@ -120,7 +120,7 @@ def test_a_group_carries_all_that_was_made() -> None:
             weight_version="M4",
             sampling=sampling_of(chosen.sample, seed),
         )
-        assert (response.sampling.temperature, response.sampling.top_p, response.sampling.top_k) == (0.9, 0.8, 50)
+        assert (response.sampling.temperature, response.sampling.top_p) == (0.9, 0.8)
     read = []
     for number, judged in enumerate(group.judgements):
         of, index = divmod(number, 3)
@@ -247,7 +247,7 @@ def test_a_digits_judge_decodes_one_token_greedily() -> None:
     assert len(asked) == len(PROMPTS) * 3
     for request in asked:
         sampling = request.sampling
-        assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.0, 1.0, 0, 1)
+        assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.0, 1.0, 1)
         assert request.label_ids == tuple(map(ord, "012345"))
         assert "".join(map(chr, request.prompt_token_ids)).endswith("Score: ")
     # Renormalised 0.6, 0.2, 0.2: the mean is 0.8 + 1.0, the variance 0.6 * 1.8^2 + 0.2 * 2.2^2 + 0.2 * 3.2^2.

@@ -22,7 +22,7 @@ from rsrlm.records import Example, Group, Judgement, Prompt, Request, Response, 
 from rsrlm.run import Run
 from rsrlm.settings.data import Data
 
-SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, seed=1)
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, seed=1)
 
 
 @pytest.fixture(scope="module")

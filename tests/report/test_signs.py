@@ -22,7 +22,7 @@ from rsrlm.records import (
 from rsrlm.report.alarms import check
 from rsrlm.report.signs import SIGNS, measure
 
-SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=8, seed=1)
+SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=8, seed=1)
 Row = tuple[str, float | None]  # text and score of a response
 
 
