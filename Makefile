@@ -42,11 +42,12 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_architecture.py
 
-test: setup
-	$(BIN)/pytest -m "not full and not gpu"
+# The fast tests take a core each; those with engines have the machine for themselves.
+test: test-fast
+	$(BIN)/pytest -m "ray and not full and not gpu"
 
 test-fast: setup
-	$(BIN)/pytest -m "not ray and not full and not gpu"
+	$(BIN)/pytest -n 2 -m "not ray and not full and not gpu"
 
 test-full: setup
 	$(BIN)/pytest

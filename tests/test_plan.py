@@ -53,10 +53,6 @@ def total(config: Any, model: Path) -> float:
     return total_memory(plan(config, model).memory)
 
 
-def records(planned: Plan) -> float:
-    return next(process.size for process in planned.memory if process.name.startswith("records"))
-
-
 # -- requests and tokens: 4 prompts, 2 held out, 2 responses of 24 tokens, a context of 512 ---------------------------
 
 
@@ -181,24 +177,6 @@ def test_memory_of_another_judge(make_config: Any, model: Path, tmp_path: Path) 
     (judge / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     found = memory(make_config(judge={"replicas": 2}), model, judge)
     assert found["judge engine"] - found["engine"] == 2 * 4 * (3000 - PARAMETERS)
-
-
-def test_memory_of_the_records(make_config: Any, model: Path) -> None:
-    """8 responses of 24 tokens and 24 judgements of 160 in the driver; of two kinds of iterations the larger counts."""
-    config = make_config(judge={"kind": "text", "judgements": 3, "max_tokens": 160})
-    held = 8 * (1100 + 24 * 40) + 24 * (1100 + 160 * 40)
-    assert records(plan(config, model)) == held
-    more = make_config(
-        iterations=2,
-        judge={"kind": "text", "judgements": 3, "max_tokens": 160},
-        steps=[{}, {"prompts": {"per_iteration": 8}}],
-    )
-    planned = plan(more, model)
-    assert records(planned) == 2 * held
-    # A bound that is far above what is used refuses no run.
-    check(
-        replace(planned, memory=[replace(one, size=1e18 if not one.counted else 1.0) for one in planned.memory]), more
-    )
 
 
 def test_memory_of_a_learner(make_config: Any, model: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,11 @@ def test_more_than_the_memory(refused: Callable[..., str]) -> None:
     assert "use a smaller model.path, engine.kv_cache_gib or train.micro_batch" in message
 
 
-def test_more_than_the_disk(refused: Callable[..., str], tmp_path: Path) -> None:
-    message = refused("iterations=30000", "prompts.reuse=true", "model=smollm2-135m-instruct")
+def test_more_than_the_disk(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**30))
+    message = refused("iterations=30", "prompts.reuse=true", "model=smollm2-135m-instruct")
     assert message.startswith(f"rsrlm: runs={tmp_path / 'runs'}: the run needs about ")
     assert re.search(r"GiB of disk, [\d.]+ are free at ", message)
     assert "runs=FOLDER" in message
