@@ -47,7 +47,7 @@ test: test-fast
 	$(BIN)/pytest -m "ray and not full and not gpu"
 
 test-fast: setup
-	$(BIN)/pytest -n 2 -m "not ray and not full and not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not ray and not full and not gpu"
 
 test-full: setup
 	$(BIN)/pytest

@@ -5,13 +5,13 @@ import random
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Indel
 from rapidfuzz.process import cdist
-from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from rsrlm.data import prompts as prompt_files
@@ -20,6 +20,12 @@ from rsrlm.settings.methods import Prompts
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 FILES = ("self_instruct_seed_tasks.jsonl", "user_oriented_instructions.jsonl", "alpaca_eval_instructions.jsonl")
+
+
+def rouge_l() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # a second, which other workers of pytest need not wait
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
 
 
 def plain_lcs(one: list[str], other: list[str]) -> int:
@@ -138,7 +144,7 @@ def test_pool_against_rouge_score(max_rouge: float) -> None:
     """With the package itself. It rounds on the way: exactly 0.7 can come out as 0.7000000000000001."""
     texts = built_in()[:80]
     texts += varied(texts, 100)
-    scorer, pool = RougeScorer(["rougeL"], use_stemmer=False), PromptPool(max_rouge=max_rouge)
+    scorer, pool = rouge_l(), PromptPool(max_rouge=max_rouge)
     kept: list[str] = []
     for text in texts:
         scores = [round(scorer.score(other, text)["rougeL"].fmeasure, 12) for other in kept]
@@ -160,7 +166,7 @@ def test_pool_on_recorded_prompts(max_rouge: float) -> None:
     tokens = [tokenizer.tokenize(text) for text in texts]
     assert all(tokens)
     similarity = cdist(tokens, tokens, scorer=Indel.normalized_similarity)
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = rouge_l()
     rng = random.Random(1)
     for _ in range(200):
         one, other = rng.randrange(len(texts)), rng.randrange(len(texts))

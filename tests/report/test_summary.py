@@ -67,7 +67,7 @@ def peak(work: Callable[[], Any]) -> int:
 
 
 def test_memory_holds_neither_groups_nor_pairs(tmp_path: Path) -> None:
-    count = 1_000
+    count = 600
     spool, segment = Buffer([f"00/{number}" for number in range(count)], tmp_path), Segment(tmp_path / "groups")
     for number in range(count):
         spool.put(number, receipt_of(large(number), segment))
