@@ -161,8 +161,10 @@ class Producer:
 
     def _segment(self, iteration: int) -> Segment:
         if iteration not in self._segments:
+            for done in self._segments.values():
+                done.close()
             folder = self._store.segments / f"{iteration:02d}"
-            self._segments[iteration] = Segment(folder / f"producer-{self._name}")
+            self._segments = {iteration: Segment(folder / f"producer-{self._name}")}
         return self._segments[iteration]
 
 
