@@ -206,31 +206,13 @@ def eval_judge(
     from rsrlm.commands import engines as commands_engines
     from rsrlm.commands import judge as commands_judge
     from rsrlm.report.progress import Report
-    from rsrlm.store.folder import RunFolder
 
     if part not in (None, "all", "ift", "eft", "evaluation"):
         raise ConfigError(f"--part {part}: write all, ift, eft or evaluation")
-    run = Path(config) if Path(config).is_dir() else None
-    store: RunFolder | None = None
-    if run:
-        store, resolved = RunFolder.open(run)
-        names = [resolved.model_name(index) for index in range(resolved.iterations + 1)]
-        models = {"M0": commands_engines.loaded(resolved.model)[0]}
-        models |= {name: store.model(name) for name in names[1:] if store.model(name).exists()}
-        if model and (missing := [name for name in model if name not in models]):
-            raise ConfigError(f"--model {missing[0]}: {run} has {', '.join(models)}")
-        models = {name: path for name, path in models.items() if not model or name in model}
-        # One judge for all of them: that of the run, without what its steps change.
-        resolved = configs.without_steps(resolved, overrides)
-        place = store.folder
-    else:
-        if model:
-            raise ConfigError(f"--model {model[0]}: only a run has several models; give the run's folder")
-        resolved = configs.load(config, overrides)
-        models = {"M0": commands_engines.loaded(resolved.model)[0]}
-        place = resolved.folder
+    resolved, models, store = commands_judge.models_of(config, model or [], overrides)
     report = Report()
-    folder = commands_engines.check_out(out or place / "eval" / Path(source).name.split(".")[0], folder=True)
+    default = (store or resolved).folder / "eval" / Path(source).name.split(".")[0]
+    folder = commands_engines.check_out(out or default, folder=True)
 
     def work() -> None:
         seen = commands_judge.trained_on(resolved, store)

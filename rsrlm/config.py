@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, model_vali
 
 from rsrlm.settings.base import NAME, ConfigError, Section
 from rsrlm.settings.data import Data, SelfInstruct
-from rsrlm.settings.machine import Engine, Model, Ray, Wandb, Watched, Weights
+from rsrlm.settings.machine import Engine, ModelConfig, Ray, Wandb, Watched, Weights
 from rsrlm.settings.methods import (
     WHO_JUDGES,
     Evaluate,
@@ -42,7 +42,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     iterations: int = Field(gt=0)
     recipe: str = Field("self_rewarding", description="of steps that name none")
-    model: Model
+    model: ModelConfig
     prompts: Prompts
     sample: Sample
     judge: JudgeConfig
@@ -155,7 +155,7 @@ class Config(Section):
         """Whether answers are compared two by two."""
         return self.evaluate.duel or any(step.config.train.choose == "duel" for step in self._steps)
 
-    def model_at(self, path: str) -> Model:
+    def model_at(self, path: str) -> ModelConfig:
         """Another model, loaded like the config's own. Code that comes with it is run only where its key says so."""
         own = path == self.model.path and self.model.trust_remote_code
         others = any(path == who.model and who.trust_remote_code for who in (self.judge, self.evaluate.judge))

@@ -115,24 +115,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
         with clock("produce"):
             batch = await one.recipe.iteration(run, number, before, one.tasks)
             made = await run.aside(keep, store, number, batch, run.prefix_cache_hit_share, one.recipe.trains)
-        choice = Choice(config=spine.config, rule=one.rule, evaluation=spine.validation, before=before)
-        with clock("train"):
-            training = spine.training(
-                iteration=number,
-                source=before if one.rule.start == "before" else run.first,
-                name=one.name,
-                rule=one.rule,
-                items=batch.items,
-                folder=store.iteration(number),
-            )
-            trained = await spine.train(training, partial(goes_on, run, store, choice, one.name))
-        files = trained.pop("files", None)
-        if one.rule.choose != "last":
-            with clock("choose"):
-                trained["choice"] = chosen = await choose(run, store, choice, number, one.name)
-            if chosen["chosen"] != one.name:  # the learner's files are those of the last candidate
-                run.pools.discard(files)
-                files = None
+        trained, files = await train_and_choose(spine, number, one, before, batch.items, clock)
         with clock("publish"):
             after = await run.pools.model(one.name, files)
             published = await run.publish(after)
@@ -157,6 +140,32 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
         rows.append(row)
         heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run)
     return rows
+
+
+async def train_and_choose(
+    spine: Spine, number: int, one: Iteration, before: Model, items: Sequence[Item], clock: Clock
+) -> tuple[dict[str, Any], Any]:
+    """What is said of the training, and the learner's transfer files of the model where it is the last candidate."""
+    run, store = spine.run, spine.store
+    choice = Choice(config=spine.config, rule=one.rule, evaluation=spine.validation, before=before)
+    with clock("train"):
+        training = spine.training(
+            iteration=number,
+            source=before if one.rule.start == "before" else run.first,
+            name=one.name,
+            rule=one.rule,
+            items=items,
+            folder=store.iteration(number),
+        )
+        trained = await spine.train(training, partial(goes_on, run, store, choice, one.name))
+    files = trained.pop("files", None)
+    if one.rule.choose != "last":
+        with clock("choose"):
+            trained["choice"] = chosen = await choose(run, store, choice, number, one.name)
+        if chosen["chosen"] != one.name:
+            run.pools.discard(files)
+            files = None
+    return trained, files
 
 
 def keep(store: RunFolder, iteration: int, batch: Batch, cache_share: float | None, trains: str) -> dict[str, Any]:

@@ -130,6 +130,18 @@ def bradley_terry(battles: Sequence[Sequence[float]], ridge: float = RIDGE) -> l
     return [float(value) for value in found.x - found.x.mean()]
 
 
+def results_of(
+    contestants: Sequence[Judgement], comparisons: Sequence[Judgement]
+) -> dict[tuple[int, int], int]:
+    """What came of each comparison that was made, by the indices of the judgements shown first and second."""
+    by_id = {one.id: one for one in comparisons}
+    return {
+        (first.index, second.index): result(by_id[key])
+        for first, second in itertools.permutations(contestants, 2)
+        if (key := comparison_id(first, second)) in by_id
+    }
+
+
 def judge_pair(
     prompt_token_ids: Sequence[int],
     contestants: Sequence[Judgement],
@@ -146,12 +158,7 @@ def judge_pair(
     """
     if len(contestants) < 2:
         return NoPair(reason="fewer than two judgements to compare")
-    by_id = {one.id: one for one in comparisons}
-    results = {
-        (first.index, second.index): result(by_id[key])
-        for first, second in itertools.permutations(contestants, 2)
-        if (key := comparison_id(first, second)) in by_id
-    }
+    results = results_of(contestants, comparisons)
     if not any(results.values()):
         return NoPair(reason="no readable winner")
     scores = bradley_terry(battle_matrix([one.index for one in contestants], results, weights))

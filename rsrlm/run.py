@@ -67,7 +67,7 @@ class Screen(Protocol):
     def stage(self, title: str, totals: dict[str, int]) -> Any: ...
 
 
-class Recipe(Protocol):
+class MakesGroups(Protocol):
     """What `Run.groups` asks of a recipe."""
 
     @property
@@ -142,7 +142,7 @@ class Run:
             with self.answers.counted(count):
                 yield
 
-    async def groups(self, engines: Engines, recipe: Recipe, tasks: Sequence[Task]) -> Buffer:
+    async def groups(self, engines: Engines, recipe: MakesGroups, tasks: Sequence[Task]) -> Buffer:
         """The group of each task, in order."""
         before = await self.pools.stats()
         folder = self._segments / f"{tasks[0].iteration:02d}"

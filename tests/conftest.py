@@ -81,9 +81,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def smollm2() -> Path:
     """The built-in model's folder: real weights, tokenizer and chat template."""
     from rsrlm.model import folder_of
-    from rsrlm.settings.machine import BUILTIN_MODEL, Model
+    from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
-    return folder_of(Model(path=BUILTIN_MODEL))
+    return folder_of(ModelConfig(path=BUILTIN_MODEL))
 
 
 def make_tiny(folder: Path, source: Path, ends: bool) -> Path:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rsrlm.records import Example, PreferencePair
 from rsrlm.runtime.policy import Policy, load_policy
 from rsrlm.runtime.reference import Reference
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.settings.train import DPO, TrainRule
 from rsrlm.store.items import ItemFile, write_items
 
@@ -78,7 +78,7 @@ def main() -> None:
         dist.barrier()
         items: ItemFile[Any] = ItemFile(place.with_suffix(".items"))
         everything = range(len(items))
-        policy = Policy(load_policy(folder, Model(path=folder), train), train, "float32", items)
+        policy = Policy(load_policy(folder, ModelConfig(path=folder), train), train, "float32", items)
         if policy.loss.needs_reference:
             policy.write_reference(place, lambda done, of: None)
             dist.barrier()

@@ -12,7 +12,7 @@ from rsrlm.runtime.dropout import set_dropout
 from rsrlm.runtime.export import export
 from rsrlm.runtime.policy import load_policy
 from rsrlm.settings.base import ConfigError
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.settings.train import Train
 
 pytestmark = pytest.mark.torch
@@ -28,7 +28,7 @@ def saved(config: Any, folder: Path) -> Path:
 
 
 def trained_with(folder: Path, dropout: float) -> Any:
-    return load_policy(str(folder), Model(path=str(folder)), Train(lr=1e-3, pairs_per_step=1, dropout=dropout))
+    return load_policy(str(folder), ModelConfig(path=str(folder)), Train(lr=1e-3, pairs_per_step=1, dropout=dropout))
 
 
 def varies(model: Any) -> bool:
@@ -104,7 +104,7 @@ def test_an_exported_model_has_the_dropout_of_the_first(own: float, smollm2: Pat
     """Not that of the stage that trained it: neither 0.1 of SFT nor 0 of DPO."""
     from transformers import AutoConfig, LlamaConfig
 
-    model = Model(path="m0", dtype="float32")
+    model = ModelConfig(path="m0", dtype="float32")
     folder = saved(LlamaConfig(**SMALL, attention_dropout=own), tmp_path / "M0")
     tokenizer = [path for path in smollm2.iterdir() if path.name.startswith(("tokenizer", "chat_template"))]
     for path in tokenizer:

@@ -17,7 +17,7 @@ from rsrlm.model import (
     weight_files,
 )
 from rsrlm.settings.base import ConfigError
-from rsrlm.settings.machine import BUILTIN_MODEL, Model
+from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
 
 def safetensors(path: Path, shapes: dict[str, list[int]], metadata: bool = True) -> None:
@@ -57,7 +57,7 @@ def shard(folder: Path) -> None:
 
 def refused(path: Path | str) -> str:
     with pytest.raises(ConfigError) as caught:
-        folder_of(Model(path=str(path)))
+        folder_of(ModelConfig(path=str(path)))
     return str(caught.value)
 
 
@@ -66,19 +66,19 @@ def refused(path: Path | str) -> str:
 
 def test_a_complete_folder_is_used_as_it_is(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_folder(model)
-    assert folder_of(Model(path=str(model))) == model
+    assert folder_of(ModelConfig(path=str(model))) == model
     monkeypatch.chdir(model.parent)
-    assert folder_of(Model(path="model")) == model  # absolute, for processes that start elsewhere
+    assert folder_of(ModelConfig(path="model")) == model  # absolute, for processes that start elsewhere
     monkeypatch.setenv("HOME", str(model.parent))
-    assert folder_of(Model(path="~/model")) == model
+    assert folder_of(ModelConfig(path="~/model")) == model
     shard(model)
-    assert folder_of(Model(path="./model")) == model
+    assert folder_of(ModelConfig(path="./model")) == model
 
 
 @pytest.mark.parametrize("tokenizer", ["tokenizer.json", "tokenizer.model", "vocab.json"])
 def test_any_kind_of_tokenizer_will_do(model: Path, tokenizer: str) -> None:
     (model / "tokenizer.json").rename(model / tokenizer)
-    assert folder_of(Model(path=str(model))) == model
+    assert folder_of(ModelConfig(path=str(model))) == model
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_folder_that_lacks_something(model: Path, missing: str, said: str) -> 
 def test_errors_begin_with_the_key_that_names_the_model(model: Path, missing: str) -> None:
     (model / missing).unlink()
     with pytest.raises(ConfigError, match=rf"^judge.model={model}: no "):
-        folder_of(Model(path=str(model)), "judge.model")
+        folder_of(ModelConfig(path=str(model)), "judge.model")
 
 
 @pytest.mark.parametrize(
@@ -283,4 +283,4 @@ def test_where_the_built_in_model_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     # What is converted once is taken from there, and not looked at again.
     (tmp_path / BUILTIN_MODEL).mkdir()
     (tmp_path / BUILTIN_MODEL / "config.json").write_text("{}")
-    assert folder_of(Model(path=BUILTIN_MODEL)) == tmp_path / BUILTIN_MODEL
+    assert folder_of(ModelConfig(path=BUILTIN_MODEL)) == tmp_path / BUILTIN_MODEL

@@ -27,7 +27,7 @@ from rsrlm import model
 from rsrlm.commands import plan
 from rsrlm.config import Config, load
 from rsrlm.settings.base import ConfigError
-from rsrlm.settings.machine import BUILTIN_MODEL, Model
+from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # in a clone of the repository
 # Memory, disk and shared memory of the quickstart, rounded: used where a model is not there to be measured.
@@ -191,7 +191,7 @@ def find_model(path: str) -> tuple[Path | None, Finding]:
         elif path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.is_dir():
             return _find_download(path)
         else:
-            folder = model.folder_of(Model(path=path))
+            folder = model.folder_of(ModelConfig(path=path))
         model.check_folder(folder)
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ConfigError as error:

@@ -17,7 +17,7 @@ from rsrlm.runtime import setup
 from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import interruptible
 from rsrlm.settings.base import ConfigError
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.store.atomic import write_whole
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import Journals
@@ -80,7 +80,9 @@ def started(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
     return setup.started(config, RunFolder(folder).note("start"))
 
 
-def loaded(model: Model, drawn: Mapping[str, str] | None = None, key: str = "model.path") -> tuple[Path, ChatEncoder]:
+def loaded(
+    model: ModelConfig, drawn: Mapping[str, str] | None = None, key: str = "model.path"
+) -> tuple[Path, ChatEncoder]:
     """The model's folder and its encoder, with the date that was drawn. Raises ConfigError, which begins with `key`."""
     folder = folder_of(model, key)
     tokenizer = load_tokenizer(folder, model.trust_remote_code, key)

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from rsrlm import config as configs
 from rsrlm.commands.duel import match
 from rsrlm.commands.engines import by_validator, context_of, figure, loaded, on_engines, started, write_json
 from rsrlm.config import Config
@@ -50,6 +51,27 @@ PAIRWISE_COLUMNS = {
     "tie": "ties",
     "unreadable": "unreadable",
 }
+
+
+def models_of(
+    place: str, wanted: Sequence[str], overrides: list[str] | None
+) -> tuple[Config, dict[str, Path], RunFolder | None]:
+    """The config of a file, its model, and None; or of a run's folder, the models that it has (of those that are
+    wanted, if any are), and the run. Raises ConfigError."""
+    if not Path(place).is_dir():
+        if wanted:
+            raise ConfigError(f"--model {wanted[0]}: only a run has several models; give the run's folder")
+        config = configs.load(place, overrides)
+        return config, {"M0": loaded(config.model)[0]}, None
+    store, config = RunFolder.open(Path(place))
+    names = [config.model_name(index) for index in range(config.iterations + 1)]
+    models = {"M0": loaded(config.model)[0]}
+    models |= {name: store.model(name) for name in names[1:] if store.model(name).exists()}
+    if missing := [name for name in wanted if name not in models]:
+        raise ConfigError(f"--model {missing[0]}: {place} has {', '.join(models)}")
+    # One judge for all of them: that of the run, without what its steps change.
+    of_all = configs.without_steps(config, overrides)
+    return of_all, {name: path for name, path in models.items() if not wanted or name in wanted}, store
 
 
 def comparable(prompts: Sequence[RankedPrompt]) -> list[RankedPrompt]:

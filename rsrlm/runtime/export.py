@@ -11,13 +11,13 @@ from rsrlm.model import load_tokenizer
 from rsrlm.runtime.gloo import broadcast, gloo_group
 from rsrlm.runtime.mailbox import BroadcastJob
 from rsrlm.runtime.weights import bytes_of
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.store.atomic import sync_files
 
 FULL_BYTES = 64 << 20  # less free space than this explains a failed write
 
 
-def export(model: Any, state: dict[str, Any], job: TrainJob, config: Model, output: Path) -> None:
+def export(model: Any, state: dict[str, Any], job: TrainJob, config: ModelConfig, output: Path) -> None:
     """A Hugging Face folder with tokenizer and chat template; it appears under its name only when it is whole."""
     from transformers import AutoConfig
 

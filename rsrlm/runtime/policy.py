@@ -18,14 +18,14 @@ from rsrlm.runtime.dropout import set_dropout
 from rsrlm.runtime.reference import Reference, write_share
 from rsrlm.runtime.shares import Outline, micro_batches, outline, share_of
 from rsrlm.settings.base import ConfigError
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.settings.train import TrainRule
 from rsrlm.store.items import ItemFile
 
 CHUNK_TOKENS = 512  # response tokens whose logits exist at a time
 
 
-def load_policy(folder: str, model: Model, train: TrainRule) -> Any:
+def load_policy(folder: str, model: ModelConfig, train: TrainRule) -> Any:
     """The model of a folder, in training mode, in the dtype of the config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -24,7 +24,7 @@ from rsrlm.runtime.mailbox import BroadcastJob, Finished, ForgetJob
 from rsrlm.runtime.policy import Policy, load_policy
 from rsrlm.runtime.reference import Reference
 from rsrlm.runtime.shares import steps_of
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.store.atomic import sync_files
 from rsrlm.store.items import ItemFile
 
@@ -39,7 +39,7 @@ def candidate_path(output: str, step: int) -> Path:
 class Desk:
     """What one rank works at: the jobs, and the training that is kept in memory until it is done."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         self._model = model
         self._session: Session | None = None
 
@@ -76,7 +76,7 @@ class Desk:
 class Session:
     """A training in memory: the policy after as many optimizer steps as there are rows of metrics."""
 
-    def __init__(self, job: TrainJob, model: Model, say: Callable[[Said], None]) -> None:
+    def __init__(self, job: TrainJob, model: ModelConfig, say: Callable[[Said], None]) -> None:
         self._job, self._model = job, model
         self._root = dist.get_rank() == 0
         items: ItemFile[Any] = ItemFile(Path(job.items))

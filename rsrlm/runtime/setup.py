@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,35 +99,19 @@ def prepare(
     prompts, repeated = prompt_files.distinct(read or prompt_files.read(path))
     model, shape, encoder = _model_of(config, drawn, busy)
     judge, judge_encoder = judge_of(config, encoder)
-    validator, validator_encoder = (
-        validator_of(config, encoder) if config.evaluate.judge.external else (None, judge_encoder)
-    )
+    validator, validator_encoder = validator_of(config, encoder, judge_encoder)
     with busy("reading ranked data"):
         parts = _parts(config)
-    wordings: set[str] = set()  # of the questions in files of examples
-    needs: dict[str, int] = {}
-    recipes: list[Recipe] = []
     context, judging = _contexts(config, encoder, judge_encoder)
     alarms.limits_of(config)  # refuses a sign that is not known
     for step in config.planned:
-        if recipes and step.config is recipes[-1].config:  # without steps all iterations are alike
-            recipes.append(recipes[-1])
-            continue
-        set_dropout(shape, step.config.train.dropout)
-        recipe, questions = recipe_of(step, context, judging, parts)
-        wordings |= questions
-        for name, tokens in recipe.needs().items() if recipe.answers_prompts(recipe.config) else ():
-            needs[name] = max(tokens, needs.get(name, 0))
-        recipes.append(recipe)
+        set_dropout(shape, step.config.train.dropout)  # refuses what the model has not
+    recipes, wordings = _recipes(config, context, judging, parts)
     validator_context = replace(context, encoder=validator_encoder)
-    who: dict[str, Any] = {
-        "judge": judge_of_section(config.judge, judging),
-        "validating": judge_of_section(config.validating, validator_context),
-        "validator_context": validator_context,
-    }
-    evaluation = Evaluation(config, context, **who, prompts=())  # refuses a template that it cannot use
-    if config.prompts.heldout or config.prompts.validation:
-        needs |= evaluation.needs()
+    judges = judge_of_section(config.judge, judging), judge_of_section(config.validating, validator_context)
+    evaluation_of = partial(Evaluation, config, context, *judges, validator_context)
+    evaluation = evaluation_of(())  # refuses a template that it cannot use
+    needs = _needs(recipes) | (evaluation.needs() if config.prompts.heldout or config.prompts.validation else {})
     with busy(f"checking {len(prompts)} prompts"):
         asks = [*evaluation.asks, *_asks(recipes)]
         usable, left_out = _usable(config, encoder, prompts, asks, needs)
@@ -142,16 +127,9 @@ def prepare(
         model=model,
         judge=judge,
         validator=validator,
-        iterations=[
-            Iteration(
-                name=step.name,
-                recipe=recipe,
-                tasks=[Task(iteration=number, prompt=prompt) for prompt in hand],
-            )
-            for number, (step, recipe, hand) in enumerate(zip(config.planned, recipes, dealt.hands, strict=True))
-        ],
-        heldout=Evaluation(config, context, **who, prompts=dealt.heldout),
-        validation=Evaluation(config, context, **who, prompts=dealt.validation),
+        iterations=_iterations(config, recipes, dealt.hands),
+        heldout=evaluation_of(dealt.heldout),
+        validation=evaluation_of(dealt.validation),
         parts=parts,
         trained_on=seed_data.trained_on(parts, (*wordings, *asked)),
         left_out=left_out,
@@ -170,6 +148,38 @@ def _model_of(config: Config, drawn: Mapping[str, str], busy: Busy) -> tuple[Pat
         check_tokenizer(tokenizer, config.model.path)
         encoder = ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]))
     return model, shape, encoder
+
+
+def _recipes(
+    config: Config, context: Context, judging: Context, parts: seed_data.Parts | None
+) -> tuple[list[Recipe], set[str]]:
+    """The recipe of each iteration, and the wordings of the questions in files of examples."""
+    recipes: list[Recipe] = []
+    wordings: set[str] = set()
+    for step in config.planned:
+        if recipes and step.config is recipes[-1].config:  # without steps all iterations are alike
+            recipes.append(recipes[-1])
+            continue
+        recipe, questions = recipe_of(step, context, judging, parts)
+        recipes.append(recipe)
+        wordings |= questions
+    return recipes, wordings
+
+
+def _needs(recipes: Sequence[Recipe]) -> dict[str, int]:
+    """Tokens beside a prompt that the recipes need, by what needs them."""
+    needs: dict[str, int] = {}
+    for recipe in recipes:
+        for name, tokens in recipe.needs().items() if recipe.answers_prompts(recipe.config) else ():
+            needs[name] = max(tokens, needs.get(name, 0))
+    return needs
+
+
+def _iterations(config: Config, recipes: Sequence[Recipe], hands: Sequence[Sequence[Prompt]]) -> list[Iteration]:
+    return [
+        Iteration(name=step.name, recipe=recipe, tasks=[Task(iteration=number, prompt=prompt) for prompt in hand])
+        for number, (step, recipe, hand) in enumerate(zip(config.planned, recipes, hands, strict=True))
+    ]
 
 
 def _asks(recipes: Sequence[Recipe]) -> list[str]:
@@ -247,8 +257,12 @@ def judge_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEnc
     return _other(config, "judge", config.judge, encoder)
 
 
-def validator_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
-    """The same for another model that validates."""
+def validator_of(
+    config: Config, encoder: ChatEncoder, judge_encoder: ChatEncoder
+) -> tuple[Path | None, ChatEncoder]:
+    """The same for another model that validates; where nobody else does, the judge of the rewards does."""
+    if not config.evaluate.judge.external:
+        return None, judge_encoder
     return _other(config, "evaluate.judge", config.evaluate.judge, encoder)
 
 

@@ -9,7 +9,7 @@ from rsrlm.settings.base import Number, Section
 BUILTIN_MODEL = "smollm2-135m-instruct"
 
 
-class Model(Section):
+class ModelConfig(Section):
     path: str = Field(description=f"Hugging Face id, folder, or the built-in {BUILTIN_MODEL!r}")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of engines, learner and exported models")
     trust_remote_code: bool = Field(False, description="execute Python code that comes with the model")

@@ -11,7 +11,7 @@ from command_line import Answering, Ended, write_prompts
 from rsrlm.commands import engines as commands
 from rsrlm.data import prompts
 from rsrlm.records import Request
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 
 
 def test_ift_examples_as_a_file(rsrlm: Callable[..., Ended], config_file: Path, ranked: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_special_tokens_in_demonstrations_stay_text(
         "self_instruct.max_tokens=64", "engine.max_model_len=1024",
     )  # fmt: skip
     assert ended.code == 0, ended
-    _, encoder = commands.loaded(Model(path="smollm2-135m-instruct"))
+    _, encoder = commands.loaded(ModelConfig(path="smollm2-135m-instruct"))
     added = set(encoder.tokenizer.get_added_vocab().values())
     assert engines.requests
     for _, request in engines.requests:

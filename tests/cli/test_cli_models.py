@@ -11,7 +11,7 @@ from command_line import Ended, Started, edit
 
 from rsrlm.config import Config, load
 from rsrlm.model import folder_of
-from rsrlm.settings.machine import Model
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.store.folder import RunFolder
 
 
@@ -239,5 +239,5 @@ def test_code_is_downloaded_only_where_it_is_trusted(
         return str(model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert folder_of(Model(path="owner/model", trust_remote_code=trusted)) == model
+    assert folder_of(ModelConfig(path="owner/model", trust_remote_code=trusted)) == model
     assert ("*.py" in patterns) == trusted
