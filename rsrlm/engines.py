@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from rsrlm.records import Completion, Request, Response, Role, Sampling
 
 Result = TypeVar("Result")
@@ -149,12 +151,11 @@ class Answers:
 
 def digest_of(*parts: Any) -> bytes:
     """16 bytes that tell what was asked apart from all else."""
-    plain = json.dumps(parts, ensure_ascii=True, separators=(",", ":"), default=_plain)
-    return hashlib.blake2b(plain.encode(), digest_size=16).digest()
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else list(value)
+    try:
+        plain = msgspec.json.encode(parts)
+    except UnicodeEncodeError:  # half of a surrogate pair, in text
+        plain = json.dumps(parts, default=asdict).encode()
+    return hashlib.blake2b(plain, digest_size=16).digest()
 
 
 def key_of(model: Model, request: Request) -> bytes:
