@@ -1,7 +1,7 @@
 """What does the driver spend on a prompt, and what does it keep of it? With engines that answer at once.
 
-Self-Rewarding with one written judgement on each of four responses: the groups, then the tables and the signs of trouble
-of the iteration. With `--producers` they run as Ray actors, and what is measured is the driver alone.
+Self-Rewarding with one written judgement on each of four responses: the groups, then the tables and the signs of
+trouble of the iteration. With `--producers` they run as Ray actors, and what is measured is the driver alone.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from rsrlm.store.journal import Journals
 
 M0 = Model(name="M0", digest="of no weights")
 TEXTS = 200  # different responses
-WORDS = "the quick brown fox jumps over a lazy dog and then goes home to sleep under old trees".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps", "under", "trees"]
 
 
 class Instant:
@@ -151,9 +151,8 @@ async def measured(config: Config, store: RunFolder, prompts: int, tokens: int, 
         engines = SimpleNamespace(model=M0, each=Engines(Instant(tokens), M0, run.answers).each)
     await run.groups(engines, recipe, few)
     stage = Stage(prompts)
-    tasks = [
-        Task(iteration=0, prompt=Prompt(id=f"prompt-{index:07d}", text=f"Question {index}?")) for index in range(prompts)
-    ]
+    asked = (Prompt(id=f"prompt-{index:07d}", text=f"Question {index}?") for index in range(prompts))
+    tasks = [Task(iteration=0, prompt=prompt) for prompt in asked]
     with stage("groups"):
         groups = await run.groups(engines, recipe, tasks)
     batch = await recipe.from_groups(run, 0, groups)
