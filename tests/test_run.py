@@ -209,10 +209,15 @@ def test_a_killed_driver_is_resumed(place: str, whole: tuple[Path, str], config_
         assert "iteration 0: respond 30/30, judge 30/30" in resumed.stdout  # without a token
 
 
+def answers(folder: Path, iteration: int) -> list[bytes]:
+    """Lines of all journals."""
+    lines = [line for path in folder.glob("journal*.jsonl") for line in path.read_bytes().splitlines()]
+    return [line for line in lines if b'"id":"%02d/' % iteration in line]
+
+
 def samples(folder: Path) -> bool:
     """Whether a run has answers of iteration 0."""
-    journal = folder / "journal.jsonl"
-    return journal.exists() and b'"id":"00/' in journal.read_bytes()
+    return bool(answers(folder, 0))
 
 
 def trains(folder: Path) -> bool:
@@ -265,6 +270,48 @@ def test_an_interrupted_run_says_how_to_go_on(
             row["optimizer_steps"] for row in summary(whole[0])["iterations"]
         ]
         assert all(row["pairs_trained"] == row["pairs"] for row in rows)
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    deadline = time.monotonic() + 240
+    while not (found := what()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path, str], config_file: Path) -> None:
+    """Two producers with an engine each. One is killed while it makes groups, then the driver in the next iteration."""
+    folder = config_file.parent / "runs" / "producers"
+    process = subprocess.Popen(
+        [*RSRLM, "run", str(config_file), f"name={folder.name}", "engine.replicas=2", "engine.producers=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: "1"},
+    )
+    wait_for(lambda: len(answers(folder, 0)) >= 5, process)
+    producers = [one for one in our_processes() if "Producer" in " ".join(one.cmdline())]
+    assert len(producers) == 2
+    producers[0].kill()
+    wait_for(lambda: len(answers(folder, 1)) >= 5, process)
+    process.kill()
+    process.communicate()
+    assert_nothing_is_left()
+    events = [json.loads(line) for line in (folder / "events.jsonl").open()]
+    assert [event["event"] for event in events].count("producer_lost") == 1
+    before = len(answers(folder, 1))
+    assert before < 60
+    resumed = run("resume", str(folder))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_nothing_is_left()
+    assert_same_as(folder, whole[0])
+    names = {path.name for path in folder.glob("journal*.jsonl")}
+    assert names == {"journal.jsonl", "journal-0.jsonl", "journal-1.jsonl"}
+    keys = [json.loads(line)["k"] for number in (0, 1) for line in answers(folder, number)]
+    assert len(keys) == len(set(keys)) == 120  # nothing was answered twice, but for what was in flight
+    assert not list((folder / "segments").glob("*/*"))
 
 
 def test_a_run_is_not_run_twice_at_once(whole: tuple[Path, str]) -> None:
