@@ -86,6 +86,21 @@ def smollm2() -> Path:
     return folder_of(ModelConfig(path=BUILTIN_MODEL))
 
 
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> Any:
+    from rsrlm.model import load_tokenizer
+
+    return load_tokenizer(smollm2)
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: Any) -> Any:
+    """Of the built-in model's chat prompts."""
+    from rsrlm.chat import ChatEncoder
+
+    return ChatEncoder(tokenizer)
+
+
 def make_tiny(folder: Path, source: Path, ends: bool) -> Path:
     """A random-weight Llama of 0.1M parameters beside its tied embeddings, with the tokenizer of `source`.
 

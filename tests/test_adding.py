@@ -10,7 +10,6 @@ import pytest
 from scripted import Scripted, groups_of, recipe_of
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.model import load_tokenizer
 from rsrlm.records import Prompt, Request, Unparsed
 
 DOCS = Path(__file__).parent.parent / "docs" / "adding.md"
@@ -28,8 +27,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def group(smollm2: Path, make_config: Any, modules: None) -> Callable[..., Any]:
-    encoder = ChatEncoder(load_tokenizer(smollm2))
+def group(encoder: ChatEncoder, make_config: Any, modules: None) -> Callable[..., Any]:
 
     def answer(shown: dict[str, str], request: Request, held: str) -> str:
         if "response" not in shown:

@@ -5,7 +5,6 @@ import asyncio
 import itertools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,6 @@ from rsrlm.candidates import Choice, choose, goes_on
 from rsrlm.chat import ChatEncoder
 from rsrlm.evaluate import Evaluation, evaluate
 from rsrlm.judges.base import judge_of
-from rsrlm.model import load_tokenizer
 from rsrlm.records import Prompt, Request
 from rsrlm.store.folder import RunFolder
 
@@ -27,11 +25,6 @@ Points = dict[str, float]
 
 def model_in(text: str) -> str:
     return re.findall(r"I am (\S+) on", text)[0]
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import copy
 import functools
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,18 +25,6 @@ AFTER = "<|im_end|>\n<|im_start|>assistant\n"
 ANY_TEXT = st.text() | st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "{{", "im_end", "<", " ", "\n"])).map(
     "".join
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2)
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer: Any) -> ChatEncoder:
-    return ChatEncoder(tokenizer)
 
 
 def ids_of(tokenizer: Any, text: str) -> tuple[int, ...]:

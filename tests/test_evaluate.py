@@ -17,7 +17,6 @@ from rsrlm.engines import SAMPLE_PRIORITY, Answers, Engines, gather
 from rsrlm.evaluate import EVALUATION, Evaluation, kl_per_token, lengths, mean_score
 from rsrlm.judges.base import judge_of
 from rsrlm.judges.templates import fence_of
-from rsrlm.model import load_tokenizer
 from rsrlm.records import Completion, Judgement, Prompt, Request, Response, Sampling, Scored, Unparsed, seed_of
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.journal import CompletionLog
@@ -69,11 +68,6 @@ class Answering:
             if request.score_from is None
             else tuple(-token / 10 for token in request.prompt_token_ids[request.score_from :]),
         )
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2))
 
 
 @pytest.fixture

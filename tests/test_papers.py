@@ -27,7 +27,6 @@ from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.judges.base import Origin, judge_of, sampling_of
 from rsrlm.judges.pairwise import Match, duel_judge, meta_judge
 from rsrlm.losses.schedule import lr_at
-from rsrlm.model import load_tokenizer
 from rsrlm.pairing import best_against_worst
 from rsrlm.recipes import eft, sft
 from rsrlm.recipes.meta_rewarding import MetaRewarding
@@ -68,11 +67,6 @@ class Recorder:
             request_id=request.id, token_ids=(5, 2), text="Fine.\nScore: 3", finish_reason="stop", weight_version="M0",
             label_logprobs=(-1.0,) * len(request.label_ids),
         )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2, False))
 
 
 def response(index: int, text: str, group: str = "00/p") -> Response:

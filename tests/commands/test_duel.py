@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +13,10 @@ from rsrlm.commands.duel import answers, compare
 from rsrlm.engines import SAMPLE_PRIORITY, Answers
 from rsrlm.evaluate import EVALUATION
 from rsrlm.judges.pairwise import duel_judge
-from rsrlm.model import load_tokenizer
 from rsrlm.records import Completion, Prompt, Request, Response, Sampling, seed_of
 from rsrlm.report import metrics
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, seed=1)
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2, False))
 
 
 def likes_good(shown: dict[str, str], request: Request, held: str) -> str:

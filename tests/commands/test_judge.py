@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.engines import SAMPLE_PRIORITY, Answers, Engines
 from rsrlm.judges.base import Judge, judge_of
 from rsrlm.judges.pairwise import Pairwise, duel_judge
-from rsrlm.model import load_tokenizer
 from rsrlm.records import Completion, Request
 from rsrlm.report import metrics
 
@@ -55,11 +53,6 @@ def likes_good(shown: str) -> tuple[float, float]:
     """A where "good" is shown as A, else B."""
     a, b = shown.index("<response A"), shown.index("<response B")
     return (-0.1, -3.0) if "good" in shown[a:b] else (-3.0, -0.1)
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2, False))
 
 
 def ranked(name: str, *replies: tuple[str, float | None]) -> RankedPrompt:

@@ -14,14 +14,8 @@ from rsrlm.data.examples import group_of, read_examples, reply_as_response
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.judges.base import Origin
 from rsrlm.judges.rubric import Structured, Text
-from rsrlm.model import load_tokenizer
 from rsrlm.records import Prompt, group_id, wording
 from rsrlm.settings.base import ConfigError
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2, False))
 
 
 @pytest.fixture

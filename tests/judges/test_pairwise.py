@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from scripted import Scripted, context_of, engines_of
 
 from rsrlm.chat import ChatEncoder
 from rsrlm.judges.pairwise import Match, Pairwise, duel_judge, meta_judge, winner_of
-from rsrlm.model import load_tokenizer
 from rsrlm.recipes.meta_rewarding import Meta
 from rsrlm.records import Judgement, Preferred, Request, Unparsed
 from rsrlm.settings.base import ConfigError
@@ -21,11 +19,6 @@ MATCH = Match(
     priority=3,
 )  # fmt: skip
 SWAPPED = replace(MATCH, id="b>a", fields={**FIELDS, "response_a": "bad", "response_b": "good"}, seed=9)
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2))
 
 
 def verdicts(judge: Pairwise, engine: Any, *matches: Match) -> tuple[Judgement, ...]:

@@ -13,7 +13,6 @@ from rsrlm.chat import ChatEncoder
 from rsrlm.judges.base import Origin, judge_of
 from rsrlm.judges.pairwise import Match, duel_judge
 from rsrlm.judges.templates import check_data, data_names, load_template
-from rsrlm.model import load_tokenizer
 from rsrlm.recipes.base import respond
 from rsrlm.records import Judgement, Prompt, Response, Sampling, Scored, Task
 from rsrlm.settings.base import ConfigError
@@ -27,11 +26,6 @@ RESPONSE = Response(
     sampling=Sampling(temperature=1.0, top_p=1.0, max_tokens=9, seed=1),
 )  # fmt: skip
 ORIGIN = Origin(iteration=0, name="00/tea/0")
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2))
 
 
 @pytest.fixture

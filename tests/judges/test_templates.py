@@ -25,18 +25,6 @@ from rsrlm.settings.base import ConfigError
 RATING = Form(label="Rating", scale=(1, 10), prefix="Rating: ")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2)
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer: Any) -> ChatEncoder:
-    return ChatEncoder(tokenizer)
-
-
 # ---- the form of a template
 
 

@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,13 +32,6 @@ from rsrlm.records import FinishReason, Scored, Unparsed, Verdict
 from rsrlm.settings.base import ConfigError
 
 INF = math.inf
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2)
 
 
 def scored(points: float, variance: float | None = None) -> Verdict:

@@ -3,7 +3,6 @@ stands where, and from nothing else."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +14,11 @@ from rsrlm.judges.base import judge_of
 from rsrlm.judges.pairwise import duel_judge, meta_judge
 from rsrlm.judges.verdicts import META_WINNER
 from rsrlm.meta_judging import EVEN, PositionWeights, bradley_terry
-from rsrlm.model import load_tokenizer
 from rsrlm.recipes.meta_rewarding import Meta
 from rsrlm.records import Completion, Group, NoPair, Preferred, Prompt, Request, Unparsed
 
 PROMPTS = [Prompt(id="content", text="Which view is right?"), Prompt(id="position", text="Which view comes first?")]
 POINTS = {0: (1, 1, 1), 1: (5, 5, 5), 2: (2, 3, 4)}  # of each response, its three judgements; of 2 they differ most
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2))
 
 
 def answer(shown: dict[str, str], request: Request, held: str) -> str:

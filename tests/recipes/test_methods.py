@@ -3,25 +3,18 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted import Memory, Scripted, model, recipe_of, run_of
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.model import load_tokenizer
 from rsrlm.records import Completion, PreferencePair, Prompt, Request, Task
 from rsrlm.settings.base import ConfigError
 
 PROMPTS = [Prompt(id=name, text=f"Say {name}.", data={"answer": "7"}) for name in ("tea", "ale")]
 TASKS = [Task(iteration=1, prompt=prompt) for prompt in PROMPTS]
 ANSWER = {"kind": "answer"}
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2, False))
 
 
 class Written(Scripted):

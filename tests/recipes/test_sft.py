@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -14,7 +13,6 @@ from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.data.seed_data import Parts
 from rsrlm.judges.base import Origin
 from rsrlm.judges.rubric import Structured, Text
-from rsrlm.model import load_tokenizer
 from rsrlm.recipes.base import Batch
 from rsrlm.recipes.eft import accepted, eft, judge_replies, points_of
 from rsrlm.recipes.sft import SFT, NoExamples, ift, length, mixed, positive
@@ -23,11 +21,6 @@ from rsrlm.run import Run
 from rsrlm.settings.data import Data
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, seed=1)
-
-
-@pytest.fixture(scope="module")
-def encoder(smollm2: Path) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(smollm2, False))
 
 
 @pytest.fixture
