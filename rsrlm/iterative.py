@@ -107,7 +107,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
     run.names = [run.first.name, *(one.name for one in iterations)]
     for number, one in enumerate(iterations[len(rows) :], start=len(rows)):
         clock = Clock()
-        run.train_with(partial(spine.train_aside, number))
+        run.begin(one.recipe, partial(spine.train_aside, number))
         before = await run.model_at(number)
         if number == 0:
             with clock("evaluate first model"):

@@ -95,6 +95,7 @@ class Run:
         self.names = [first.name]  # of the models that the iterations start from, in order
         self._wanted = first
         self._holding = asyncio.Lock()
+        self._recipe: MakesGroups | None = None
         self.prefix_cache_hit_share: float | None = None  # of the last groups
 
     def say(self, text: str) -> None:
@@ -146,10 +147,10 @@ class Run:
         """The group of each task, in order."""
         before = await self.pools.stats()
         folder = self._segments / f"{tasks[0].iteration:02d}"
-        buffer, segment = Buffer([task.id for task in tasks], folder), Segment(folder / "groups")
+        buffer, segment = Buffer([task.id for task in tasks], folder), Segment.another(folder, "groups")
 
         async def made(task: Task) -> Receipt:
-            if self.pools.producers:
+            if self.pools.producers and recipe is self._recipe:  # they know no other
                 return await self.pools.producers.make(engines.model, task, self._hold, self.answers.count)
             return receipt_of(await recipe.group(engines, task), segment)
 
@@ -172,9 +173,9 @@ class Run:
         """What was made in the iteration is in its tables and trained on."""
         shutil.rmtree(self._segments / f"{iteration:02d}", ignore_errors=True)
 
-    def train_with(self, trainer: Trainer) -> None:
-        """What `train` does from here on: another iteration's jobs are others."""
-        self._trainer = trainer
+    def begin(self, recipe: MakesGroups, trainer: Trainer) -> None:
+        """The recipe of the iteration that follows, and what `train` does in it."""
+        self._recipe, self._trainer = recipe, trainer
 
     async def train(self, start: Model, items: Sequence[Any], rule: Any, name: str) -> Model:
         """The model `name`, trained from `start` on items within an iteration; `rule` is a TrainRule."""

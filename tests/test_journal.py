@@ -350,6 +350,15 @@ print((max(most, resident()) - before) / 300_000, kept)
 """
 
 
+def test_a_line_that_somebody_else_wrote_over_is_no_answer(path: Path) -> None:
+    first, second = CompletionLog(path), CompletionLog(path)
+    first.add(key(0), {"index": 0})
+    second.add(key(1), {"index": 1})  # over it: there must be one writer
+    with pytest.raises(OSError, match="did somebody else write to it"):
+        first.get(key(0))
+    assert second.get(key(1)) == {"index": 1}
+
+
 def test_memory_holds_digests_and_places_alone(path: Path) -> None:
     """At 300,000 lines of 250 bytes: nearly 5 to each of 65,536 tables, where a table costs more than at 8 million."""
 

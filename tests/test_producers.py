@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from scripted import Characters, Pools, Screen, Seeded, groups_of, model, recipe_of
 
 from rsrlm.engines import Answers, Model
@@ -20,6 +20,7 @@ from rsrlm.runtime import producer, producers
 from rsrlm.runtime.producer import Lent, Loan, Lost, Producer
 from rsrlm.runtime.producers import Producers
 from rsrlm.runtime.replicas import MOST_RESTARTS, PoolFailed, Replica
+from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import CompletionLog, Journals
 
@@ -32,6 +33,7 @@ class Actor:
 
     def __init__(self, make: Callable[[], Awaitable[Any]]) -> None:
         self.made = asyncio.ensure_future(make())
+        self.death: Exception = RayActorError()
         self.killed = asyncio.Event()
 
     def __getattr__(self, method: str) -> Any:
@@ -46,8 +48,11 @@ class Actor:
         dying.cancel()
         if self.killed.is_set():
             work.cancel()
-            raise RayActorError
-        return work.result()
+            raise self.death
+        try:
+            return work.result()
+        except Exception as error:
+            raise RayTaskError("make", "a stack trace", error) from None
 
 
 class Engine:
@@ -73,7 +78,7 @@ class World:
         self.config = config
         self.store = RunFolder.create(config)
         self.events: list[dict[str, Any]] = []
-        self.held = model("M0")
+        self.held, self.holds = model("M0"), list[str]()
         self.engines: list[Engine] = []  # those that were replaced as well
         self.actors: list[Actor] = []
         self.pause: Callable[[Request], Awaitable[None]] | None = None
@@ -126,10 +131,13 @@ class World:
 
     async def hold(self, wanted: Model) -> None:
         self.held = wanted
+        self.holds.append(wanted.name)
         for engine in self.engines:
             engine.engine.held = wanted.name
 
-    def work(self, number: int = 2, meant: str = "M0", during: Callable[[], Awaitable[None]] | None = None) -> Any:
+    def work(
+        self, number: int = 2, meant: str | Model = "M0", during: Callable[[], Awaitable[None]] | None = None
+    ) -> Any:
         """The groups of all tasks, with so many producers; and what was counted. `during` goes on beside them."""
         counted: Counter[tuple[str, int]] = Counter()
 
@@ -144,8 +152,9 @@ class World:
                 self.config, {}, self, lambda kind, **fields: self.events.append({"event": kind, **fields}), number
             )
             beside = asyncio.ensure_future(during()) if during else None
+            wanted = meant if isinstance(meant, Model) else model(meant)
             try:
-                return await asyncio.gather(*(made.make(model(meant), task, self.hold, count) for task in TASKS))
+                return await asyncio.gather(*(made.make(wanted, task, self.hold, count) for task in TASKS))
             finally:
                 made.close()
                 if beside:
@@ -215,7 +224,10 @@ def test_what_was_answered_is_not_asked_again_by_another_number_of_producers(wor
     assert len(log) == 72
 
 
-def test_a_producer_that_dies_is_replaced_and_loses_no_answer(world: World) -> None:
+@pytest.mark.parametrize(
+    "death", [RayActorError(), OutOfMemoryError("too much"), NodeDiedError("gone")], ids=lambda one: type(one).__name__
+)
+def test_a_producer_that_dies_is_replaced_and_loses_no_answer(world: World, death: Exception) -> None:
     """It is killed in the judging of its third prompt, with everything else in flight."""
     judged: Counter[str] = Counter()
 
@@ -223,6 +235,7 @@ def test_a_producer_that_dies_is_replaced_and_loses_no_answer(world: World) -> N
         if request.role == "judge":
             judged[request.id] += 1
             if len(judged) == 3 and not world.actors[0].killed.is_set():
+                world.actors[0].death = death
                 world.actors[0].killed.set()
                 await asyncio.sleep(0.05)
 
@@ -282,6 +295,14 @@ def test_the_model_that_is_meant_is_loaded_first(world: World) -> None:
     assert {response.weight_version for group in found for response in group.responses} == {"M1"}
 
 
+def test_the_same_weights_under_another_name_are_loaded_too(world: World) -> None:
+    """Such as those of M0 that were chosen as M1."""
+    same = Model(name="M1", digest=model("M0").digest, folder=Path("M1"))
+    found, _ = world.work(2, meant=same)
+    assert {response.weight_version for group in found for response in group.responses} == {"M1"}
+    assert set(world.holds) == {"M1"}
+
+
 def test_a_mistake_in_a_recipe_reaches_the_caller(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         async def group(self, engines: Any, task: Task) -> Group:
@@ -290,6 +311,18 @@ def test_a_mistake_in_a_recipe_reaches_the_caller(world: World, monkeypatch: pyt
     monkeypatch.setattr(producer, "recipes_of", lambda *_: [Broken()])
     with pytest.raises(ValueError, match="no such thing"):
         world.work(1)
+
+
+def test_what_a_producer_cannot_find_on_its_host_is_the_users_to_mend(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any) -> Any:
+        raise ConfigError("judge.template=mine.j2: no such file")
+
+    monkeypatch.setattr(producer, "recipes_of", missing)
+    with pytest.raises(ConfigError, match=r"judge\.template=mine\.j2: no such file"):
+        world.work(2)
+    assert len(world.actors) == 2
 
 
 def test_a_run_with_producers_has_the_groups_and_events_of_one_without(world: World) -> None:
@@ -307,9 +340,15 @@ def test_a_run_with_producers_has_the_groups_and_events_of_one_without(world: Wo
             pools, Answers(log), screen, lambda kind, **fields: events.append({"event": kind, **fields}), model("M0"),
             world.store.segments,
         )  # fmt: skip
+        run.begin(recipe, run.train)
         made = await run.groups(await run.load(model("M0")), recipe, TASKS)
+        # Once more in this iteration, and by a recipe that the producers do not know: by the driver.
+        again = await run.groups(await run.load(model("M0")), recipe, TASKS)
+        other = recipe_of(world.config, Characters())
+        by_driver = await run.groups(await run.load(model("M0")), other, TASKS[:2])
         found = list(made)
-        made.close()
+        assert list(again) == found
+        assert list(by_driver) == found[:2]
         run.finished(0)
         return found
 
@@ -318,11 +357,11 @@ def test_a_run_with_producers_has_the_groups_and_events_of_one_without(world: Wo
     assert {event["g"]: event["pairs"] for event in events} == {
         group.id: [pair.id for pair in group.pairs] for group in found
     }
-    assert len(log) == 0
+    assert len(log) == 2 * 6  # what the driver asked for itself
     ticks: Counter[str] = Counter()
     for label, items, _ in screen.ticks:
         ticks[label] += items
-    assert ticks == {"respond": 36, "judge": 36}
+    assert ticks == {"respond": 36 + 36 + 6, "judge": 36 + 36 + 6}
     assert not (world.store.segments / "00").exists()
 
 
@@ -336,12 +375,12 @@ async def _two_producers(world: World) -> None:
         world.up(replica)
     loan, _ = await world.loan(0, 1)
     first = Producer.__new__(Producer)
-    await first.__init__(world.config, {}, 0, 0)  # type: ignore[misc]
+    await first.__init__(world.config, {})  # type: ignore[misc]
     await first.lend(loan)
     made = await first.make(model("M0"), TASKS[0])
     asked = len(world.asked())
     second = Producer.__new__(Producer)
-    await second.__init__(world.config, {}, 7, 0)  # type: ignore[misc]
+    await second.__init__(world.config, {})  # type: ignore[misc]
     await second.lend(loan)
     again = await second.make(model("M0"), TASKS[0])
     assert made.receipt

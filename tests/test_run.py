@@ -307,8 +307,8 @@ def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert_nothing_is_left()
     assert_same_as(folder, whole[0])
-    names = {path.name for path in folder.glob("journal*.jsonl")}
-    assert names == {"journal.jsonl", "journal-0.jsonl", "journal-1.jsonl"}
+    # Of the driver, of two producers, of the one in the place of the dead one, and of two after the resume.
+    assert len(list(folder.glob("journal*.jsonl"))) == 6
     keys = [json.loads(line)["k"] for number in (0, 1) for line in answers(folder, number)]
     assert len(keys) == len(set(keys)) == 120  # nothing was answered twice, but for what was in flight
     assert not list((folder / "segments").glob("*/*"))

@@ -99,7 +99,8 @@ class Cream(SelfRewarding):
                 for response, values in zip(group.responses, found, strict=True)
             }
 
-        run.say(f"log-probabilities of {sum(len(group.responses) for group in groups)} responses under {model.name}")
+        responses = len(groups) * self.config.sample.responses
+        run.say(f"log-probabilities of {responses} responses under {model.name}")
         return {name: value for found in await engines.each(one, groups, self.width) for name, value in found.items()}
 
     def ranked(

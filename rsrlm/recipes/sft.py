@@ -110,8 +110,8 @@ class SFT(SelfRewarding):
             elif source.path == "eft":
                 found, counts["eft"] = await self._judged_replies(run, engines, number)
             elif source.path == "positive":
-                found = positive(groups, config.positive_score)
-                counts["positive"] = {"responses": sum(len(group.responses) for group in groups)}
+                found = await run.aside(positive, groups, config.positive_score)
+                counts["positive"] = {"responses": len(groups) * config.sample.responses}
             else:
                 found, counts[source.path] = list(self.files[source.path]), {}
             fitting = [one for one in found if length(one) <= self.context.room]

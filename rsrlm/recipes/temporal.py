@@ -69,8 +69,8 @@ class Temporal(SelfRewarding):
     ) -> list[Group]:
         """The groups with another model's responses, judged by `engines`, and the pair of all."""
 
-        async def one(entry: tuple[Task, Group, Sequence[Response]]) -> Group:
-            task, group, more = entry
+        async def one(place: int) -> Group:
+            task, group, more = tasks[place], groups[place], others[place]
             judged = await gather(
                 self.judge(engines, task.prompt, response, Origin(iteration=task.iteration, name=response.id))
                 for response in more
@@ -81,10 +81,9 @@ class Temporal(SelfRewarding):
             run.event("group", g=made.id, pairs=[pair.id for pair in made.pairs], reason=made.no_pair_reason or None)
             return made
 
-        entries = list(zip(tasks, groups, others, strict=True))
         asked = sum(map(len, others)) * self.judge.per_response
         with run.stage(f"{engines.model.name} judges", {"judge": asked}):
-            return await engines.each(one, entries, self.width)
+            return await engines.each(one, range(len(tasks)), self.width)
 
     def pair(
         self, task: Task, responses: Sequence[Response], judgements: Sequence[Judgement]

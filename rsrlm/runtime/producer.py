@@ -7,6 +7,7 @@ from typing import Any
 
 from rsrlm.config import Config
 from rsrlm.engines import Answers, Engines, Model, NotHeld
+from rsrlm.recipes.base import Recipe
 from rsrlm.records import Task
 from rsrlm.runtime.pool import Asking
 from rsrlm.runtime.replicas import Replica
@@ -100,16 +101,16 @@ def _replica(lent: Lent) -> Replica:
 class Producer:
     """Runs `recipe.group` with a journal and a segment of its own.
 
-    What others had answered when it started is known to it as well. So one that is started in the place of a dead one,
-    under the same number, asks for nothing again that was answered before.
+    What others had answered when it started is known to it as well. So one that is started in the place of a dead one
+    asks for nothing again that was answered before.
     """
 
-    async def __init__(self, config: Config, drawn: Mapping[str, str], number: int, start: int) -> None:  # type: ignore[misc]
-        """`drawn` is in `rsrlm.runtime.setup.started`; `start` counts the producers of this number before it."""
-        self._recipes = recipes_of(config, drawn)
+    async def __init__(self, config: Config, drawn: Mapping[str, str]) -> None:  # type: ignore[misc]
+        """`drawn` is in `rsrlm.runtime.setup.started`."""
+        self._config, self._drawn = config, drawn
+        self._recipes: Sequence[Recipe] = ()
         self._store = RunFolder(config.folder)
-        self._name = f"{number}.{start}"
-        self._answers = Answers(Journals(config.folder, f"journal-{number}"))
+        self._answers = Answers(Journals.another(config.folder))
         self._counts: Counter[tuple[str, int]] = Counter()  # requests by role, and (1) their tokens
         self._counting = self._answers.counted(self._count)
         self._counting.__enter__()  # for good
@@ -124,6 +125,9 @@ class Producer:
         self._counts[role, 1] += tokens
 
     async def lend(self, loan: Loan) -> None:
+        """To be called before `make`. Raises ConfigError for what is not to be found on this host."""
+        if not self._recipes:
+            self._recipes = recipes_of(self._config, self._drawn)
         self._loan = loan
         for name, share in self._shares.items():
             share.lend(loan.replicas.get(name, ()))
@@ -156,7 +160,7 @@ class Producer:
         return Engines(self._pools["engines"], model, self._answers, self._held, judges)
 
     async def _held(self, model: Model) -> None:
-        if model.digest != self._loan.model.digest:
+        if model != self._loan.model:
             raise NotHeld(f"the engines hold {self._loan.model.name}, not {model.name}")
 
     def _segment(self, iteration: int) -> Segment:
@@ -164,7 +168,7 @@ class Producer:
             for done in self._segments.values():
                 done.close()
             folder = self._store.segments / f"{iteration:02d}"
-            self._segments = {iteration: Segment(folder / f"producer-{self._name}")}
+            self._segments = {iteration: Segment.another(folder, "groups")}
         return self._segments[iteration]
 
 

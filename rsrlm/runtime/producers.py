@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from rsrlm.config import Config
 from rsrlm.engines import Model
@@ -53,7 +53,9 @@ class Producers:
 
     def _start(self, member: Member) -> None:
         actor_class = ray.remote(Producer).options(num_cpus=0, max_concurrency=100_000, max_restarts=0)
-        member.actor = actor_class.remote(self._config, dict(self._drawn), member.number, member.starts)
+        if member.actor:  # one that Ray cannot reach may be alive
+            ray.kill(member.actor)
+        member.actor = actor_class.remote(self._config, dict(self._drawn))
         member.starts += 1
         member.lent = None
 
@@ -93,7 +95,9 @@ class Producers:
             with _given_work(replicas):
                 made: Made = await member.actor.make.remote(model, task)
             return made
-        except RayActorError as error:
+        except RayTaskError as error:
+            raise error.cause from None  # without the actor's stack trace
+        except (RayActorError, OutOfMemoryError, NodeDiedError) as error:
             if member.starts == starts:
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
                 self._note("producer_lost", producer=member.number, error=reason)
@@ -105,7 +109,7 @@ class Producers:
     async def _lend(self, member: Member) -> list[Replica]:
         loan, replicas = await self._lender.loan(member.number, len(self._members))
         lent = (
-            loan.model.digest,
+            loan.model,
             [(name, one.index, one.generation) for name, some in loan.replicas.items() for one in some],
         )
         if lent != member.lent:

@@ -1,5 +1,6 @@
 """Files that survive a kill: whole or absent, and append-only ones whose cut-off last line does not count."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,17 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def numbered(folder: Path, name: str, suffix: str = "") -> Path:
+    """An empty file `<name>-<number><suffix>` that was not there, whoever else makes one at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        with suppress(FileExistsError):
+            path = folder / f"{name}-{number}{suffix}"
+            path.touch(exist_ok=False)
+            return path
+    raise AssertionError
 
 
 def append(file: int, end: int, data: bytes) -> None:

@@ -96,7 +96,7 @@ class Buffer(Sequence[Group]):
 
     def and_more(self, pairs: Iterable[PreferencePair]) -> Items[PreferencePair]:
         """The pairs of the groups, and others, which are written to a segment."""
-        segment, more = Segment(self.folder / "pairs"), Items(PreferencePair)
+        segment, more = Segment.another(self.folder, "pairs"), Items(PreferencePair)
         for pair in pairs:
             more.put(segment.path, segment.add(pair))
         segment.close()

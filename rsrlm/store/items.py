@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from rsrlm.store.atomic import append, sync_path
+from rsrlm.store.atomic import append, numbered, sync_path
 
 Item = TypeVar("Item")
 
@@ -71,6 +71,11 @@ class Segment:
 
     It is begun anew: references hold within one run of the program.
     """
+
+    @classmethod
+    def another(cls, folder: Path, name: str) -> "Segment":
+        """One in the folder that nobody else writes to: its name ends with a number of its own."""
+        return cls(numbered(folder, name))
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from rsrlm.store.atomic import append, sift_lines, sync_path
+from rsrlm.store.atomic import append, numbered, sift_lines, sync_path
 
 KEY_BYTES = 16
 
@@ -69,7 +69,8 @@ class CompletionLog:
             return None
         offset, length = place
         payload = _decoded(os.pread(self._file, length, offset))
-        del payload["k"]
+        if payload.pop("k") != key.hex():
+            raise OSError(f"{self.path}: another line stands where {key.hex()} was; did somebody else write to it?")
         return payload
 
     def add(self, key: bytes, payload: Mapping[str, Any]) -> None:
@@ -109,6 +110,11 @@ class CompletionLog:
 
 class Journals:
     """A journal of one's own in a run folder, and what other processes have written to theirs by now."""
+
+    @classmethod
+    def another(cls, folder: Path) -> "Journals":
+        """With a new journal of one's own, `journal-N.jsonl`."""
+        return cls(folder, numbered(folder, "journal", ".jsonl").stem)
 
     def __init__(self, folder: Path, name: str = "journal") -> None:
         self._own = CompletionLog(folder / f"{name}.jsonl")
