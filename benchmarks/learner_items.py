@@ -22,7 +22,7 @@ from rsrlm.jobs import TrainJob
 from rsrlm.records import PreferencePair
 from rsrlm.runtime.mailbox import Finished, Mailbox
 from rsrlm.settings.train import Train
-from rsrlm.store.items import write_items
+from rsrlm.store.items import Items, Segment, write_items
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 600, 200
 DIFFERENT = 1000  # pairs with tokens of their own
@@ -133,8 +133,13 @@ def main(
     with tempfile.TemporaryDirectory() as folder, cluster(OBJECT_STORE_MIB):
         items = Path(folder) / "items"
         started = time.perf_counter()
-        digest = write_items(items, pairs(count))
-        result |= {"write_s": time.perf_counter() - started, "file_mib": items.stat().st_size / 2**20}
+        segment, made = Segment(Path(folder) / "pairs"), Items(PreferencePair)
+        for pair in pairs(count):
+            made.put(segment.path, segment.add(pair))
+        segment.close()
+        digest = write_items(items, made)
+        file_mib = Path(segment.path).stat().st_size / 2**20
+        result |= {"write_s": time.perf_counter() - started, "file_mib": file_mib}
         result["rounds"] = asyncio.run(measure(items, digest, ranks, rounds))
     for name in ("ready_s", "rank_grown_mib", "mailbox_slowest_s"):
         values = [one[name] for one in result["rounds"]]

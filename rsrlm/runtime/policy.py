@@ -89,6 +89,7 @@ class Policy:
             model=ResponseLogps(model), optimizer=optimizer, config=deepspeed_config(train, dtype)
         )
         self.device = self.engine.device
+        self._most_chunks = self._num_chunks(self.outline(range(len(items))).response_tokens)
         self.reference: Reference | None = None  # wanted where loss.needs_reference
 
     def outline(self, places: Sequence[int]) -> Outline:
@@ -115,8 +116,7 @@ class Policy:
 
     def _own_logps(self, tick: Callable[[int, int], None]) -> Iterator[np.ndarray]:
         """Those of each item of this rank's share, [R] of all its responses."""
-        everything = range(len(self._items))
-        chunks = self._num_chunks(self.outline(everything).response_tokens)
+        everything, chunks = range(len(self._items)), self._most_chunks
         size, world_size = self.train.micro_batch, dist.get_world_size()
         rounds = micro_batches(len(everything), world_size, size)
         for number, (places, counted) in enumerate(share_of(everything, dist.get_rank(), world_size, size)):
@@ -136,21 +136,23 @@ class Policy:
         """
         world_size = dist.get_world_size()
         shares = share_of(places, dist.get_rank(), world_size, self.train.micro_batch)
-        chunks = self._num_chunks(known.response_tokens)
+        # ZeRO-3 records the order of its gathers in the first step, and the others must keep to it.
+        chunks = self._most_chunks if self.train.zero_stage == 3 else self._num_chunks(known.response_tokens)
         denominator = self.loss.denominator(len(places), sum(known.response_tokens))
         kinds = sorted(set(known.kinds)) if len(set(known.kinds)) > 1 else []
-        totals: dict[str, float] = {}
+        totals: dict[str, Any] = {}
         for number, (own, counted) in enumerate(shares):
             loss, sums = self._micro_batch(own, counted, chunks, kinds)
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
+                # On the device: to wait for a number would hold up the next micro-batch.
+                totals[name] = totals.get(name, 0.0) + torch.as_tensor(value, dtype=torch.float64, device=self.device)
             self.engine.set_gradient_accumulation_boundary(number == len(shares) - 1)
             # DeepSpeed averages gradients over the ranks; the sum over all items is wanted.
             self.engine.backward(loss * (world_size / denominator))
             if number < len(shares) - 1:
                 self.engine.step()
         names = sorted(totals)
-        sums_64 = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=self.device)
+        sums_64 = torch.stack([totals[name] for name in names])
         dist.all_reduce(sums_64)
         summed = dict(zip(names, sums_64.tolist(), strict=True))
         if not math.isfinite(summed["loss"]):
