@@ -168,7 +168,7 @@ async def measured(config: Config, store: RunFolder, prompts: int, tokens: int, 
 
 
 def main(
-    prompts: Annotated[int, typer.Option(help="1,000,000 take more than an hour, and 15 GB of disk")] = 5000,
+    prompts: Annotated[int, typer.Option(help="1,000,000 take an hour, and 7 GB of disk")] = 5000,
     tokens: Annotated[int, typer.Option(help="of a response")] = 300,
     producers: Annotated[int, typer.Option(help="0: the driver makes the groups itself")] = 0,
     out: Annotated[Path, typer.Option(help="folder of the result")] = RESULTS,
