@@ -1,0 +1,282 @@
+"""cluster/: what it renders to, whether KubeRay knows each key, and whether rsrlm can run what stands in it."""
+
+import gzip
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+import yaml
+from kustomize import build, containers
+
+from rsrlm import cli
+from rsrlm.config import Config, load
+
+ROOT = Path(__file__).parent.parent
+KUBERAY = ROOT / "cluster" / "kuberay"
+OVERLAYS = sorted(folder.name for folder in (KUBERAY / "overlays").iterdir())
+FOLDERS = [*(f"overlays/{name}" for name in OVERLAYS), "raycluster"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+GI = 2**30
+UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+AT = "/etc/rsrlm/"  # where a pod sees cluster/kuberay/configs
+
+
+@cache
+def rendered(folder: str) -> list[dict[str, Any]]:
+    return build(KUBERAY / folder)
+
+
+def of_kind(folder: str, *kinds: str) -> list[dict[str, Any]]:
+    return [one for one in rendered(folder) if one["kind"] in kinds]
+
+
+def cluster_of(folder: str) -> dict[str, Any]:
+    """The spec of the RayCluster, whether or not a RayJob stands around it."""
+    (one,) = of_kind(folder, "RayJob", "RayCluster")
+    return one["spec"].get("rayClusterSpec", one["spec"])
+
+
+def commands(folder: str) -> list[list[str]]:
+    """The commands of rsrlm in an entrypoint, as words."""
+    (job,) = of_kind(folder, "RayJob")
+    return [shlex.split(found) for found in re.findall(r"rsrlm [^;]+", job["spec"]["entrypoint"])]
+
+
+def config_of(folder: str) -> Config:
+    """What an overlay runs, its overrides included."""
+    (words,) = [words for words in commands(folder) if words[1] == "run"]
+    file, *rest = words[2:]
+    assert file.startswith(AT)
+    return load(KUBERAY / "configs" / file.removeprefix(AT), [word for word in rest if not word.startswith("-")])
+
+
+# -- what is rendered --------------------------------------------------------------------------------------------------
+
+
+def by_name(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(objects, key=lambda one: (one["kind"], one["metadata"]["name"]))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kubectl_renders_what_is_tested_here(folder: str) -> None:
+    if not shutil.which("kubectl"):
+        pytest.skip("no kubectl here: what tests/kustomize.py renders is tested alone")
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(KUBERAY / folder)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert by_name(list(yaml.safe_load_all(done.stdout))) == by_name(rendered(folder))
+
+
+def test_every_overlay_is_of_one_shape() -> None:
+    kinds = {folder: sorted(one["kind"] for one in rendered(folder)) for folder in FOLDERS}
+    assert kinds.pop("raycluster") == ["PersistentVolumeClaim", "RayCluster"]
+    assert set(map(tuple, kinds.values())) == {("ConfigMap", "PersistentVolumeClaim", "RayJob")}
+    names = [of_kind(f"overlays/{name}", "RayJob")[0]["metadata"]["name"] for name in OVERLAYS]
+    assert names == [f"rsrlm-{name.removeprefix('cpu-')}" for name in OVERLAYS]  # several can run at once
+
+
+def strict(schema: Any) -> Any:
+    """The schema of a CRD in which keys that it does not name are errors."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    found = {key: strict(value) for key, value in schema.items()}
+    if schema.get("type") == "object" and "properties" in schema:
+        found.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
+    return found
+
+
+@cache
+def validator(kind: str) -> jsonschema.Draft202012Validator:
+    packed = (ROOT / "tests" / "assets" / "kuberay" / "schemas.json.gz").read_bytes()
+    return jsonschema.Draft202012Validator(strict(json.loads(gzip.decompress(packed))[kind]))
+
+
+def wrong(kind: str, spec: Any) -> list[str]:
+    return [f"{'/'.join(map(str, error.path))}: {error.message}" for error in validator(kind).iter_errors(spec)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kuberay_knows_every_key(folder: str) -> None:
+    (one,) = of_kind(folder, "RayJob", "RayCluster")
+    assert one["apiVersion"] == "ray.io/v1"
+    assert wrong(one["kind"], one["spec"]) == []
+
+
+def test_mistakes_are_found() -> None:
+    spec = json.loads(json.dumps(of_kind("overlays/one-node", "RayJob")[0]["spec"]))
+    group = spec["rayClusterSpec"]["workerGroupSpecs"][0]
+    group["maxReplica"] = 1
+    group["replicas"] = "one"
+    group["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    assert len(wrong("RayJob", spec)) == 3
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_the_controller_refuses(folder: str) -> None:
+    """Rules of KubeRay that are not in the schema (ray-operator/controllers/ray/utils/validation.go)."""
+    (one,) = of_kind(folder, "RayJob", "RayCluster")
+    spec = cluster_of(folder)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", one["metadata"]["name"])
+    groups = spec["workerGroupSpecs"]
+    assert len({group["groupName"] for group in groups}) == len(groups)
+    for group in groups:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert spec.get("enableInTreeAutoscaling") or group["minReplicas"] == group["maxReplicas"]
+    if spec.get("enableInTreeAutoscaling"):
+        templates = [spec["headGroupSpec"]["template"], *(group["template"] for group in groups)]
+        assert {one["spec"].get("restartPolicy", "Never") for one in templates} == {"Never"}
+    if one["kind"] == "RayJob":
+        job = one["spec"]
+        assert job["submissionMode"] == "HTTPMode"
+        assert job["shutdownAfterJobFinishes"]  # without it, ttlSecondsAfterFinished is refused
+        assert not {"submitterPodTemplate", "submitterConfig", "clusterSelector", "deletionStrategy"} & job.keys()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_pods(folder: str) -> None:
+    """Each sees what it mounts, has room in /dev/shm, is watched, and is nobody's root."""
+    spec = cluster_of(folder)
+    claims = {one["metadata"]["name"] for one in of_kind(folder, "PersistentVolumeClaim")}
+    maps = {one["metadata"]["name"] for one in of_kind(folder, "ConfigMap")}
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert len(mounts) == len(volumes)  # none is left over
+        assert mounts["/data"]["persistentVolumeClaim"]["claimName"] in claims
+        assert folder == "raycluster" or mounts["/etc/rsrlm"]["configMap"]["name"] in maps
+        shm = mounts["/dev/shm"]["emptyDir"]
+        assert shm["medium"] == "Memory"
+        # Ray's objects lie there too, and it counts as memory of the pod.
+        objects = int(group["rayStartParams"]["object-store-memory"])
+        assert 1.5 * objects < size(shm["sizeLimit"]) < memory(container)
+        assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert not container["securityContext"]["allowPrivilegeEscalation"]
+        assert {"readinessProbe", "livenessProbe"} <= container.keys()
+        assert pod["terminationGracePeriodSeconds"] > int(environment(container)["RAY_JOB_STOP_WAIT_TIME_S"])
+        gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert gpus == bool(pod.get("tolerations")) == bool(pod.get("nodeSelector"))
+        device = "cpu" if folder == "overlays/cpu-smoke" else "gpu"
+        assert container["image"].endswith(f"/rsrlm:{PROJECT['version']}-{device}")
+
+
+def size(text: str) -> int:
+    return int(text[:-2]) * UNITS[text[-2:]]
+
+
+def memory(container: dict[str, Any]) -> int:
+    return size(container["resources"]["limits"]["memory"])
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    return {one["name"]: one.get("value", "") for one in container["env"]}
+
+
+def test_versions() -> None:
+    ray = next(one for one in PROJECT["dependencies"] if one.startswith("ray["))
+    for folder in FOLDERS:
+        assert cluster_of(folder)["rayVersion"] == ray.partition("==")[2]
+
+
+def test_ray_knows_its_environment() -> None:
+    """A misspelt variable would do nothing, without a word."""
+    source = find_spec("ray")
+    assert source
+    assert source.origin
+    package = Path(source.origin).parent
+    where = {
+        "RAY_JOB_STOP_WAIT_TIME_S": "dashboard/modules/job/job_supervisor.py",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "train/v2/_internal/constants.py",
+        "RAY_worker_niceness": "_private/ray_constants.py",
+        "/api/healthz": "dashboard/http_server_agent.py",
+        "52365": "_private/ray_constants.py",
+    }
+    for name, file in where.items():
+        assert name in (package / file).read_text()
+    used = {name for folder in FOLDERS for one in containers(cluster_of(folder)) for name in environment(one)}
+    assert {name for name in used if name.startswith("RAY_")} == {name for name in where if name.startswith("RAY_")}
+
+
+def test_one_cluster_written_twice() -> None:
+    """raycluster.yaml and the base's RayJob, whose spec kustomize cannot share, differ in the configs alone."""
+    job, own = cluster_of("overlays/one-node"), cluster_of("raycluster")
+    groups = [[one["headGroupSpec"], *one["workerGroupSpecs"]] for one in (job, own)]
+    for pair in zip(*groups, strict=True):
+        ours, theirs = (json.loads(json.dumps(group)) for group in pair)
+        for group in (ours, theirs):
+            pod = group["template"]["spec"]
+            pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "config"]
+            for container in pod["containers"]:
+                container["volumeMounts"] = [mount for mount in container["volumeMounts"] if mount["name"] != "config"]
+        assert ours == theirs
+    assert (KUBERAY / "raycluster" / "images.yaml").read_text() == (KUBERAY / "base" / "images.yaml").read_text()
+
+
+# -- what is run -------------------------------------------------------------------------------------------------------
+
+
+def test_configs_are_those_of_the_project() -> None:
+    copies = sorted((KUBERAY / "configs").glob("*.yaml"))
+    for copy in copies:
+        if copy.name != "kustomization.yaml":
+            remedy = f"cp configs/{copy.name} {copy.relative_to(ROOT)}"
+            assert copy.read_bytes() == (ROOT / "configs" / copy.name).read_bytes(), remedy
+    (made,) = of_kind("overlays/one-node", "ConfigMap")
+    assert sorted(made["data"]) == [copy.name for copy in copies if copy.name != "kustomization.yaml"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_rsrlm_takes_the_command(name: str) -> None:
+    found = commands(f"overlays/{name}")
+    program: Any = typer.main.get_command(cli.app)
+    for _, command, *words in found:
+        program.commands[command].make_context(command, list(words))  # raises for options that are not there
+    config = config_of(f"overlays/{name}")
+    for _, command, *words in found:
+        assert command in ("run", "resume")
+        if command == "resume":
+            assert words == [str(config.folder)]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_all_paths_lie_on_the_shared_volume(name: str) -> None:
+    config = config_of(f"overlays/{name}")
+    assert str(config.folder).startswith("/data/runs/")
+    assert config.prompts.path == "builtin" or config.prompts.path.startswith("/data/")
+    assert config.data.trees is None or config.data.trees.startswith("/data/")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_workers_have_what_the_config_asks_for(name: str) -> None:
+    """GPUs exactly, Ray's CPUs and the threads at least; and a replica's GPUs lie in one pod."""
+    config = config_of(f"overlays/{name}")
+    engine, train = config.engine, config.train
+    replicas = engine.replicas + config.judge.replicas
+    groups = [
+        (group["maxReplicas"], one["resources"])
+        for group in cluster_of(f"overlays/{name}")["workerGroupSpecs"]
+        for one in group["template"]["spec"]["containers"]
+    ]
+    gpus = [(number, int(one["limits"].get("nvidia.com/gpu", 0))) for number, one in groups]
+    assert sum(number * each for number, each in gpus) == engine.gpus * replicas + train.gpus * train.workers
+    assert all(each % max(engine.gpus, 1) == 0 for _, each in gpus)
+    cpus = sum(number * int(one["requests"]["cpu"]) for number, one in groups)
+    assert cpus >= engine.cpus * replicas + train.cpus * train.workers
+    assert cpus >= max(engine.threads * replicas, train.threads * train.workers)
