@@ -86,14 +86,26 @@ def _run(config: Any, noted: dict[str, Any], store_of: Callable[[Any], Any], rep
 
 
 @app.command(
-    help="Print what a run would do, before anything starts: config, actors, requests and tokens, memory, disk."
+    help="Print what a run would do, before anything starts: config, actors, requests and tokens, memory, disk. For "
+    "GPUs the hours too, by formulas: neither a GPU nor the model's weights need be here."
 )
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu_gb: Annotated[
+        float, typer.Option("--gpu-gb", min=1, help="memory of each GPU, where the config has any")
+    ] = 80.0,
+) -> None:
     from rsrlm.commands import plan as planning
     from rsrlm.report.progress import Report
-    from rsrlm.runtime import setup
 
     resolved = configs.load(config, overrides)
+    if resolved.engine.gpus or resolved.train.gpus:
+        from rsrlm.commands import plan_gpu
+
+        return plan_gpu.show(resolved, gpu_gb, Report())
+    from rsrlm.runtime import setup
+
     prepared = setup.prepare(resolved)
     planning.show(planning.plan_of(prepared), resolved, Report())
 

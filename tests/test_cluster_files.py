@@ -19,7 +19,10 @@ import yaml
 from kustomize import build, containers
 
 from rsrlm import cli
+from rsrlm.commands import gpu_memory, plan, plan_gpu
+from rsrlm.commands.shapes import shape_of
 from rsrlm.config import Config, load
+from rsrlm.model import folder_of, num_parameters
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "cluster" / "kuberay"
@@ -280,6 +283,37 @@ def test_workers_have_what_the_config_asks_for(name: str) -> None:
     cpus = sum(number * int(one["requests"]["cpu"]) for number, one in groups)
     assert cpus >= engine.cpus * replicas + train.cpus * train.workers
     assert cpus >= max(engine.threads * replicas, train.threads * train.workers)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_memory_is_what_plan_says(name: str) -> None:
+    """Of the workers together, of each one's /dev/shm, of the head, and of the volume."""
+    folder = f"overlays/{name}"
+    config = config_of(folder)
+    spec = cluster_of(folder)
+    groups = [(group["maxReplicas"], group["template"]["spec"]) for group in spec["workerGroupSpecs"]]
+    have = sum(number * memory(pod["containers"][0]) for number, pod in groups)
+    if config.engine.gpus:
+        shape = shape_of(config.model.path)
+        processes = gpu_memory.host_memory(shape, config)
+        weights = shape.parameters * 2
+        disk = gpu_memory.disk(shape, config, plan_gpu.demands_of(config))
+    else:
+        model = folder_of(config.model)
+        demands = [step.recipe.demand_of(step.config, step.config.prompts.per_iteration) for step in config.planned]
+        planned = plan.plan(config, demands, model)
+        processes, disk = planned.memory, planned.disk
+        weights = num_parameters(model) * 4
+    at_head = sum(one.number * one.size for one in processes if one.name == "driver") + plan.RAY
+    assert have >= sum(one.number * one.size for one in processes if one.name not in ("driver", "ray")) + GI
+    assert memory(spec["headGroupSpec"]["template"]["spec"]["containers"][0]) >= 1.5 * at_head
+    for _, pod in groups:
+        shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]["sizeLimit"]
+        receives = int(pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 2)) == 1
+        assert size(shm) >= (1 if receives else 2) * weights  # the learner's host has two versions for a moment
+    (claim,) = of_kind(folder, "PersistentVolumeClaim")
+    models = sum(disk.values()) + disk["checkpoint"] + weights  # a second checkpoint, and M0
+    assert size(claim["spec"]["resources"]["requests"]["storage"]) >= models
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
