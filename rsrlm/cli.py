@@ -40,13 +40,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
     resolved = configs.load(config, overrides)
     RunFolder.check_new(resolved.folder)
-    report = Report()
-
-    def store(prepared: Any) -> RunFolder:
-        _check_room(prepared)
-        return RunFolder.create(resolved)
-
-    raise typer.Exit(_run(resolved, {}, store, report))
+    raise typer.Exit(_run(resolved, {}, lambda: RunFolder.create(resolved), Report()))
 
 
 @app.command(help="Go on with a run that was interrupted or killed. Nothing that is finished is done again.")
@@ -64,23 +58,28 @@ def resume(
         write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
         report.line(f"{folder} is finished: {resolved.iterations} iterations, see {store.folder / 'summary.json'}")
         raise typer.Exit(0)
-    raise typer.Exit(_run(resolved, store.note("start"), lambda _: store, report))
+    raise typer.Exit(_run(resolved, store.note("start"), lambda: store, report))
 
 
-def _run(config: Any, noted: dict[str, Any], store_of: Callable[[Any], Any], report: Any) -> int:
-    """The exit code of a run. Ray starts while the run is prepared; `store_of` gives the folder for what was
-    prepared."""
+def _run(config: Any, noted: dict[str, Any], store_of: Callable[[], Any], report: Any) -> int:
+    """The exit code of a run. Ray starts while the run is prepared; `store_of` gives the folder, once there is nothing
+    left to refuse the run for."""
     from rsrlm.data import prompts as prompt_files
-    from rsrlm.runtime import cluster
+    from rsrlm.runtime import address, cluster
 
     cluster.check_devices(config)
+    address.check_address(config)
     prompts = prompt_files.read(prompt_files.file_of(config.prompts))  # first, since it is quick and often wrong
     with report.busy("loading Ray"):
         ray = cluster.begin(config)
     with report.busy("loading torch"):
         from rsrlm.runtime import launch, setup
     prepared = setup.prepare(config, noted, report.busy, prompts)
-    store = store_of(prepared)
+    if not noted:
+        _check_room(prepared)
+    with report.busy("starting Ray"):
+        cluster.joined(config, ray, report.line)
+    store = store_of()
     setup.check_inputs(prepared, store)
     return launch.execute(prepared, store, report, ray)
 

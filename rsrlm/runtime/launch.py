@@ -11,8 +11,9 @@ from rsrlm.report import tables
 from rsrlm.report.progress import Report
 from rsrlm.report.tracker import tracker
 from rsrlm.run import Run
-from rsrlm.runtime.cluster import engines_of, ray_cluster
+from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
+from rsrlm.runtime.room import engines_of
 from rsrlm.runtime.setup import Prepared
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import Journals
@@ -79,8 +80,7 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
     status, code, reason = "completed", EXIT_OK, ""
     try:
         with contextlib.ExitStack() as stack:
-            with report.busy("starting Ray"):
-                stack.enter_context(ray_cluster(config, store, begun=ray))
+            stack.enter_context(ray_cluster(config, store, begun=ray))
             log = stack.enter_context(tracker(config, store))
             interruptible(_run(prepared, store, report, log))
     except BaseException as error:
