@@ -4,6 +4,7 @@ What an iteration does is a step: it names its recipe, and holds only that recip
 takes from the sections of the same name at the top, then from the recipe's defaults.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -174,7 +175,19 @@ class Config(Section):
             runs = Path(self.runs).expanduser()
         except RuntimeError:
             raise ConfigError(f"runs={self.runs}: that user has no home folder here; write the folder out") from None
+        if _in_a_job(runs.resolve()):
+            if instead := os.environ.get("RSRLM_RUNS"):
+                return Path(instead).resolve() / self.name
+            raise ConfigError(
+                f"runs={self.runs} lies in the files that Ray keeps of this job ({Path.cwd()}) and deletes after it: "
+                "write runs=/FOLDER, or set RSRLM_RUNS=/FOLDER, on a disk that all hosts share"
+            )
         return runs.resolve() / self.name
+
+
+def _in_a_job(folder: Path) -> bool:
+    """Whether a folder lies in what `ray job submit --working-dir` unpacks on the host of the driver."""
+    return any(part.startswith("_ray_pkg_") for part in folder.parts)
 
 
 def resolve(data: dict[str, Any], source: str = "config") -> Config:
