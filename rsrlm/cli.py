@@ -34,55 +34,31 @@ Overrides = Annotated[
 
 
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    or_resume: Annotated[
+        bool,
+        typer.Option(
+            "--or-resume", help="go on with the run of this name where it has begun, as a job that is tried again"
+        ),
+    ] = False,
+) -> None:
+    from rsrlm.commands import running
     from rsrlm.report.progress import Report
-    from rsrlm.store.folder import RunFolder
 
-    resolved = configs.load(config, overrides)
-    RunFolder.check_new(resolved.folder)
-    report = Report()
-
-    def store(prepared: Any) -> RunFolder:
-        _check_room(prepared)
-        return RunFolder.create(resolved)
-
-    raise typer.Exit(_run(resolved, {}, store, report))
+    raise typer.Exit(running.run(configs.load(config, overrides), Report(), or_resume))
 
 
 @app.command(help="Go on with a run that was interrupted or killed. Nothing that is finished is done again.")
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder, such as runs/quickstart")],
 ) -> None:
+    from rsrlm.commands import running
     from rsrlm.report.progress import Report
     from rsrlm.store.folder import RunFolder
 
-    store, resolved = RunFolder.open(folder)
-    report = Report()
-    if len(store.metrics()) >= resolved.iterations:
-        from rsrlm.runtime.exits import write_summary
-
-        write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
-        report.line(f"{folder} is finished: {resolved.iterations} iterations, see {store.folder / 'summary.json'}")
-        raise typer.Exit(0)
-    raise typer.Exit(_run(resolved, store.note("start"), lambda _: store, report))
-
-
-def _run(config: Any, noted: dict[str, Any], store_of: Callable[[Any], Any], report: Any) -> int:
-    """The exit code of a run. Ray starts while the run is prepared; `store_of` gives the folder for what was
-    prepared."""
-    from rsrlm.data import prompts as prompt_files
-    from rsrlm.runtime import cluster
-
-    cluster.check_devices(config)
-    prompts = prompt_files.read(prompt_files.file_of(config.prompts))  # first, since it is quick and often wrong
-    with report.busy("loading Ray"):
-        ray = cluster.begin(config)
-    with report.busy("loading torch"):
-        from rsrlm.runtime import launch, setup
-    prepared = setup.prepare(config, noted, report.busy, prompts)
-    store = store_of(prepared)
-    setup.check_inputs(prepared, store)
-    return launch.execute(prepared, store, report, ray)
+    raise typer.Exit(running.resume(*RunFolder.open(folder), Report()))
 
 
 @app.command(
@@ -273,13 +249,6 @@ def _ended(work: Callable[[], Any]) -> None:
         _, code, reason = failure(error)
         print(f"rsrlm: {reason or 'interrupted; the same command goes on'}", file=sys.stderr)
         raise typer.Exit(code) from None
-
-
-def _check_room(prepared: Any) -> None:
-    """Refuse a run that cannot fit, before anything starts. Raises ConfigError."""
-    from rsrlm.commands import plan as planning
-
-    planning.check(planning.plan_of(prepared), prepared.config)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def on_engines(
         if isinstance(error, BaseExceptionGroup) and not error.subgroup(NobodyAnswers):
             raise
     report.line("starting engines")
-    with ray_cluster(config, store, learner=False):
+    with ray_cluster(config, store, say=report.line):
         return interruptible(main(started=True))
 
 

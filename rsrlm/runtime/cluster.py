@@ -5,20 +5,16 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from rsrlm.config import Config
+from rsrlm.runtime.address import address_of, check_address, ray_address
+from rsrlm.runtime.room import wait_for_room
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
-
-
-def address_of(config: Config) -> str | None:
-    """The cluster to join. "local" is Ray's word for none: one of this run's own."""
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address
 
 
 def check_devices(config: Config) -> None:
@@ -57,12 +53,15 @@ def begin(config: Config) -> Future[Any]:
 
 @contextlib.contextmanager
 def ray_cluster(
-    config: Config, store: RunFolder, learner: bool = True, begun: Future[Any] | None = None
+    config: Config, store: RunFolder, begun: Future[Any] | None = None, say: Callable[[str], None] = print
 ) -> Iterator[None]:
     """A Ray cluster: the one of `ray.address` or RAY_ADDRESS, else one on this machine for this run only.
 
-    `begun` is what `begin` gave. Raises ConfigError where the cluster is too small for the run.
+    `begun` is what `begin` gave, once `joined` found room. Without it the cluster is for engines alone: raises
+    ConfigError where it has no room for them.
     """
+    if begun is None:
+        check_address(config)
     _set_environment(address_of(config))
     import ray
 
@@ -73,15 +72,22 @@ def ray_cluster(
             stale.unlink(missing_ok=True)
 
     remove_stale()
-    context = begun.result() if begun else _init(config)
-    session = context.address_info.get("session_dir")
-    store.event("ray", address=address_of(config) or "local", session=session)
     try:
-        _check_resources(config, ray.cluster_resources(), config.train.workers if learner else 0)
+        context = begun.result() if begun else _init(config)
+        session = context.address_info.get("session_dir")
+        store.event("ray", address=address_of(config) or "local", session=session)
+        if begun is None:
+            wait_for_room(config, 0, say)
         yield
     finally:
         ray.shutdown()
         remove_stale()
+
+
+def joined(config: Config, begun: Future[Any], say: Callable[[str], None]) -> None:
+    """Wait for the cluster that `begin` starts or joins, and for its room. Raises ConfigError where it has none."""
+    begun.result()
+    wait_for_room(config, config.train.workers, say)
 
 
 def _set_environment(address: str | None) -> None:
@@ -108,27 +114,15 @@ def _init(config: Config) -> Any:
             "include_dashboard": False,
             "object_store_memory": config.ray.object_store_mib * 2**20,
         }
-    return ray.init(**arguments)
+    try:
+        return ray.init(**arguments)
+    except Exception as error:
+        if not address:
+            raise
+        raise ConfigError(_not_joined(config, error)) from error
 
 
-def engines_of(config: Config) -> int:
-    """How many engines a run starts."""
-    validators = config.evaluate.judge.replicas if config.evaluate.judge.model else 0
-    return config.engine.replicas + config.judge.replicas + validators
-
-
-def _check_resources(config: Config, there: dict[str, float], ranks: int) -> None:
-    """Raises ConfigError when the cluster can never place all engines and ranks."""
-    engines = engines_of(config)
-    for resource, engine, rank in (
-        ("CPU", config.engine.cpus, config.train.cpus),
-        ("GPU", config.engine.gpus, config.train.gpus),
-    ):
-        needed = engines * engine + ranks * rank
-        if needed > there.get(resource, 0.0):
-            key = resource.lower() + "s"
-            raise ConfigError(
-                f"engine.{key}={engine:g} for each of {engines} engines and train.{key}={rank:g} for each of "
-                f"{ranks} ranks make {needed:g}, but the cluster has {there.get(resource, 0.0):g} Ray "
-                f"{resource}s; lower them or the number of engines and ranks"
-            )
+def _not_joined(config: Config, error: Exception) -> str:
+    address, source = ray_address(config.ray.address, os.environ)
+    why = " ".join(str(error).split())
+    return f"{source}={address}: the cluster there cannot be joined: {why}"

@@ -135,7 +135,7 @@ def test_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: 
 def test_ray_against_a_real_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", f"[127.0.0.1]:{port}"):
+        for address in (f"127.0.0.1:{port}", f"localhost:{port}", f"[127.0.0.1]:{port}"):
             expect(doctor.check_ray(address, "RAY_ADDRESS"), "ok", f"RAY_ADDRESS={address}, which answers")
     gone = doctor.check_ray(f"127.0.0.1:{port}", "RAY_ADDRESS")
     expect(gone, "fail", "Connection refused", f"ray start --head --port={port}", "unset RAY_ADDRESS")
@@ -146,6 +146,7 @@ def test_ray_against_a_real_listener() -> None:
 def test_an_address_that_is_none() -> None:
     for address in ("head", "head:", ":6379", "head:abc", "head:70000", "http://127.0.0.1:8265"):
         expect(doctor.check_ray(address, "RAY_ADDRESS"), "fail", "HOST:PORT", "10.0.0.1:6379")
+    expect(doctor.check_ray("ray://head:10001", "RAY_ADDRESS"), "fail", "ray:// runs no driver", "10.0.0.1:6379")
 
 
 def test_whose_address_counts(tmp_path: Path) -> None:
