@@ -49,16 +49,15 @@ def cluster_of(folder: str) -> dict[str, Any]:
     return one["spec"].get("rayClusterSpec", one["spec"])
 
 
-def commands(folder: str) -> list[list[str]]:
-    """The commands of rsrlm in an entrypoint, as words."""
+def command(folder: str) -> list[str]:
+    """The words of the entrypoint."""
     (job,) = of_kind(folder, "RayJob")
-    return [shlex.split(found) for found in re.findall(r"rsrlm [^;]+", job["spec"]["entrypoint"])]
+    return shlex.split(job["spec"]["entrypoint"])
 
 
 def config_of(folder: str) -> Config:
     """What an overlay runs, its overrides included."""
-    (words,) = [words for words in commands(folder) if words[1] == "run"]
-    file, *rest = words[2:]
+    file, *rest = command(folder)[2:]
     assert file.startswith(AT)
     return load(KUBERAY / "configs" / file.removeprefix(AT), [word for word in rest if not word.startswith("-")])
 
@@ -247,15 +246,15 @@ def test_configs_are_those_of_the_project() -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_rsrlm_takes_the_command(name: str) -> None:
-    found = commands(f"overlays/{name}")
-    program: Any = typer.main.get_command(cli.app)
-    for _, command, *words in found:
-        program.commands[command].make_context(command, list(words))  # raises for options that are not there
+    """It goes on with a run that has begun, since a job is tried again; and it waits for the hosts."""
+    program, run, *words = command(f"overlays/{name}")
+    assert (program, run) == ("rsrlm", "run")
+    commands: Any = typer.main.get_command(cli.app)
+    taken = commands.commands["run"].make_context("run", list(words))  # raises for an option that is not there
+    assert taken.params["or_resume"]
     config = config_of(f"overlays/{name}")
-    for _, command, *words in found:
-        assert command in ("run", "resume")
-        if command == "resume":
-            assert words == [str(config.folder)]
+    (job,) = of_kind(f"overlays/{name}", "RayJob")
+    assert config.ray.wait_s == job["spec"]["preRunningDeadlineSeconds"]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
