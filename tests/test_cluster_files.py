@@ -244,14 +244,27 @@ def test_configs_are_those_of_the_project() -> None:
     assert sorted(made["data"]) == [copy.name for copy in copies if copy.name != "kustomization.yaml"]
 
 
+def taken_by(command: str, words: list[str]) -> dict[str, Any]:
+    """What rsrlm understands; raises for an option that is not there."""
+    program: Any = typer.main.get_command(cli.app)
+    return dict(program.commands[command].make_context(command, list(words)).params)
+
+
+@pytest.mark.parametrize("file", ["cluster/README.md", "docs/gpus.md"])
+def test_commands_of_the_pages(file: str) -> None:
+    found = re.findall(r"rsrlm (run|plan) ([^\n`#\"]+)", (ROOT / file).read_text())
+    assert len(found) >= 3
+    for command, rest in found:
+        config = taken_by(command, shlex.split(rest))["config"]
+        assert (ROOT / config).is_file() or (KUBERAY / "configs" / config.removeprefix(AT)).is_file()
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_rsrlm_takes_the_command(name: str) -> None:
     """It goes on with a run that has begun, since a job is tried again; and it waits for the hosts."""
     program, run, *words = command(f"overlays/{name}")
     assert (program, run) == ("rsrlm", "run")
-    commands: Any = typer.main.get_command(cli.app)
-    taken = commands.commands["run"].make_context("run", list(words))  # raises for an option that is not there
-    assert taken.params["or_resume"]
+    assert taken_by(run, words)["or_resume"]
     config = config_of(f"overlays/{name}")
     (job,) = of_kind(f"overlays/{name}", "RayJob")
     assert config.ray.wait_s == job["spec"]["preRunningDeadlineSeconds"]
@@ -357,3 +370,17 @@ def test_the_locks_agree() -> None:
     named = {re.split(r"[\[=<>~;]", one)[0] for one in PROJECT["dependencies"]}
     assert named <= gpu.keys()
     assert any(name.startswith("nvidia-nccl") for name in gpu)
+
+
+def test_pages_lead_somewhere() -> None:
+    """Links, and folders of cluster/ that its page names."""
+    page = ROOT / "cluster" / "README.md"
+    text = page.read_text()
+    assert all((page.parent / link).exists() for link in re.findall(r"\]\(([^):]+)\)", text))
+    listed = re.findall(r"^((?:images|kuberay)\S*)", text, re.MULTILINE)
+    assert len(listed) >= 6
+    assert all((ROOT / "cluster" / path).is_dir() for path in listed)
+    named = re.findall(r"cluster/kuberay/[\w/-]+", text)
+    assert named
+    assert all((ROOT / path).is_dir() for path in named)
+    assert {Path(path).name for path in named if "/overlays/" in path} <= set(OVERLAYS)
