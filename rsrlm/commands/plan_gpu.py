@@ -163,7 +163,8 @@ def train_rate(shape: Shape, train: TrainRule, ranks: int) -> float:
 def publish_seconds(shape: Shape, config: Config) -> tuple[float, float]:
     """From the learner into the engines, the export included; and a model that is loaded again from its folder."""
     size = float(shape.parameters * plan.BYTES[config.model.dtype])
-    hops = math.ceil(math.log2(1 + config.engine.replicas)) if config.weights.transport == "gloo" else 0
+    hosts = math.ceil(config.engine.gpus * config.engine.replicas / 8)  # of engines
+    hops = math.ceil(math.log2(1 + hosts)) if config.weights.transport == "gloo" else 0
     first = size * (2 / TO_HOST + 1 / IN_MEMORY + 1 / TO_SHM + 2 / CHECKSUM + 1 / DISK)
     return first + hops * size / NETWORK, size * (2 / CHECKSUM + 1 / TO_HOST + 0.5 / DISK)
 

@@ -242,8 +242,10 @@ def test_weights(meta: Any) -> None:
     assert first == pytest.approx(16.0605 * (0.5 + 0.125 + 0.25 + 2 / 10.9 + 1 / 1.5), rel=1e-4)
     assert again == pytest.approx(16.0605 * (2 / 10.9 + 0.25 + 1 / 3), rel=1e-4)
     over = meta.weights.model_copy(update={"transport": "gloo"})
-    hosts, _ = plan_gpu.publish_seconds(LLAMA3_8B, meta.model_copy(update={"weights": over}))
-    assert hosts - first == pytest.approx(3 * 16.0605 / 1.2, rel=1e-4)  # to 4 replicas in 3 steps of a tree
+    for replicas, hops in ((4, 1), (8, 1), (9, 2), (32, 3)):  # one host of 8 GPUs, two, four: a tree
+        engine = meta.engine.model_copy(update={"replicas": replicas})
+        hosts, _ = plan_gpu.publish_seconds(LLAMA3_8B, meta.model_copy(update={"weights": over, "engine": engine}))
+        assert hosts - first == pytest.approx(hops * 16.0605 / 1.2, rel=1e-4)
 
 
 def test_hours(meta: Any) -> None:
