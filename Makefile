@@ -44,7 +44,7 @@ quickstart-text: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_architecture.py tests/test_cluster_files.py
+	$(BIN)/pytest -q tests/test_architecture.py tests/test_cluster_files.py tests/test_monitoring.py
 
 # The fast tests take a core each; those with engines have the machine for themselves.
 test: test-fast
