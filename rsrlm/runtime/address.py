@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rsrlm.config import Config
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, NotYet
 
 RAY_NOTE = Path("/tmp/ray/ray_current_cluster")  # where `ray start` notes the address that "auto" joins
 
@@ -116,5 +116,5 @@ def check_address(config: Config) -> None:
     address, source = ray_address(config.ray.address, os.environ)
     why, mend = fault_of(address, source)
     if why:
-        raise ConfigError(f"{why}; {mend}")
+        raise NotYet(f"{why}; {mend}")
     os.environ["RAY_AUTH_MODE"] = mode_at(address, source, os.environ)
