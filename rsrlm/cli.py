@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from rsrlm import config as configs
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, NotYet
 
 app = typer.Typer(
     add_completion=False,
@@ -43,11 +43,22 @@ def run(
             "--or-resume", help="go on with the run of this name where it has begun, as a job that is tried again"
         ),
     ] = False,
+    final_is_success: Annotated[
+        bool,
+        typer.Option("--final-is-success", help="end with 0 instead of 2, 3 or 5, which no further try could mend"),
+    ] = False,
 ) -> None:
     from rsrlm.commands import running
     from rsrlm.report.progress import Report
 
-    raise typer.Exit(running.run(configs.load(config, overrides), Report(), or_resume))
+    try:
+        code = running.run(configs.load(config, overrides), Report(), or_resume)
+    except ConfigError as error:
+        if not final_is_success or isinstance(error, NotYet):
+            raise
+        print(f"rsrlm: {error}", file=sys.stderr)
+        code = 2
+    raise typer.Exit(0 if final_is_success and code in (2, 3, 5) else code)
 
 
 @app.command(help="Go on with a run that was interrupted or killed. Nothing that is finished is done again.")

@@ -175,7 +175,7 @@ class Config(Section):
             runs = Path(self.runs).expanduser()
         except RuntimeError:
             raise ConfigError(f"runs={self.runs}: that user has no home folder here; write the folder out") from None
-        if _in_a_job(runs.resolve()):
+        if in_a_job(runs.resolve()):
             if instead := os.environ.get("RSRLM_RUNS"):
                 return Path(instead).resolve() / self.name
             raise ConfigError(
@@ -185,7 +185,7 @@ class Config(Section):
         return runs.resolve() / self.name
 
 
-def _in_a_job(folder: Path) -> bool:
+def in_a_job(folder: Path) -> bool:
     """Whether a folder lies in what `ray job submit --working-dir` unpacks on the host of the driver."""
     return any(part.startswith("_ray_pkg_") for part in folder.parts)
 

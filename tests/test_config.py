@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from rsrlm.commands.engines import check_out
 from rsrlm.config import Config, dump, load, resolve
 from rsrlm.settings.base import ConfigError
 
@@ -536,6 +537,8 @@ def test_a_job_writes_nothing_where_ray_deletes_it(
         with pytest.raises(ConfigError, match=f"runs={runs} lies in the files that Ray keeps of this job") as refused:
             _ = make_config(runs=runs).folder
         assert "set RSRLM_RUNS=/FOLDER, on a disk that all hosts share" in str(refused.value)
+    with pytest.raises(ConfigError, match="--out x/found lies in the files that Ray keeps of this job"):
+        check_out(Path("x/found"))
     assert make_config(runs="/data/runs").folder == Path("/data/runs/test")
     monkeypatch.setenv("RSRLM_RUNS", "/data/others")
     assert make_config(runs="runs").folder == Path("/data/others/test")

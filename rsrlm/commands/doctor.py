@@ -248,7 +248,7 @@ def diagnose(config: Config | None = None) -> list[Finding]:
         *compute,
         check_disk(runs, disk),
         check_shared_memory(SHM, shared, config.weights.transport),
-        check_ray(address, source),
+        check_ray(address, source, environ),
         check_ray_token(environ),
         of_model,
     ]

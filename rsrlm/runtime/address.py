@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rsrlm.config import Config
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, NotYet
 
 RAY_NOTE = Path("/tmp/ray/ray_current_cluster")  # where `ray start` notes the address that "auto" joins
 
@@ -25,6 +25,21 @@ def ray_address(configured: str | None, environ: Mapping[str, str], note: Path =
     if address == "auto":
         address = note.read_text().strip() if note.is_file() else "127.0.0.1:6379"
     return address or "local", source
+
+
+def token_file(environ: Mapping[str, str]) -> Path:
+    """Where Ray keeps the secret that admits a process to this user's clusters."""
+    return Path(environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
+
+
+def token_of(environ: Mapping[str, str]) -> str:
+    """The user's token; empty where there is none."""
+    if token := environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    try:
+        return token_file(environ).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError):
+        return ""
 
 
 def fault_of(address: str, source: str) -> tuple[str, str]:
@@ -48,10 +63,58 @@ def fault_of(address: str, source: str) -> tuple[str, str]:
     return "", ""
 
 
+def mode_at(address: str, source: str, environ: Mapping[str, str]) -> str:
+    """The RAY_AUTH_MODE with which the cluster at this address admits a driver. Raises ConfigError where it does not.
+
+    Ray's own answers come late and name no reason: a driver without the token fails after 20 s as if nobody were there,
+    and the actors of one that shows a token nobody asked for die.
+    """
+    wanted, at = environ.get("RAY_AUTH_MODE", "").lower(), f"{source}={address}"
+    if environ.get("RAY_USE_TLS", "0") == "1" or wanted not in ("", "token", "disabled"):
+        return wanted or "disabled"
+    answer = _answer_of(address, "")
+    if answer == "OK":
+        if wanted == "token":
+            raise ConfigError(
+                f"RAY_AUTH_MODE=token, but the cluster of {at} was started without tokens, and its workers could not "
+                "speak with the run; unset RAY_AUTH_MODE"
+            )
+        return "disabled"
+    if answer != "UNAUTHENTICATED":
+        raise ConfigError(
+            f"{at}: what answers there is no head of Ray ({answer}); give the address that `ray start --head` printed"
+        )
+    copy = "copy ~/.ray/auth_token from the cluster's head, with mode 600, or set RAY_AUTH_TOKEN"
+    token, file = token_of(environ), token_file(environ)
+    if not token:
+        raise ConfigError(f"the cluster of {at} asks for a token, and there is none in {file}; {copy}")
+    if _answer_of(address, token) != "OK":
+        held = "RAY_AUTH_TOKEN" if environ.get("RAY_AUTH_TOKEN") else file
+        raise ConfigError(f"the cluster of {at} refuses the token in {held}; {copy}")
+    if wanted == "disabled":
+        raise ConfigError(f"RAY_AUTH_MODE=disabled, but the cluster of {at} asks for a token; unset RAY_AUTH_MODE")
+    return "token"
+
+
+def _answer_of(address: str, token: str) -> str:
+    """How a head of Ray answers whoever shows this token: the name of a status of gRPC."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            alive(b"", timeout=10, metadata=[("authorization", f"Bearer {token}")] if token else [])
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
 def check_address(config: Config) -> None:
-    """Raises ConfigError where nothing can be joined at the cluster's address."""
+    """Raises ConfigError where no cluster can be joined. Sets RAY_AUTH_MODE, before Ray is imported, which reads it."""
     if address_of(config) is None:
         return
-    why, mend = fault_of(*ray_address(config.ray.address, os.environ))
+    address, source = ray_address(config.ray.address, os.environ)
+    why, mend = fault_of(address, source)
     if why:
-        raise ConfigError(f"{why}; {mend}")
+        raise NotYet(f"{why}; {mend}")
+    os.environ["RAY_AUTH_MODE"] = mode_at(address, source, os.environ)

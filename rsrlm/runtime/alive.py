@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, NotYet
 from rsrlm.store.folder import RunFolder
 
 NOTE = "alive"  # alive.json: host, process, and when it was there last
@@ -56,13 +56,13 @@ def last_seen(store: RunFolder) -> str:
 
 
 def wait_until_free(store: RunFolder, wait_s: float, say: Callable[[str], None]) -> None:
-    """Wait for the end of another process in this folder, which may have been told to stop. Raises ConfigError when it
+    """Wait for the end of another process in this folder, which may have been told to stop. Raises NotYet when it
     still runs after `wait_s` seconds. A killed host's hold on a shared folder ends by itself, but late."""
     deadline = time.monotonic() + wait_s
     told = False
     while held(store):
         if time.monotonic() >= deadline:
-            raise ConfigError(
+            raise NotYet(
                 f"{store.folder}: still run{last_seen(store)}, {wait_s:g} s later; stop it first, or wait for its end"
             )
         if not told:

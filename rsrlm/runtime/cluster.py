@@ -2,19 +2,23 @@
 
 import atexit
 import contextlib
+import json
 import logging
 import os
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from rsrlm.config import Config
-from rsrlm.runtime.address import address_of, check_address, ray_address
+from rsrlm.runtime.address import address_of, check_address, ray_address, token_of
 from rsrlm.runtime.room import wait_for_room
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
+
+HANDED_ON = ("HF_", "VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_", "NCCL_", "GLOO_", "RSRLM_")
 
 
 def check_devices(config: Config) -> None:
@@ -96,33 +100,53 @@ def _set_environment(address: str | None) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not address:
+        os.environ.update(token_of_its_own(os.environ))
         # No node of one machine is taken away with notice: one process less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray's workers run at nice 15: beside any busy process their threads would wait for each other all the time.
         os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+def token_of_its_own(environ: Mapping[str, str]) -> dict[str, str]:
+    """A token for a cluster of the run's own where the user has none; it ends with the run.
+
+    Ray would leave one in the home folder, and clusters that are started there later would ask every host for it.
+    """
+    if "RAY_AUTH_MODE" in environ or token_of(environ):
+        return {}
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Settings of this process for the workers of a cluster that was started elsewhere. Secrets stay here, since Ray
+    shows what it hands on; so does what the job has set already, which Ray lets nobody set again."""
+    job = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    already = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(HANDED_ON) and not name.endswith(("_TOKEN", "_KEY")) and name not in already
+    }
+
+
 def _init(config: Config) -> Any:
     import ray
 
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := address_of(config):
-        arguments["address"] = address
-    else:
-        arguments |= {
-            "address": "local",  # without it Ray joins any cluster that runs on this machine
-            "include_dashboard": False,
-            "object_store_memory": config.ray.object_store_mib * 2**20,
-        }
+    address = address_of(config)
+    if not address:
+        return ray.init(
+            address="local",  # without it Ray joins any cluster that runs on this machine
+            include_dashboard=False,
+            object_store_memory=config.ray.object_store_mib * 2**20,
+            **arguments,
+        )
     try:
-        return ray.init(**arguments)
+        return ray.init(address=address, runtime_env={"env_vars": worker_environment(os.environ)}, **arguments)
     except Exception as error:
-        if not address:
-            raise
         raise ConfigError(_not_joined(config, error)) from error
 
 
 def _not_joined(config: Config, error: Exception) -> str:
     address, source = ray_address(config.ray.address, os.environ)
-    why = " ".join(str(error).split())
-    return f"{source}={address}: the cluster there cannot be joined: {why}"
+    return f"{source}={address}: the cluster there cannot be joined: {' '.join(str(error).split())}"

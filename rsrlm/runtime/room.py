@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rsrlm.config import Config
 from rsrlm.runtime.address import address_of
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import NotYet
 
 Resources = Mapping[str, float]  # such as {"CPU": 4, "GPU": 1}
 LOOK_EVERY_S = 2.0
@@ -111,7 +111,7 @@ def hosts_there() -> dict[str, Resources]:
 
 def wait_for_room(config: Config, ranks: int, say: Callable[[str], None]) -> None:
     """Wait until the cluster that was joined has room for all engines and this many ranks; an autoscaler is told what
-    is needed. Raises ConfigError when it still has none after ray.wait_s."""
+    is needed. Raises NotYet when it still has none after ray.wait_s."""
     wanted, wait_s = wanted_of(config, ranks), wait_of(config)
     started, said, before = time.monotonic(), -SAY_EVERY_S, ""
     asked = False
@@ -119,7 +119,7 @@ def wait_for_room(config: Config, ranks: int, say: Callable[[str], None]) -> Non
         while not fit(wanted, (hosts := hosts_there()).values()):
             waited = time.monotonic() - started
             if waited >= wait_s:
-                raise ConfigError(_no_room(wanted, hosts, wait_s))
+                raise NotYet(_no_room(wanted, hosts, wait_s))
             if not asked:
                 _tell_autoscaler(wanted.bundles)
                 asked = True

@@ -295,3 +295,23 @@ def test_a_try_again_waits_for_the_end_of_the_one_before(
     with pytest.raises(Started):
         rsrlm("run", config_file, "--or-resume")
     assert f"{store.folder} is being run: waiting up to 60 s for its end" in capsys.readouterr().out
+
+
+def test_a_job_that_no_further_try_could_mend(
+    rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts jobs again does so at every other code, each time with a cluster of its own."""
+
+    def code_of(code: int, *options: str) -> int:
+        monkeypatch.setattr(running, "run", lambda *_: code)
+        return int(rsrlm("run", config_file, *options).code)
+
+    assert [code_of(code) for code in (0, 2, 3, 4, 5, 130)] == [0, 2, 3, 4, 5, 130]
+    assert [code_of(code, "--final-is-success") for code in (0, 2, 3, 4, 5, 130)] == [0, 0, 0, 4, 0, 130]
+
+
+def test_what_a_further_try_could_mend(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    for mistake, code in (("train.lr=fast", 0), ("prompts.path=gone.jsonl", 0), ("ray.address=127.0.0.1:1", 2)):
+        ended = rsrlm("run", config_file, "--final-is-success", mistake)
+        assert ended.code == code
+        assert ended.err.startswith("rsrlm: ")
