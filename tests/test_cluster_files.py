@@ -261,10 +261,12 @@ def test_commands_of_the_pages(file: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_rsrlm_takes_the_command(name: str) -> None:
-    """It goes on with a run that has begun, since a job is tried again; and it waits for the hosts."""
+    """It goes on with a run that has begun, since a job is tried again, but not for nothing; it waits for the hosts."""
     program, run, *words = command(f"overlays/{name}")
     assert (program, run) == ("rsrlm", "run")
-    assert taken_by(run, words)["or_resume"]
+    taken = taken_by(run, words)
+    assert taken["or_resume"]
+    assert taken["final_is_success"]
     config = config_of(f"overlays/{name}")
     (job,) = of_kind(f"overlays/{name}", "RayJob")
     assert config.ray.wait_s == job["spec"]["preRunningDeadlineSeconds"]
