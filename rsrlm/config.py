@@ -4,6 +4,8 @@ What an iteration does is a step: it names its recipe, and holds only that recip
 takes from the sections of the same name at the top, then from the recipe's defaults.
 """
 
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -173,7 +175,19 @@ class Config(Section):
             runs = Path(self.runs).expanduser()
         except RuntimeError:
             raise ConfigError(f"runs={self.runs}: that user has no home folder here; write the folder out") from None
+        if in_a_job(runs.resolve()):
+            if instead := os.environ.get("RSRLM_RUNS"):
+                return Path(instead).resolve() / self.name
+            raise ConfigError(
+                f"runs={self.runs} lies in the files that Ray keeps of this job ({Path.cwd()}) and deletes after it: "
+                "write runs=/FOLDER, or set RSRLM_RUNS=/FOLDER, on a disk that all hosts share"
+            )
         return runs.resolve() / self.name
+
+
+def in_a_job(folder: Path) -> bool:
+    """Whether a folder lies in what `ray job submit --working-dir` unpacks on the host of the driver."""
+    return any(part.startswith("_ray_pkg_") for part in folder.parts)
 
 
 def resolve(data: dict[str, Any], source: str = "config") -> Config:
@@ -239,6 +253,26 @@ def _plain(config: Config) -> dict[str, Any]:
         known = getattr(type(getattr(config, key)), "model_fields", alike[key])
         over[key] = {**data[key], **{name: value for name, value in alike[key].items() if name in known}}
     return {**data, **over}
+
+
+def differences(first: Config, second: Config, apart: Iterable[str] = ()) -> list[str]:
+    """Keys in which two configs differ, as "key: one -> other"; keys of the top level that are named `apart` may."""
+
+    def flat(value: Any, key: str) -> dict[str, Any]:
+        if not isinstance(value, dict | list) or not value:
+            return {key: value}
+        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        return {
+            name: leaf for part, inner in items for name, leaf in flat(inner, f"{key}.{part}" if key else part).items()
+        }
+
+    old, new = (
+        flat({key: value for key, value in _plain(config).items() if key not in apart}, "")
+        for config in (first, second)
+    )
+    absent = object()
+    keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
+    return [f"{key}: {old.get(key, 'not there')} -> {new.get(key, 'not there')}" for key in keys]
 
 
 def dump(config: Config) -> str:

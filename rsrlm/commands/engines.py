@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm.chat import ChatEncoder, check_tokenizer
-from rsrlm.config import Config
+from rsrlm.config import Config, in_a_job
 from rsrlm.engines import Answers, NobodyAnswers
 from rsrlm.judges.base import Context
 from rsrlm.model import folder_of, load_tokenizer
@@ -71,7 +71,7 @@ def on_engines(
         if isinstance(error, BaseExceptionGroup) and not error.subgroup(NobodyAnswers):
             raise
     report.line("starting engines")
-    with ray_cluster(config, store, learner=False):
+    with ray_cluster(config, store, say=report.line):
         return interruptible(main(started=True))
 
 
@@ -116,6 +116,8 @@ def check_out(out: Path, folder: bool = False) -> Path:
     """The path, or ConfigError where it can be none."""
     if not out.name or out.name == ".." or (out.is_file() if folder else out.is_dir()):
         raise ConfigError(f"--out {out}: give the path of a {'folder' if folder else 'file'} to write")
+    if in_a_job(out.absolute()):
+        raise ConfigError(f"--out {out} lies in the files that Ray keeps of this job and deletes after it: write /PATH")
     return out
 
 

@@ -48,16 +48,22 @@ class Process:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Bounds for any one iteration and estimates of the run. Memory in bytes by process, disk in bytes by kind."""
+class Bounds:
+    """What any one iteration comes to, at most, and the actors of the run."""
 
     requests: dict[str, int]
     prompt_tokens: int
     generated_tokens: int
     optimizer_steps: int
+    actors: list[tuple[str, int, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Bounds):
+    """And estimates of the run. Memory in bytes by process, disk in bytes by kind."""
+
     memory: list[Process]
     disk: dict[str, float]
-    actors: list[tuple[str, int, str]]
 
 
 def plan(
@@ -69,23 +75,34 @@ def plan(
 ) -> Plan:
     """The plan of a run of `config` with the model in the folder `model`, and in `judge` and `validator` other ones
     that judge and validate; `demands` are those of each iteration's recipe."""
+    return Plan(
+        **vars(bounds(config, demands)),
+        memory=memory(config, demands, model, judge, validator),
+        disk=disk(config, demands, model, _steps(config, demands)),
+    )
+
+
+def bounds(config: Config, demands: Sequence[Demand]) -> Bounds:
+    """The same without a model: `demands` are those of each iteration's recipe."""
     each = [
         _iteration(config, step.config.train, demand, number == 0)
         for number, (step, demand) in enumerate(zip(config.planned, demands, strict=True))
     ]
     names = dict.fromkeys(name for one in each for name in one)
     asked = {name: max((one.get(name, (0, 0)) for one in each), key=lambda pair: pair[0]) for name in names}
-    steps = [step.config.train.steps(demand.items) for step, demand in zip(config.planned, demands, strict=True)]
     room = config.engine.max_model_len
-    return Plan(
+    return Bounds(
         requests={name: number for name, (number, _) in asked.items()},
         prompt_tokens=max(sum(number * (room - tokens) for number, tokens in one.values()) for one in each),
         generated_tokens=max(sum(number * tokens for number, tokens in one.values()) for one in each),
-        optimizer_steps=max(steps),
-        memory=memory(config, demands, model, judge, validator),
-        disk=disk(config, demands, model, steps),
+        optimizer_steps=max(_steps(config, demands)),
         actors=actors(config),
     )
+
+
+def _steps(config: Config, demands: Sequence[Demand]) -> list[int]:
+    """Optimizer steps of each iteration."""
+    return [step.config.train.steps(demand.items) for step, demand in zip(config.planned, demands, strict=True)]
 
 
 def _iteration(config: Config, rule: TrainRule, demand: Demand, first: bool) -> dict[str, tuple[int, int]]:
@@ -268,8 +285,8 @@ def check(planned: Plan, config: Config) -> None:
         )
 
 
-def show(planned: Plan, config: Config, report: Report) -> None:
-    """Print the plan."""
+def show_bounds(planned: Bounds, config: Config, report: Report) -> None:
+    """Print the config, the actors, and what an iteration comes to at most."""
     report.line(dump(config))
     report.table(
         "Actors", [{"a": a, "n": n, "w": w} for a, n, w in planned.actors], {"a": "actor", "n": "number", "w": "each"}
@@ -284,6 +301,11 @@ def show(planned: Plan, config: Config, report: Report) -> None:
         ],
         {"what": "", "n": "number"},
     )
+
+
+def show(planned: Plan, config: Config, report: Report) -> None:
+    """Print the plan."""
+    show_bounds(planned, config, report)
     sizes = [{"what": f"memory: {one.label}", "n": f"{one.size / GIB:.2f} GiB"} for one in planned.memory if one.number]
     sizes.append({"what": "memory: all", "n": f"{total_memory(planned.memory) / GIB:.2f} GiB"})
     sizes += [{"what": f"disk: {name}", "n": f"{size / GIB:.3f} GiB"} for name, size in planned.disk.items()]

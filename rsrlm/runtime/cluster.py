@@ -2,23 +2,23 @@
 
 import atexit
 import contextlib
+import json
 import logging
 import os
+import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from rsrlm.config import Config
+from rsrlm.runtime.address import address_of, check_address, ray_address, token_of
+from rsrlm.runtime.room import wait_for_room
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
 
-
-def address_of(config: Config) -> str | None:
-    """The cluster to join. "local" is Ray's word for none: one of this run's own."""
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address
+HANDED_ON = ("HF_", "VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_", "NCCL_", "GLOO_", "RSRLM_")
 
 
 def check_devices(config: Config) -> None:
@@ -57,12 +57,15 @@ def begin(config: Config) -> Future[Any]:
 
 @contextlib.contextmanager
 def ray_cluster(
-    config: Config, store: RunFolder, learner: bool = True, begun: Future[Any] | None = None
+    config: Config, store: RunFolder, begun: Future[Any] | None = None, say: Callable[[str], None] = print
 ) -> Iterator[None]:
     """A Ray cluster: the one of `ray.address` or RAY_ADDRESS, else one on this machine for this run only.
 
-    `begun` is what `begin` gave. Raises ConfigError where the cluster is too small for the run.
+    `begun` is what `begin` gave, once `joined` found room. Without it the cluster is for engines alone: raises
+    ConfigError where it has no room for them.
     """
+    if begun is None:
+        check_address(config)
     _set_environment(address_of(config))
     import ray
 
@@ -73,15 +76,22 @@ def ray_cluster(
             stale.unlink(missing_ok=True)
 
     remove_stale()
-    context = begun.result() if begun else _init(config)
-    session = context.address_info.get("session_dir")
-    store.event("ray", address=address_of(config) or "local", session=session)
     try:
-        _check_resources(config, ray.cluster_resources(), config.train.workers if learner else 0)
+        context = begun.result() if begun else _init(config)
+        session = context.address_info.get("session_dir")
+        store.event("ray", address=address_of(config) or "local", session=session)
+        if begun is None:
+            wait_for_room(config, 0, say)
         yield
     finally:
         ray.shutdown()
         remove_stale()
+
+
+def joined(config: Config, begun: Future[Any], say: Callable[[str], None]) -> None:
+    """Wait for the cluster that `begin` starts or joins, and for its room. Raises ConfigError where it has none."""
+    begun.result()
+    wait_for_room(config, config.train.workers, say)
 
 
 def _set_environment(address: str | None) -> None:
@@ -90,45 +100,53 @@ def _set_environment(address: str | None) -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not address:
+        os.environ.update(token_of_its_own(os.environ))
         # No node of one machine is taken away with notice: one process less.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray's workers run at nice 15: beside any busy process their threads would wait for each other all the time.
         os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+def token_of_its_own(environ: Mapping[str, str]) -> dict[str, str]:
+    """A token for a cluster of the run's own where the user has none; it ends with the run.
+
+    Ray would leave one in the home folder, and clusters that are started there later would ask every host for it.
+    """
+    if "RAY_AUTH_MODE" in environ or token_of(environ):
+        return {}
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Settings of this process for the workers of a cluster that was started elsewhere. Secrets stay here, since Ray
+    shows what it hands on; so does what the job has set already, which Ray lets nobody set again."""
+    job = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    already = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(HANDED_ON) and not name.endswith(("_TOKEN", "_KEY")) and name not in already
+    }
+
+
 def _init(config: Config) -> Any:
     import ray
 
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := address_of(config):
-        arguments["address"] = address
-    else:
-        arguments |= {
-            "address": "local",  # without it Ray joins any cluster that runs on this machine
-            "include_dashboard": False,
-            "object_store_memory": config.ray.object_store_mib * 2**20,
-        }
-    return ray.init(**arguments)
+    address = address_of(config)
+    if not address:
+        return ray.init(
+            address="local",  # without it Ray joins any cluster that runs on this machine
+            include_dashboard=False,
+            object_store_memory=config.ray.object_store_mib * 2**20,
+            **arguments,
+        )
+    try:
+        return ray.init(address=address, runtime_env={"env_vars": worker_environment(os.environ)}, **arguments)
+    except Exception as error:
+        raise ConfigError(_not_joined(config, error)) from error
 
 
-def engines_of(config: Config) -> int:
-    """How many engines a run starts."""
-    validators = config.evaluate.judge.replicas if config.evaluate.judge.model else 0
-    return config.engine.replicas + config.judge.replicas + validators
-
-
-def _check_resources(config: Config, there: dict[str, float], ranks: int) -> None:
-    """Raises ConfigError when the cluster can never place all engines and ranks."""
-    engines = engines_of(config)
-    for resource, engine, rank in (
-        ("CPU", config.engine.cpus, config.train.cpus),
-        ("GPU", config.engine.gpus, config.train.gpus),
-    ):
-        needed = engines * engine + ranks * rank
-        if needed > there.get(resource, 0.0):
-            key = resource.lower() + "s"
-            raise ConfigError(
-                f"engine.{key}={engine:g} for each of {engines} engines and train.{key}={rank:g} for each of "
-                f"{ranks} ranks make {needed:g}, but the cluster has {there.get(resource, 0.0):g} Ray "
-                f"{resource}s; lower them or the number of engines and ranks"
-            )
+def _not_joined(config: Config, error: Exception) -> str:
+    address, source = ray_address(config.ray.address, os.environ)
+    return f"{source}={address}: the cluster there cannot be joined: {' '.join(str(error).split())}"

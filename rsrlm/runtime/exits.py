@@ -5,7 +5,7 @@ import contextlib
 import errno
 import logging
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from rsrlm.iterative import NoPairs, Stopped
@@ -25,17 +25,27 @@ ENDINGS: dict[type[Exception], tuple[str, int]] = {
 }
 
 
-def interruptible(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run in a new event loop; SIGINT and SIGTERM cancel the work, which then cleans up."""
+def interruptible(work: Coroutine[Any, Any, Result], heard: Callable[[], None] = lambda: None) -> Result:
+    """Run in a new event loop; SIGINT and SIGTERM cancel the work, which then cleans up. What is `heard` then is called
+    first: after `ray job stop` a process has 3 s."""
 
     async def main() -> Result:
         task = asyncio.ensure_future(work)
         loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            heard()
+            task.cancel()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, stop)
         return await task
 
-    return asyncio.run(main())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return asyncio.run(main())
+    finally:
+        signal.signal(signal.SIGTERM, before)  # the loop leaves the default, which ends a process in the middle
 
 
 def failure(error: BaseException) -> tuple[str, int, str]:

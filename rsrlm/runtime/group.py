@@ -6,7 +6,7 @@ Ray Train places the ranks together, sets up their process group and rebuilds th
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rsrlm.config import Config
 from rsrlm.jobs import Event, Trained, TrainJob, follow
 from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, LearnerJob, Mailbox, Stop
 from rsrlm.runtime.rank import serve
+from rsrlm.runtime.room import wait_of
 from rsrlm.runtime.weights import WeightSet
 from rsrlm.store.steps import StepLog
 
@@ -39,12 +40,12 @@ class LearnerGroup:
         self._working = 0  # jobs that are not done
 
     async def start(self) -> None:
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
+        # Beside the driver: a host that is lost takes no mailbox along, whose jobs nobody else knows.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        # Not every worker of a cluster has the settings of Ray Train that this process was given.
-        settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": settings}}
-        self._fitting = ray.remote(Fitting).options(**options).remote()
+        placed = {"num_cpus": 0, "scheduling_strategy": here}
+        self._mailbox = ray.remote(Mailbox).options(max_concurrency=1000, **placed).remote()
+        settings = {"env_vars": train_settings(self._config, os.environ)}
+        self._fitting = ray.remote(Fitting).options(runtime_env=settings, **placed).remote()
         ended = self._fitting.fit.remote(self._config, self._mailbox, self._storage)
 
         async def fit() -> None:
@@ -116,6 +117,14 @@ class Fitting:
 
     def fit(self, config: Config, mailbox: Any, storage: Path) -> None:
         _trainer(config, mailbox, storage).fit()
+
+
+def train_settings(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """Settings of Ray Train for its controller: those of this process, which not every worker of a cluster has. A group
+    that has lost a host waits for another as long as a run does for its first ones."""
+    settings = {name: value for name, value in environ.items() if name.startswith("RAY_TRAIN_")}
+    settings.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{max(60.0, wait_of(config)):g}")
+    return settings
 
 
 def _last_line(error: BaseException) -> str:

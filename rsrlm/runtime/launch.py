@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,8 +12,10 @@ from rsrlm.report import tables
 from rsrlm.report.progress import Report
 from rsrlm.report.tracker import tracker
 from rsrlm.run import Run
-from rsrlm.runtime.cluster import engines_of, ray_cluster
+from rsrlm.runtime.alive import noted_alive
+from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
+from rsrlm.runtime.room import engines_of
 from rsrlm.runtime.setup import Prepared
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import Journals
@@ -75,14 +78,16 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
     store.remove_scratch()
     for remark in prepared.remarks:
         report.line(remark)
+    # Until the loop takes over, and after it: Ray's own handler would leave the summary as it is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     write_summary(store, "running")
     status, code, reason = "completed", EXIT_OK, ""
     try:
         with contextlib.ExitStack() as stack:
-            with report.busy("starting Ray"):
-                stack.enter_context(ray_cluster(config, store, begun=ray))
+            stack.enter_context(noted_alive(store))
+            stack.enter_context(ray_cluster(config, store, begun=ray))
             log = stack.enter_context(tracker(config, store))
-            interruptible(_run(prepared, store, report, log))
+            interruptible(_run(prepared, store, report, log), lambda: write_summary(store, "interrupted"))
     except BaseException as error:
         status, code, reason = failure(error)
     write_summary(store, status, reason)

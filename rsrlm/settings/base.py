@@ -16,6 +16,10 @@ class ConfigError(Exception):
     """A user's mistake in configuration or input; the message says what to do about it. Exit code 2."""
 
 
+class NotYet(ConfigError):
+    """What stands in the way may be gone when the same is tried again: a host that has not joined, another process."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

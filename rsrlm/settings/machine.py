@@ -78,4 +78,10 @@ class Wandb(Section):
 
 class Ray(Section):
     address: str | None = Field(None, description="join this cluster; None: RAY_ADDRESS if set, else start one here")
+    wait_s: Number | None = Field(
+        None,
+        ge=0,
+        description="how long a run waits for hosts that are still to join; None: 60 on a cluster that it joins, 0 on "
+        "its own",
+    )
     object_store_mib: int = Field(200, ge=80, description="of a cluster that is started here")

@@ -25,6 +25,7 @@ def nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch, "execute", execute)
     monkeypatch.setattr(cluster, "begin", lambda config: None)
+    monkeypatch.setattr(cluster, "joined", lambda config, begun, say: None)
     for name in ("SHOWN_AFTER_S", "WORTH_A_LINE_S"):  # what a run prints must not depend on the machine's load
         monkeypatch.setattr(progress, name, 3600.0)
     monkeypatch.setattr(sys, "path", list(sys.path))  # judges of one's own put the working directory there

@@ -1,10 +1,12 @@
 """How a run ends, whatever ends it: its exit code, what it says, and what it leaves in the summary."""
 
+import asyncio
 import contextlib
 import errno
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,12 @@ class Screen(Report):
 
 
 def executed(
-    monkeypatch: pytest.MonkeyPatch, store: RunFolder, config: Config, error: BaseException | None
+    monkeypatch: pytest.MonkeyPatch,
+    store: RunFolder,
+    config: Config,
+    error: BaseException | None,
+    work: Any = None,
+    cluster: Any = None,
 ) -> tuple[int, list[str]]:
     """Exit code and lines of a run whose cluster raises this."""
 
@@ -104,8 +111,8 @@ def executed(
 
     async def nothing(*_: Any) -> None: ...
 
-    monkeypatch.setattr(launch, "ray_cluster", ray_cluster)
-    monkeypatch.setattr(launch, "_run", nothing)
+    monkeypatch.setattr(launch, "ray_cluster", cluster or ray_cluster)
+    monkeypatch.setattr(launch, "_run", work or nothing)
     screen = Screen()
     nobody: Any = None
     prepared = setup.Prepared(
@@ -153,6 +160,52 @@ def test_how_a_run_ends(
     assert ("reason" in summary) == (status in ("no_pairs", "failed"))
     events = [json.loads(line) for line in (store.folder / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["status"]) for event in events] == [("run_ended", status)]
+
+
+def test_the_summary_tells_of_a_stop_before_anything_is_cleared_away(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray job stop` leaves 3 s, and engines may take longer to end."""
+    config = make_config()
+    store = RunFolder.create(config)
+    seen: list[str] = []
+
+    async def work(*_: Any) -> None:
+        seen.append(store.summary()["status"])
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(30)
+        finally:
+            seen.append(store.summary()["status"])
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, lines = executed(monkeypatch, store, config, None, work)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, seen, store.summary()["status"]) == (130, ["running", "interrupted"], "interrupted")
+    assert f"go on with: rsrlm resume {store.folder}" in lines
+    assert not (store.folder / "alive.json").exists()
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_stop_while_ray_starts_or_ends(where: str, make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    store = RunFolder.create(config)
+
+    @contextlib.contextmanager
+    def ray_cluster(config: Config, store: RunFolder, begun: None) -> Iterator[None]:
+        if where == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, _ = executed(monkeypatch, store, config, None, cluster=ray_cluster)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, store.summary()["status"]) == (130, "interrupted")
 
 
 def test_a_disk_that_stays_full_does_not_hide_the_reason(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

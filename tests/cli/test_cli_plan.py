@@ -81,3 +81,22 @@ def test_plan_shows_what_does_not_fit(rsrlm: Callable[..., Ended], config_file: 
     ended = rsrlm("plan", config_file, "engine.kv_cache_gib=10000")
     assert ended.code == 0
     assert re.search(r"memory: engine │ 10\d{3}\.\d\d GiB", ended.out)
+
+
+def test_plan_for_gpus_needs_none_and_no_weights(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the prompts, whose number the config gives."""
+    monkeypatch.setattr("rsrlm.runtime.setup.prepare", None)
+    over = ["model=meta-llama/Meta-Llama-3-8B-Instruct", "model.dtype=bfloat16", "engine.gpus=1", "engine.kind=async"]
+    ended = rsrlm("plan", config_file, "train.gpus=1", "prompts.path=not-there.jsonl", *over)
+    assert (ended.code, ended.err) == (0, "")
+    assert "GPU hours" in ended.out
+    assert "of 80 GB" in ended.out
+    assert "of 141 GB" in rsrlm("plan", config_file, "--gpu-gb", "141", "train.gpus=1", *over).out
+
+
+def test_plan_for_gpus_needs_the_shape(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    ended = rsrlm("plan", config_file, "model=./mine", "train.gpus=1")
+    assert (ended.code, ended.out) == (2, "")
+    assert "model.path=./mine: no config.json in that folder; put it there" in ended.err

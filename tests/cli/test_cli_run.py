@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,13 @@ from typing import Any
 import pytest
 from command_line import Ended, Started, edit, started_with, write_weights
 
-from rsrlm import cli
+from rsrlm.commands import running
 from rsrlm.data.examples import reply_as_response
 from rsrlm.data.ranked import Reply
 from rsrlm.judges.base import Origin
 from rsrlm.judges.templates import TEMPLATES
 from rsrlm.records import Prompt
-from rsrlm.runtime import launch, setup
+from rsrlm.runtime import alive, launch, setup
 from rsrlm.store.folder import RunFolder
 
 
@@ -90,7 +91,7 @@ def test_the_exit_code_is_that_of_the_run(
     code: int, rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "prepare", lambda *_: SimpleNamespace(model=None))
-    monkeypatch.setattr(cli, "_check_room", lambda prepared: None)
+    monkeypatch.setattr(running, "check_room", lambda prepared: None)
     monkeypatch.setattr(setup, "check_inputs", lambda *_: None)
     monkeypatch.setattr(launch, "execute", lambda *_: code)
     assert rsrlm("run", config_file).code == code
@@ -226,3 +227,91 @@ def test_resume_of_a_finished_run_does_nothing(
     ended = rsrlm("resume", store.folder)
     assert ended.code == 0
     assert f"{store.folder} is finished: 2 iterations" in ended.out
+
+
+def test_a_job_that_is_tried_again_goes_on(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path) -> None:
+    first, store = started_with(lambda: rsrlm("run", config_file, "seed=7", "--or-resume"))
+    assert store.note("start")["drawn"] == first.drawn
+    store.write_summary({"status": "running"})  # killed there
+    store.write_note("alive", {"host": "head", "pid": 12, "at": time.time() - 100})
+    again, same = started_with(lambda: rsrlm("run", "--or-resume", config_file, "seed=7", "ray.wait_s=5"))
+    assert (same.folder, again.drawn) == (store.folder, first.drawn)
+    assert again.config.ray.wait_s == 5  # what is about the cluster is this try's
+    with pytest.raises(Started):
+        rsrlm("resume", store.folder)
+    assert rsrlm("run", config_file, "seed=7").code == 2  # without the option it is refused
+
+
+def test_what_a_try_again_says_of_the_one_before(
+    rsrlm: Callable[..., Ended], config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = started_with(lambda: rsrlm("run", config_file))[1]
+    store.write_summary({"status": "running"})
+    store.write_note("alive", {"host": "head", "pid": 12, "at": time.time() - 100})
+    with pytest.raises(Started):
+        rsrlm("run", config_file, "--or-resume")
+    said = capsys.readouterr().out
+    killed = "which was killed, last run by process 12 of host head, seen 100 s ago\n"
+    assert f"going on with {store.folder}, {killed}" in said
+    store.write_summary({"status": "interrupted"})
+    with pytest.raises(Started):
+        rsrlm("run", config_file, "--or-resume")
+    assert f"going on with {store.folder}, which was interrupted\n" in capsys.readouterr().out
+
+
+def test_a_try_again_with_another_config(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    store = started_with(lambda: rsrlm("run", config_file))[1]
+    before = sorted(store.folder.rglob("*"))
+    ended = rsrlm("run", config_file, "--or-resume", "train.lr=0.5", "sample.responses=3")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"rsrlm: {store.folder} was begun with another config (sample.responses: 2 -> 3; ")
+    assert "train.lr: 0.001 -> 0.5" in ended.err
+    assert "name=NAME" in ended.err
+    assert sorted(store.folder.rglob("*")) == before
+
+
+def test_a_try_again_of_what_is_finished(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    store = started_with(lambda: rsrlm("run", config_file))[1]
+    store.write_metrics(0, {})
+    ended = rsrlm("run", config_file, "--or-resume")
+    assert ended.code == 0
+    assert "is finished: 1 iterations" in ended.out
+    assert store.summary()["status"] == "completed"
+
+
+def test_a_try_again_waits_for_the_end_of_the_one_before(
+    rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = started_with(lambda: rsrlm("run", config_file))[1]
+    with alive.noted_alive(store):
+        lock = store.lock()
+        monkeypatch.setattr(running, "LOCK_WAIT_S", 0.0)
+        ended = rsrlm("run", config_file, "--or-resume")
+        assert ended.code == 2
+        assert re.search(r": still run by process \d+ of host \S+, seen 0 s ago, 0 s later; stop it first", ended.err)
+    assert not store.note("alive")
+    monkeypatch.setattr(running, "LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(alive, "time", SimpleNamespace(sleep=lambda _: lock.close(), monotonic=time.monotonic))
+    with pytest.raises(Started):
+        rsrlm("run", config_file, "--or-resume")
+    assert f"{store.folder} is being run: waiting up to 60 s for its end" in capsys.readouterr().out
+
+
+def test_a_job_that_no_further_try_could_mend(
+    rsrlm: Callable[..., Ended], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts jobs again does so at every other code, each time with a cluster of its own."""
+
+    def code_of(code: int, *options: str) -> int:
+        monkeypatch.setattr(running, "run", lambda *_: code)
+        return int(rsrlm("run", config_file, *options).code)
+
+    assert [code_of(code) for code in (0, 2, 3, 4, 5, 130)] == [0, 2, 3, 4, 5, 130]
+    assert [code_of(code, "--final-is-success") for code in (0, 2, 3, 4, 5, 130)] == [0, 0, 0, 4, 0, 130]
+
+
+def test_what_a_further_try_could_mend(rsrlm: Callable[..., Ended], config_file: Path) -> None:
+    for mistake, code in (("train.lr=fast", 0), ("prompts.path=gone.jsonl", 0), ("ray.address=127.0.0.1:1", 2)):
+        ended = rsrlm("run", config_file, "--final-is-success", mistake)
+        assert ended.code == code
+        assert ended.err.startswith("rsrlm: ")

@@ -3,7 +3,8 @@
 import io
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rsrlm.commands import plan as planning
 from rsrlm.commands.doctor import Finding
 from rsrlm.commands.plan import GIB
 from rsrlm.config import Config, load, resolve
+from rsrlm.runtime import address as addresses
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import BUILTIN_MODEL
 
@@ -132,20 +134,66 @@ def test_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: 
     assert doctor.gpus_present(environ) == expected
 
 
-def test_ray_against_a_real_listener() -> None:
+@pytest.fixture
+def no_ray() -> Iterator[int]:
+    """The port of something that speaks gRPC, and is no head of Ray."""
+    import grpc
+
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield port
+    server.stop(None)
+
+
+def check_ray(address: str, **environ: str) -> Finding:
+    return doctor.check_ray(address, "RAY_ADDRESS", environ)
+
+
+def test_an_address_where_nobody_answers(no_ray: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", f"[127.0.0.1]:{port}"):
-            expect(doctor.check_ray(address, "RAY_ADDRESS"), "ok", f"RAY_ADDRESS={address}, which answers")
-    gone = doctor.check_ray(f"127.0.0.1:{port}", "RAY_ADDRESS")
-    expect(gone, "fail", "Connection refused", f"ray start --head --port={port}", "unset RAY_ADDRESS")
-    expect(doctor.check_ray("local", "ray.address"), "ok", "its own cluster")
-    expect(doctor.check_ray(f"{'x' * 70}:6379", "RAY_ADDRESS"), "fail", "does not answer")  # no host name
+    expect(check_ray(f"127.0.0.1:{port}"), "fail", "Connection refused", f"start --head --port={port}", "unset RAY_A")
+    expect(check_ray("local"), "ok", "its own cluster")
+    expect(check_ray(f"{'x' * 70}:6379"), "fail", "does not answer")  # no host name
+    found = check_ray(f"localhost:{no_ray}")
+    expect(found, "fail", "what answers there is no head of Ray (UNIMPLEMENTED)", "`ray start --head` printed")
 
 
 def test_an_address_that_is_none() -> None:
     for address in ("head", "head:", ":6379", "head:abc", "head:70000", "http://127.0.0.1:8265"):
-        expect(doctor.check_ray(address, "RAY_ADDRESS"), "fail", "HOST:PORT", "10.0.0.1:6379")
+        expect(check_ray(address), "fail", "HOST:PORT", "10.0.0.1:6379")
+    expect(check_ray("ray://head:10001"), "fail", "ray:// runs no driver", "10.0.0.1:6379")
+
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("asked", "environ", "level", "said"),
+    [
+        (True, {"RAY_AUTH_TOKEN": TOKEN}, "ok", "which answers with its token"),
+        (True, {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token"}, "ok", "which answers with its token"),
+        (True, {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "disabled"}, "fail", "disabled, but the cluster of"),
+        (True, {"RAY_AUTH_TOKEN": "another"}, "fail", "refuses the token in RAY_AUTH_TOKEN"),
+        (True, {}, "fail", "asks for a token, and there is none in /nowhere"),
+        (False, {}, "ok", "asks for no token"),
+        (False, {"RAY_AUTH_TOKEN": TOKEN}, "ok", "asks for no token"),
+        (False, {"RAY_AUTH_MODE": "token"}, "fail", "was started without tokens"),
+    ],
+)
+def test_who_is_admitted(
+    asked: bool, environ: dict[str, str], level: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """test_job.py asks real clusters."""
+
+    def answer_of(address: str, token: str) -> str:
+        return "UNAUTHENTICATED" if asked and token != TOKEN else "OK"
+
+    monkeypatch.setattr(addresses, "_answer_of", answer_of)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        found = check_ray(f"127.0.0.1:{listener.getsockname()[1]}", RAY_AUTH_TOKEN_PATH="/nowhere", **environ)
+    expect(found, level, said)
 
 
 def test_whose_address_counts(tmp_path: Path) -> None:
@@ -268,13 +316,13 @@ def test_the_rounded_needs_of_the_quickstart(smollm2: Path) -> None:
 def test_a_ray_token_that_others_can_read(tmp_path: Path) -> None:
     path = tmp_path / "a token"
     environ = {"RAY_AUTH_TOKEN_PATH": str(path)}
-    expect(doctor.check_ray_token(environ), "ok", "the first run makes one")
+    expect(doctor.check_ray_token(environ), "ok", "a run's own cluster gets one that ends with it")
     path.write_text("secret")
     for mode in (0o644, 0o640, 0o604, 0o620):
         path.chmod(mode)
         expect(doctor.check_ray_token(environ), "warn", f"has mode {mode:o}", f"`chmod 600 '{path}'`")
     path.chmod(0o600)
-    expect(doctor.check_ray_token(environ), "ok", "readable by its owner alone")
+    expect(doctor.check_ray_token(environ), "ok", "readable by its owner alone; a cluster of `ray start --head` here")
 
 
 def diagnose(config: Config | None = None) -> dict[str, Finding]:
