@@ -15,13 +15,16 @@ from rsrlm.run import Run
 from rsrlm.runtime.alive import noted_alive
 from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
+from rsrlm.runtime.metrics import Counting, Meters, Watcher, exported
 from rsrlm.runtime.room import engines_of
 from rsrlm.runtime.setup import Prepared
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import Journals
 
 
-async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -> list[dict[str, Any]]:
+async def _run(
+    prepared: Prepared, store: RunFolder, report: Report, log: Any, meters: Meters, watcher: Watcher
+) -> list[dict[str, Any]]:
     from rsrlm.runtime.group import LearnerGroup
     from rsrlm.runtime.pools import EnginePools
     from rsrlm.runtime.producers import Producers
@@ -38,6 +41,7 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
             report.line(f"engine {len(up)} of {engines_of(config)} is up after {fields['seconds']:.0f} s")
 
     pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator, note)
+    watcher.follow(pools, asyncio.get_running_loop())
     # Resuming after an iteration's training: the engines come up with its result.
     done = len(store.metrics())
     trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
@@ -50,7 +54,8 @@ async def _run(prepared: Prepared, store: RunFolder, report: Report, log: Any) -
             await pools.start(config.model_name(done + trained))
         if len(answers):
             report.line(f"{len(answers)} answers are known already")
-        run = Run(pools, Answers(answers), report, store.event, await pools.model(config.model_name(0)), store.segments)
+        first, screen = await pools.model(config.model_name(0)), Counting(report, meters)
+        run = Run(pools, Answers(answers), screen, store.event, first, store.segments)
         spine = Spine(
             run=run,
             learner=group,
@@ -87,7 +92,11 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
             stack.enter_context(noted_alive(store))
             stack.enter_context(ray_cluster(config, store, begun=ray))
             log = stack.enter_context(tracker(config, store))
-            interruptible(_run(prepared, store, report, log), lambda: write_summary(store, "interrupted"))
+            meters = Meters(config.name)
+            watcher = Watcher(meters, config, store)
+            stack.enter_context(exported(meters, watcher))
+            work = _run(prepared, store, report, log, meters, watcher)
+            interruptible(work, lambda: write_summary(store, "interrupted"))
     except BaseException as error:
         status, code, reason = failure(error)
     write_summary(store, status, reason)

@@ -54,6 +54,10 @@ class EnginePools:
         self._validators: tuple[Any, Model] | None = None
         self.producers: Producers | None = None
 
+    @property
+    def all(self) -> list[EnginePool]:
+        return [*self._following, *self._frozen]
+
     def folder(self, name: str) -> Path:
         """Of a model by its name."""
         return self._folders.get(name) or self._store.model(name)
@@ -102,7 +106,7 @@ class EnginePools:
             self._validators = self._behind(config.evaluate.judge.endpoint, "validator")
         elif self._other["validator"]:
             self._validators = await self._frozen_pool(self._other["validator"], "validator", config.evaluate.judge)
-        await asyncio.gather(*(pool.start() for pool in (*self._following, *self._frozen)))
+        await asyncio.gather(*(pool.start() for pool in self.all))
 
     def _behind(self, endpoint: EndpointConfig, name: str) -> tuple[EndpointPool, Model]:
         before = self._store.note(f"endpoint-{name}")
@@ -188,7 +192,7 @@ class EnginePools:
     async def stats(self) -> dict[str, float]:
         """Counters of all engines together, since they started."""
         total: dict[str, float] = {}
-        for pool in (*self._following, *self._frozen):
+        for pool in self.all:
             for counters in await pool.stats():
                 for name, value in counters.items():
                     total[name] = total.get(name, 0.0) + value
@@ -210,7 +214,7 @@ class EnginePools:
         self.endpoint_usage()
         for files in self._transfer.values():
             remove(tuple(files), self._store.folder)
-        await asyncio.gather(*(pool.close() for pool in (*self._following, *self._frozen)))
+        await asyncio.gather(*(pool.close() for pool in self.all))
         for endpoint, _ in self._endpoints.values():
             await endpoint.close()
 
