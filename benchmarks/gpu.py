@@ -3,9 +3,9 @@
     python benchmarks/gpu.py                       # benchmarks/results/gpu.json
 
 `equal`: two optimizer steps of a small model in float32, on the CPU and on the GPU, and on the GPU in bfloat16 with
-every ZeRO stage. `speed`: steps of a model of 1.2 billion random weights in bfloat16. `weights`: gathering and writing them,
-as before they go to the engines. Every case runs in a process of its own. Needs torch with CUDA, transformers and
-DeepSpeed; neither Ray nor vLLM.
+every ZeRO stage. `speed`: steps of a model of 1.2 billion random weights in bfloat16, and in the first case gathering
+and writing the weights, as before they go to the engines. Every case runs in a process of its own. Needs torch with
+CUDA, transformers and DeepSpeed, and neither Ray nor vLLM.
 """
 
 import json
@@ -115,8 +115,8 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     path = model_folder(case, folder)
     config = ModelConfig(path=str(path), dtype=case.dtype)
     train = DPO(
-        lr=1e-4, pairs_per_step=case.pairs, micro_batch=case.micro_batch, zero_stage=case.zero_stage,
-        gradient_checkpointing=case.checkpointing,
+        lr=1e-4 if case.model == "small" else 1e-7, pairs_per_step=case.pairs, micro_batch=case.micro_batch,
+        zero_stage=case.zero_stage, gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
     vocabulary = (SMALL if case.model == "small" else BILLION)["vocab_size"]
     write_items(folder / "items", made_pairs(case, int(vocabulary)))
@@ -149,7 +149,8 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         gathered = time.perf_counter()
         weights.write(state, folder, "M1")
         found |= {"gather_s": gathered - started, "write_s": time.perf_counter() - gathered}
-        weights.remove_stale(folder)
+        for path in weights.stale_files(folder):
+            path.unlink()
     policy.close()
     dist.destroy_process_group()
     if case.device == "cuda":

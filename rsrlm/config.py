@@ -112,6 +112,11 @@ class Config(Section):
             if section := getattr(step, name, None):
                 self._fits_engine(f"{name}.max_tokens", section.max_tokens)
         self._fits_engine("judge.max_tokens", step.judge.tokens)
+        if self.model.dtype == "bfloat16" and not step.train.zero_stage:
+            raise ValueError(
+                "model.dtype=bfloat16 with train.zero_stage=0: weights that are bfloat16 alone lose what small steps "
+                "add to them; set train.zero_stage=1, 2 or 3, which keep them in float32 beside"
+            )
         if step.train.choose != "last" and self.prompts.validation < LEAST_VALIDATION:
             raise ValueError(
                 f"train.choose={step.train.choose} with prompts.validation={self.prompts.validation}: candidates are "

@@ -204,6 +204,10 @@ def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None
         ("judge.max_tokens=512", ["judge.max_tokens=512", "engine.max_model_len=512"]),
         ("judge.kind=structured judge.max_tokens=512", ["judge.max_tokens=512", "engine.max_model_len=512"]),
         ("model.dtype=bfloat16", ["model.dtype=bfloat16", "use model.dtype=float32"]),
+        (
+            "model.dtype=bfloat16 train.gpus=1",
+            ["model.dtype=bfloat16", "train.zero_stage=0", "set train.zero_stage=1, 2 or 3"],
+        ),
     ],
 )
 def test_impossible_combinations_name_keys_values_and_remedy(small: Path, overrides: str, said: list[str]) -> None:
@@ -222,8 +226,8 @@ def test_impossible_combinations_name_keys_values_and_remedy(small: Path, overri
         "engine.gpus=1",
         "engine.gpus=2 engine.kind=async",
         "sample.max_tokens=511",
-        "model.dtype=bfloat16 engine.gpus=1",
-        "model.dtype=bfloat16 train.gpus=1",
+        "model.dtype=bfloat16 engine.gpus=1 train.zero_stage=1",
+        "model.dtype=bfloat16 train.gpus=1 train.zero_stage=3",
     ],
 )
 def test_the_possible_neighbours_of_these_load(small: Path, overrides: str) -> None:
@@ -332,7 +336,7 @@ def test_overrides_are_yaml(small: Path) -> None:
 
 def test_the_short_way_to_name_a_model_takes_overrides_too(small: Path) -> None:
     assert load(small).model.path == "some/id"
-    dtyped = load(small, ["model.dtype=bfloat16", "engine.gpus=1"]).model
+    dtyped = load(small, ["model.dtype=bfloat16", "engine.gpus=1", "train.zero_stage=1"]).model
     assert (dtyped.path, dtyped.dtype) == ("some/id", "bfloat16")
     swapped = load(small, ["model=other/id", "model.trust_remote_code=true"]).model
     assert (swapped.path, swapped.trust_remote_code) == ("other/id", True)

@@ -88,7 +88,8 @@ def test_plan_for_gpus_needs_none_and_no_weights(
 ) -> None:
     """Nor the prompts, whose number the config gives."""
     monkeypatch.setattr("rsrlm.runtime.setup.prepare", None)
-    over = ["model=meta-llama/Meta-Llama-3-8B-Instruct", "model.dtype=bfloat16", "engine.gpus=1", "engine.kind=async"]
+    over = ["model=meta-llama/Meta-Llama-3-8B-Instruct", "model.dtype=bfloat16", "train.zero_stage=3"]
+    over += ["engine.gpus=1", "engine.kind=async"]
     ended = rsrlm("plan", config_file, "train.gpus=1", "prompts.path=not-there.jsonl", *over)
     assert (ended.code, ended.err) == (0, "")
     assert "GPU hours" in ended.out

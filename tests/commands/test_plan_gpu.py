@@ -310,7 +310,7 @@ def test_every_config_for_gpus_can_be_planned(name: str) -> None:
 
 
 def test_engines_without_gpus_are_not_counted(make_config: Any) -> None:
-    config = make_config(train={"gpus": 1}, model={"dtype": "bfloat16"})
+    config = make_config(train={"gpus": 1, "zero_stage": 1}, model={"dtype": "bfloat16"})
     assert math.isclose(gpu_memory.gpus_of(config), 1)
     said = shown(config)
     assert "not counted: engines without GPUs" in said
