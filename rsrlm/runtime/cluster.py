@@ -112,7 +112,7 @@ def token_of_its_own(environ: Mapping[str, str]) -> dict[str, str]:
 
     Ray would leave one in the home folder, and clusters that are started there later would ask every host for it.
     """
-    if "RAY_AUTH_MODE" in environ or token_of(environ):
+    if environ.get("RAY_AUTH_MODE", "").lower() == "disabled" or token_of(environ):
         return {}
     return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
@@ -141,6 +141,7 @@ def _init(config: Config) -> Any:
             object_store_memory=config.ray.object_store_mib * 2**20,
             **arguments,
         )
+    ray._raylet.Config.initialize("")  # reads RAY_AUTH_MODE again, where Ray was imported before `check_address` set it
     try:
         return ray.init(address=address, runtime_env={"env_vars": worker_environment(os.environ)}, **arguments)
     except Exception as error:
