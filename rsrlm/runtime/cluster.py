@@ -15,7 +15,7 @@ from typing import Any
 from rsrlm.config import Config
 from rsrlm.runtime.address import address_of, check_address, ray_address, token_of
 from rsrlm.runtime.room import wait_for_room
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, NotYet
 from rsrlm.store.folder import RunFolder
 
 HANDED_ON = ("HF_", "VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_", "NCCL_", "GLOO_", "RSRLM_")
@@ -145,9 +145,6 @@ def _init(config: Config) -> Any:
     try:
         return ray.init(address=address, runtime_env={"env_vars": worker_environment(os.environ)}, **arguments)
     except Exception as error:
-        raise ConfigError(_not_joined(config, error)) from error
-
-
-def _not_joined(config: Config, error: Exception) -> str:
-    address, source = ray_address(config.ray.address, os.environ)
-    return f"{source}={address}: the cluster there cannot be joined: {' '.join(str(error).split())}"
+        address, source = ray_address(config.ray.address, os.environ)
+        why = " ".join(str(error).split())
+        raise NotYet(f"the cluster of {source}={address} cannot be joined: {why}") from error
