@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rsrlm.runtime.cluster import token_of_its_own, worker_environment
+from rsrlm.runtime.cluster import _init, token_of_its_own, worker_environment
+from rsrlm.settings.base import NotYet
 
 
 def test_a_cluster_of_the_runs_own_has_a_token_of_its_own(tmp_path: Path) -> None:
@@ -35,6 +37,21 @@ def test_what_workers_get_to_know() -> None:
     del handed["NCCL_DEBUG"]  # Ray refuses what is set in two places
     assert worker_environment({**environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}) == handed
     assert "NCCL_DEBUG" in worker_environment({**environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {}}'})
+
+
+def test_what_ray_refuses_is_said_in_a_line(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.11.7\nThis")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(NotYet) as refused:
+        _init(make_config(ray={"address": "head:6379"}))
+    assert str(refused.value) == (
+        "the cluster of ray.address=head:6379 cannot be joined: Version mismatch: The cluster was started with: "
+        "Ray: 2.59.0 Python: 3.11.7 This"
+    )
 
 
 CLUSTER = """

@@ -82,8 +82,8 @@ def test_hosts_that_join_later_are_waited_for(joining: Any, make_config: Any) ->
     assert 31 <= cluster.now < 34
     assert cluster.told == [2, 0]  # an engine and a rank; and nothing any more, or the hosts would never go
     assert cluster.said == [
-        "waiting for hosts: the cluster has 0 Ray CPUs of 1.5 Ray CPUs, 0 s of ray.wait_s=60",
-        "waiting for hosts: the cluster has 0 Ray CPUs of 1.5 Ray CPUs, 30 s of ray.wait_s=60",
+        "waiting for hosts: the cluster has 0 of 1.5 Ray CPUs, 0 s of ray.wait_s=60",
+        "waiting for hosts: the cluster has 0 of 1.5 Ray CPUs, 30 s of ray.wait_s=60",
     ]
 
 

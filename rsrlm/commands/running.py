@@ -60,7 +60,7 @@ def _execute(config: Config, noted: dict[str, Any], store_of: Callable[[], RunFo
     prepared = setup.prepare(config, noted, report.busy, prompts)
     if not noted:
         check_room(prepared)
-    with report.busy("starting Ray"):
+    with report.busy("joining the cluster" if address.address_of(config) else "starting Ray"):
         cluster.joined(config, ray, report.line)
     store = store_of()
     setup.check_inputs(prepared, store)

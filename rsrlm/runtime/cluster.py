@@ -15,7 +15,7 @@ from typing import Any
 from rsrlm.config import Config
 from rsrlm.runtime.address import address_of, check_address, ray_address, token_of
 from rsrlm.runtime.room import wait_for_room
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, NotYet
 from rsrlm.store.folder import RunFolder
 
 HANDED_ON = ("HF_", "VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "TQDM_", "NCCL_", "GLOO_", "RSRLM_")
@@ -112,7 +112,7 @@ def token_of_its_own(environ: Mapping[str, str]) -> dict[str, str]:
 
     Ray would leave one in the home folder, and clusters that are started there later would ask every host for it.
     """
-    if "RAY_AUTH_MODE" in environ or token_of(environ):
+    if environ.get("RAY_AUTH_MODE", "").lower() == "disabled" or token_of(environ):
         return {}
     return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
@@ -141,12 +141,10 @@ def _init(config: Config) -> Any:
             object_store_memory=config.ray.object_store_mib * 2**20,
             **arguments,
         )
+    ray._raylet.Config.initialize("")  # reads RAY_AUTH_MODE again, where Ray was imported before `check_address` set it
     try:
         return ray.init(address=address, runtime_env={"env_vars": worker_environment(os.environ)}, **arguments)
     except Exception as error:
-        raise ConfigError(_not_joined(config, error)) from error
-
-
-def _not_joined(config: Config, error: Exception) -> str:
-    address, source = ray_address(config.ray.address, os.environ)
-    return f"{source}={address}: the cluster there cannot be joined: {' '.join(str(error).split())}"
+        address, source = ray_address(config.ray.address, os.environ)
+        why = " ".join(str(error).split())
+        raise NotYet(f"the cluster of {source}={address} cannot be joined: {why}") from error

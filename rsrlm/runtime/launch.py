@@ -83,7 +83,7 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
     store.remove_scratch()
     for remark in prepared.remarks:
         report.line(remark)
-    # Until the loop takes over, and after it: Ray's own handler would leave the summary as it is.
+    # Until the loop takes over, and after it: the default would leave the summary as it is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     write_summary(store, "running")
     status, code, reason = "completed", EXIT_OK, ""

@@ -123,12 +123,10 @@ def wait_for_room(config: Config, ranks: int, say: Callable[[str], None]) -> Non
             if not asked:
                 _tell_autoscaler(wanted.bundles)
                 asked = True
-            now = amounts(_total(wanted, hosts))
+            there = _total(wanted, hosts)
+            now = " and ".join(f"{there[name]:g} of {counted(n, f'Ray {name}')}" for name, n in wanted.total.items())
             if now != before or waited - said >= SAY_EVERY_S:
-                say(
-                    f"waiting for hosts: the cluster has {now} of {amounts(wanted.total)}, "
-                    f"{waited:.0f} s of ray.wait_s={wait_s:g}"
-                )
+                say(f"waiting for hosts: the cluster has {now}, {waited:.0f} s of ray.wait_s={wait_s:g}")
                 said, before = waited, now
             time.sleep(min(LOOK_EVERY_S, wait_s - waited))
     finally:

@@ -1,8 +1,10 @@
 """`rsrlm run` and `rsrlm resume`: what starts, with what, and what is refused of a run that is there already."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from rsrlm.data.ranked import Reply
 from rsrlm.judges.base import Origin
 from rsrlm.judges.templates import TEMPLATES
 from rsrlm.records import Prompt
-from rsrlm.runtime import alive, launch, setup
+from rsrlm.runtime import alive, cluster, launch, setup
 from rsrlm.store.folder import RunFolder
 
 
@@ -107,6 +109,29 @@ def test_an_interruption_while_preparing(
     ended = rsrlm("run", config_file)
     assert ended.code == 130
     assert "Traceback" not in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stop_while_hosts_are_waited_for(
+    rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked of an autoscaler is taken back, and nothing is made."""
+    told: list[str] = []
+
+    def joined(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            told.append("nothing more")
+
+    monkeypatch.setattr(cluster, "joined", joined)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert rsrlm("run", config_file).code == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told
     assert not (tmp_path / "runs").exists()
 
 
