@@ -35,6 +35,9 @@ class SlowEngine:
     async def version(self) -> str:
         return self._version
 
+    async def node(self) -> str:
+        return ""
+
     async def pid(self) -> int:
         return os.getpid()
 

@@ -286,7 +286,8 @@ def test_a_training_in_parts_is_the_training_in_one(
     rows = [event.row for event in said if isinstance(event, StepTrained)]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert isinstance(said[-1], Trained)
-    assert [Path(file.path).name.endswith("M1.safetensors") for file in said[-1].files] == [True]
+    assert [Path(file.path).name.endswith("M1.safetensors") for file in said[-1].files.files] == [True]
+    assert said[-1].files.node == "node of rank 0"
     weights = (whole / "models/M1/model.safetensors").read_bytes()
     parts = [{**common, "until": 2}, {**common, "until": 3}, common]
     other = {**common, "name": "other", "until": 1}

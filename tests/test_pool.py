@@ -19,7 +19,7 @@ from rsrlm.runtime.engine import EngineDead, RequestFailed
 from rsrlm.runtime.inprocess_engine import InProcessEngine
 from rsrlm.runtime.pool import MAX_ATTEMPTS, EnginePool
 from rsrlm.runtime.replicas import PoolFailed
-from rsrlm.runtime.weights import WeightSet
+from rsrlm.runtime.weights import WeightFile, WeightSet
 
 M0, M1 = (WeightSet(version=name, folder=f"/{name}", files=()) for name in ("M0", "M1"))
 
@@ -50,6 +50,7 @@ class Actor:
     def __init__(self, ray: "Ray", version: str, replica: int) -> None:
         self.ray = ray
         self.held = version
+        self.told: dict[str, Any] = {}  # of the last update
         self.replica = replica
         self.killed = asyncio.Event()
         self.steps: Callable[[], int] = lambda: 0
@@ -82,11 +83,14 @@ class Actor:
 
     async def do_update(self, info: dict[str, Any], version: str) -> dict[str, float]:
         await self.ray.updating.wait()
-        self.held = version
+        self.held, self.told = version, info
         return {"total": 0.0}
 
     async def do_version(self) -> str:
         return self.held
+
+    async def do_node(self) -> str:
+        return f"node {self.replica}"
 
     async def do_progress(self) -> int:
         return self.steps()
@@ -155,7 +159,7 @@ def test_an_engine_that_dies_in_an_update_is_replaced_once(make_config: Any, mon
         asked = [asyncio.ensure_future(pool.generate(request(str(number)))) for number in range(2)]
         while not all(replica.outstanding for replica in pool.replicas.all):
             await asyncio.sleep(0)
-        update = asyncio.ensure_future(pool.publish(M1, None))  # type: ignore[arg-type]
+        update = asyncio.ensure_future(pool.publish(M1))
         await asyncio.sleep(0)
         ray.kill(ray.made[0])
         while len(ray.made) < 3:
@@ -172,6 +176,22 @@ def test_an_engine_that_dies_in_an_update_is_replaced_once(make_config: Any, mon
     assert {answer.weight_version for answer in [*answers, more]} == {"M1"}
     assert versions == ["M1", "M1"]
     assert made == 4  # two, and one for each that died
+
+
+def test_each_replica_is_told_of_the_copy_on_its_own_host(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the exported model where there is none."""
+    exported, copy = (WeightFile(path=path, size=1, checksum="c") for path in ("/runs/M1", "/dev/shm/M1"))
+    weights = WeightSet(version="M1", folder="/runs", files=(exported,), local={"node 1": (copy,)})
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        nodes = pool.nodes
+        reports = await pool.publish(weights)
+        return nodes, reports, [[file["path"] for file in actor.told["files"]] for actor in ray.made]
+
+    nodes, reports, told = faults(work, make_config, monkeypatch)
+    assert nodes == {"node 0", "node 1"}
+    assert [report["copy"] for report in reports] == [False, True]
+    assert told == [["/runs/M1"], ["/dev/shm/M1"]]
 
 
 def test_what_an_engine_cannot_answer_is_asked_again_and_the_engine_kept(
@@ -308,7 +328,7 @@ def test_a_watcher_that_cannot_go_on_fails_the_pool(make_config: Any, monkeypatc
             with pytest.raises(PoolFailed, match=r"pool test: its engines cannot be watched .*No space left on device"):
                 await pool.generate(request("a"))
         with pytest.raises(PoolFailed, match="cannot be watched"):
-            await pool.publish(M1, None)  # type: ignore[arg-type]
+            await pool.publish(M1)
 
     faults(work, make_config, monkeypatch, waits, full)
 
@@ -338,7 +358,7 @@ def test_a_sigkill_in_an_update_with_requests_in_flight(
             asked = [asyncio.ensure_future(pool.generate(request(str(number)))) for number in range(4)]
             while not all(replica.outstanding for replica in pool.replicas.all):
                 await asyncio.sleep(0.05)
-            update = asyncio.ensure_future(pool.publish(M1, None))  # type: ignore[arg-type]
+            update = asyncio.ensure_future(pool.publish(M1))
             await asyncio.sleep(0.3)
             os.kill(pid, signal.SIGKILL)
             await update

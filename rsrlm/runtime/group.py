@@ -15,9 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rsrlm.config import Config
 from rsrlm.jobs import Event, Trained, TrainJob, follow
-from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, LearnerJob, Mailbox, Stop
+from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, LearnerJob, Listening, Mailbox, Stop
 from rsrlm.runtime.rank import serve
-from rsrlm.runtime.weights import WeightSet
 from rsrlm.store.steps import StepLog
 
 RESTARTS = 2  # of the group in one run, after a rank died
@@ -73,10 +72,10 @@ class LearnerGroup:
                 raise LearnerFailed("the learner group ended before its job")
             for event in await waiting:
                 seen += 1
+                if isinstance(event, (Trained, Finished, Failed)):
+                    self._working -= 1
                 if isinstance(event, Failed):
                     raise LearnerFailed(event.message)
-                if isinstance(event, (Trained, Finished)):
-                    self._working -= 1
                 yield event
                 if isinstance(event, (Trained, Finished)):
                     return
@@ -90,11 +89,11 @@ class LearnerGroup:
         async for _ in self._run(ForgetJob()):
             pass
 
-    async def broadcast(self, weights: WeightSet, address: str, port: int, world_size: int) -> None:
-        """Send the files of a version to the engines' workers over gloo."""
-        paths = tuple(file.path for file in weights.files)
-        async for _ in self._run(BroadcastJob(paths=paths, address=address, port=port, world_size=world_size)):
-            pass
+    async def broadcast(self, job: BroadcastJob, listening: Callable[[Listening], None]) -> None:
+        """Send files over gloo; `listening` is told where the receivers find the sender. Raises LearnerFailed."""
+        async for event in self._run(job):
+            if isinstance(event, Listening):
+                listening(event)
 
     async def close(self) -> None:
         if self._fit is None:

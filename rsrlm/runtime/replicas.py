@@ -36,6 +36,7 @@ class Replica:
         self.index = index
         self.actor: Any = None
         self.version = ""
+        self.node = ""  # the id of the Ray node that the actor is on
         self.generation = 0
         self.outstanding = 0  # tokens that the requests in flight may still take
         self.last_answer = time.monotonic()
@@ -116,6 +117,7 @@ class Replicas:
         self._health_checks += 1
         sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=0)
         request = Request(id=f"health-{self._health_checks}", prompt_token_ids=(1,), sampling=sampling, priority=-1)
+        replica.node = await replica.actor.node.remote()
         [outcome] = await replica.actor.generate.remote([request])
         if isinstance(outcome, Exception):
             raise outcome
