@@ -13,6 +13,7 @@ from rsrlm.report.tracker import tracker
 from rsrlm.run import Run
 from rsrlm.runtime.cluster import engines_of, ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
+from rsrlm.runtime.places import check_hosts
 from rsrlm.runtime.setup import Prepared
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import Journals
@@ -81,6 +82,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
         with contextlib.ExitStack() as stack:
             with report.busy("starting Ray"):
                 stack.enter_context(ray_cluster(config, store, begun=ray))
+                models = {"model": prepared.model, "judge.model": prepared.judge}
+                check_hosts(config, {**models, "evaluate.judge.model": prepared.validator})
             log = stack.enter_context(tracker(config, store))
             interruptible(_run(prepared, store, report, log))
     except BaseException as error:
