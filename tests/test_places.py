@@ -16,14 +16,14 @@ from rsrlm.settings.base import ConfigError
 class Seen:
     """As much of Ray as `check_hosts` uses: one more host, on which `before` runs ahead of the task."""
 
-    def __init__(self, before: Callable[[], Any], cpus: float = 2.0, silent: bool = False) -> None:
+    def __init__(self, before: Callable[[], Any], cpus: float = 2.0, silent: bool = False, dies: bool = False) -> None:
         self.before = before
         there = {"Alive": True, "NodeManagerHostname": "sampler-1", "NodeManagerAddress": "10.9.0.3"}
         head = {**there, "NodeID": "a" * 56, "Resources": {"CPU": 2.0}}
         gone = {**there, "NodeID": "c" * 56, "Resources": {"CPU": 2.0}, "Alive": False}
         self.listed = [head, {**there, "NodeID": "b" * 56, "Resources": {"CPU": cpus} if cpus else {}}, gone]
         self.asked: list[str] = []
-        self.silent = silent
+        self.silent, self.dies = silent, dies
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.listed
@@ -42,6 +42,7 @@ class Seen:
         return ([], references) if self.silent else (references, [])
 
     def get(self, reference: Callable[[], Any]) -> Any:
+        self.listed[1]["Alive"] = not self.dies
         return reference()
 
 
@@ -126,6 +127,15 @@ def test_a_host_without_rsrlm_and_one_that_is_silent(check: Callable[..., Seen])
         check(raises)
     with pytest.raises(ConfigError, match=r"host sampler-1 .* gave no answer within 60 s"):
         check(silent=True)
+
+
+def test_a_host_that_dies_meanwhile_is_in_nobodys_way(check: Callable[..., Seen]) -> None:
+    def fails(config: Any) -> None:
+        raise RuntimeError("its node is gone")
+
+    with pytest.raises(ConfigError, match="its node is gone"):
+        check(fails)
+    check(fails, dies=True)
 
 
 def test_what_a_killed_run_left_in_the_memory_of_a_host_goes(

@@ -91,22 +91,23 @@ def _ask(nodes: list[dict[str, Any]], run: str, folders: Mapping[str, str], mark
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(look).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
-        asked[task.remote(run, folders, marker)] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_WAIT_S)
-    for reference in silent:
-        raise ConfigError(
-            f"host {asked[reference]} gave no answer within {LOOK_WAIT_S:g} s: see `ray status`, and its logs"
-        )
-    for reference in ready:
-        try:
-            sight = ray.get(reference)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ConfigError(
-                f"host {asked[reference]} cannot run rsrlm: {reason}; install the same version there"
-            ) from error
-        if problem := _problem(sight, run, marker, folders, own):
-            raise ConfigError(f"host {asked[reference]} {problem}")
+        asked[task.remote(run, folders, marker)] = node
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_WAIT_S)
+    problems = {asked[one]["NodeID"]: _heard(one, run, marker, own, folders) for one in answered}
+    silent = f"gave no answer within {LOOK_WAIT_S:g} s: see `ray status`, and its logs"
+    left = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # what is gone meanwhile is in nobody's way
+    for node in nodes:
+        if node["NodeID"] in left and (problem := problems.get(node["NodeID"], silent)):
+            raise ConfigError(f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) {problem}")
+
+
+def _heard(reference: Any, run: str, marker: str, own: Mapping[str, str], folders: Mapping[str, str]) -> str:
+    try:
+        sight = ray.get(reference)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1]
+        return f"cannot run rsrlm: {reason}; install the same version there"
+    return _problem(sight, run, marker, folders, own)
 
 
 def _problem(sight: Sight, run: str, marker: str, folders: Mapping[str, str], own: Mapping[str, str]) -> str:
