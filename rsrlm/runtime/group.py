@@ -124,7 +124,9 @@ def _last_line(error: BaseException) -> str:
 
 def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from rsrlm.runtime.network import NetworkConfig
 
     train = config.train
     resources: dict[str, float] = {"CPU": train.cpus}
@@ -139,7 +141,7 @@ def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
             "mailbox": mailbox,
             "folder": str(config.folder),
         },
-        torch_config=TorchConfig(backend="nccl" if train.gpus else "gloo"),
+        torch_config=NetworkConfig(backend="nccl" if train.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.workers, use_gpu=bool(train.gpus), resources_per_worker=resources
         ),
