@@ -144,8 +144,9 @@ class EnginePools:
             self._store.event("publishing", version=model.name, bytes=weights.size)
             local = {transfer.node: transfer.files} if transfer else {}
             nodes = {node for pool in self._following for node in pool.nodes}
-            sent = await self._carrier.carried(replace(weights, local=local), nodes)
+            sent = replace(weights, local=local)
             try:
+                sent = await self._carrier.carried(sent, nodes)
                 for pool in self._following:
                     reports += await pool.publish(sent)
             finally:
