@@ -60,6 +60,8 @@ class Actor:
         return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(self._call(method, *arguments)))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
+        if self.killed.is_set():
+            raise RayActorError
         work = asyncio.ensure_future(getattr(self, f"do_{method}")(*arguments))
         dying = asyncio.ensure_future(self.killed.wait())
         done, _ = await asyncio.wait({work, dying}, return_when=asyncio.FIRST_COMPLETED)
@@ -290,6 +292,61 @@ def test_a_call_whose_engine_dies_goes_to_another(
     assert [one.request_id for one in found] == ["quick", "a", "b"]
     assert calls == [[["quick", "a", "b"]], [["a", "b"] if says_so else ["quick", "a", "b"]], []]
     assert outstanding == [0, 0]
+
+
+def test_an_engine_that_does_not_come_back_is_tried_again_while_another_serves(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody serves, the pool fails."""
+    monkeypatch.setattr(replicas, "RETRY_AFTER_S", 0.01)
+    notes: list[str] = []
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        async def lose_and_kill(index: int, times: int) -> None:
+            replica = pool.replicas.all[index]
+            pool.replicas.lost(replica, replica.generation, EngineDead("its host is gone"))
+            for _ in range(times):
+                made = len(ray.made)
+                while len(ray.made) == made:
+                    await asyncio.sleep(0)
+                ray.kill(ray.made[-1])
+
+        await lose_and_kill(0, 3)
+        answers = [await pool.generate(request(str(number))) for number in range(3)]
+        while len(pool.replicas.ready) < 2:
+            await asyncio.sleep(0)
+        pool.replicas.all[1].ready.clear()
+        await lose_and_kill(0, 1)
+        with pytest.raises(PoolFailed, match="replica 0 of pool test did not start"):
+            await pool.generate(request("nobody"))
+        return answers
+
+    answers = faults(work, make_config, monkeypatch, note=lambda kind, **_: notes.append(kind))
+    assert {answer.token_ids for answer in answers} == {(1,)}
+    assert notes[2:] == ["engine_lost", *["engine_not_restarted"] * 3, "engine_restarted", "engine_lost"]
+
+
+def test_deaths_count_for_an_hour(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(replicas, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def work(pool: EnginePool, ray: Ray) -> None:
+        async def dies() -> None:
+            replica = pool.replicas.all[0]
+            pool.replicas.lost(replica, replica.generation, EngineDead("a spot node went"))
+            while not replica.ready.is_set() and not pool.replicas.failure:
+                await asyncio.sleep(0)
+
+        for number in range(30):
+            now[0] = number * 600.0
+            await dies()
+        assert pool.replicas.failure is None
+        for _ in range(replicas.MOST_RESTARTS * 2):
+            await dies()
+        with pytest.raises(PoolFailed, match="pool test: engines died 11 times in an hour; last: a spot node went"):
+            await pool.generate(request("a"))
+
+    faults(work, make_config, monkeypatch)
 
 
 def watched(pool: EnginePool) -> None:

@@ -20,7 +20,9 @@ from rsrlm.runtime.weights import WeightSet
 
 # Ways in which a replica is gone and can be replaced; Ray's memory monitor has one of its own.
 GONE = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDead)
-MOST_RESTARTS = 5  # for each replica of a pool
+MOST_RESTARTS = 5  # for each replica of a pool, in an hour
+HOUR_S = 3600.0
+RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 60.0  # between attempts to replace a replica
 LOOK_EVERY_S = 15.0
 SILENCE_S = 60.0  # without an answer, or a step, before a replica that has work is suspect
 
@@ -58,7 +60,7 @@ class Replicas:
         self._note = note
         self._tasks: set[asyncio.Task[None]] = set()
         self._freed = asyncio.Condition()
-        self._restarts = 0
+        self._restarts: list[float] = []  # when replicas were replaced, in the last hour
         self._health_checks = 0
 
     @property
@@ -143,11 +145,14 @@ class Replicas:
             return
         replica.generation += 1
         replica.ready.clear()
-        self._restarts += 1
+        now = time.monotonic()
+        self._restarts = [*(one for one in self._restarts if now - one < HOUR_S), now]
         reason = (str(error) or repr(error)).splitlines()[0][:300]
         self._note("engine_lost", pool=self.name, replica=replica.index, error=reason)
-        if self._restarts > MOST_RESTARTS * len(self.all):
-            self.fail(PoolFailed(f"pool {self.name}: engines died {self._restarts} times; last: {error}"))
+        if len(self._restarts) > MOST_RESTARTS * len(self.all):
+            self.fail(
+                PoolFailed(f"pool {self.name}: engines died {len(self._restarts)} times in an hour; last: {error}")
+            )
             return
         with contextlib.suppress(Exception):
             ray.kill(replica.actor)
@@ -163,11 +168,23 @@ class Replicas:
         self.spawn(self.wake())
 
     async def _revive(self, replica: Replica) -> None:
-        try:
-            await self._bring_up(replica)
-            self._note("engine_restarted", pool=self.name, replica=replica.index, version=replica.version)
-        except Exception as error:
-            self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
+        """As often as it takes while others serve: a host may be lost for hours."""
+        wait_s = RETRY_AFTER_S
+        while True:
+            try:
+                await self._bring_up(replica)
+                self._note("engine_restarted", pool=self.name, replica=replica.index, version=replica.version)
+                return
+            except Exception as error:
+                if not self.ready:
+                    self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
+                    return
+                reason = (str(error) or repr(error)).splitlines()[0][:300]
+                self._note("engine_not_restarted", pool=self.name, replica=replica.index, error=reason)
+            with contextlib.suppress(Exception):
+                ray.kill(replica.actor)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 
     async def watch(self, every_s: float = LOOK_EVERY_S, silence_s: float = SILENCE_S) -> None:
         """Replace each replica that has work and makes no step between two looks, or does not answer at all.
