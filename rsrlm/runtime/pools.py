@@ -20,9 +20,11 @@ from rsrlm.runtime.producer import Lent, Loan, Lost
 from rsrlm.runtime.producers import Producers
 from rsrlm.runtime.replicas import Replica
 from rsrlm.runtime.weights import Transfer, WeightFile, WeightSet, describe
+from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Endpoint as EndpointConfig
 from rsrlm.settings.methods import JudgeSection, Validator
 from rsrlm.store.folder import RunFolder
+from rsrlm.store.items import SEEN_WITHIN_S
 
 
 class EnginePools:
@@ -64,7 +66,7 @@ class EnginePools:
     async def model(self, name: str, files: Transfer | None = None) -> Model:
         """A model by its name; `files` are the learner's of the same weights."""
         folder = self.folder(name)
-        described = await self._described(weight_files(folder))
+        described = await self._described(await _files_of(folder))
         digest = digest_of(described)
         if name not in self._known or self._known[name][0].digest != digest:
             model = Model(name=name, digest=digest, folder=folder)
@@ -222,6 +224,19 @@ class EnginePools:
         await asyncio.gather(*(pool.close() for pool in (*self._following, *self._frozen)))
         for endpoint, _ in self._endpoints.values():
             await endpoint.close()
+
+
+async def _files_of(folder: Path) -> list[Path]:
+    """The weights of a model. Where another host has written them, a network file system may show them late."""
+    began = time.monotonic()
+    while not (paths := weight_files(folder)) or not all(path.exists() for path in paths):
+        if time.monotonic() - began > SEEN_WITHIN_S:
+            raise ConfigError(
+                f"{folder}: the weights of a model are not there after {SEEN_WITHIN_S:g} s; runs must be a folder that "
+                "all hosts share"
+            )
+        await asyncio.sleep(0.2)
+    return paths
 
 
 def digest_of(files: Sequence[WeightFile]) -> str:
