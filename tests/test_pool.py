@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -91,8 +92,8 @@ class Actor:
     async def do_version(self) -> str:
         return self.held
 
-    async def do_node(self) -> str:
-        return f"node {self.replica}"
+    async def do_place(self) -> tuple[str, str, int]:
+        return f"node {self.replica}", f"host-{self.replica}", len(self.ray.made)
 
     async def do_progress(self) -> int:
         return self.steps()
@@ -396,16 +397,20 @@ def test_a_watcher_that_cannot_go_on_fails_the_pool(make_config: Any, monkeypatc
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_sigkill_in_an_update_with_requests_in_flight(
-    cluster: Any, run_async: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, run_async: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What it wrote is kept in the run folder."""
     import slow_engine
 
     monkeypatch.setattr(replicas, "EngineActor", slow_engine.SlowEngine)
     lost: list[Any] = []
+    logs: list[Any] = []
 
     def note(event: str, **fields: Any) -> None:
         if event == "engine_lost":
             lost.append(fields["replica"])
+        if event == "engine_log":
+            logs.append(fields)
 
     async def work() -> Any:
         pool = EnginePool(make_config(engine={"cpus": 0.1}), M0, "test", 2, note)
@@ -420,7 +425,7 @@ def test_a_sigkill_in_an_update_with_requests_in_flight(
             os.kill(pid, signal.SIGKILL)
             await update
             answers = await asyncio.gather(*asked)
-            while not all(replica.ready.is_set() for replica in pool.replicas.all):
+            while not all(replica.ready.is_set() for replica in pool.replicas.all) or not logs:
                 await pool.generate(request("while it comes up"))  # raises where the pool has failed
             return len(answers), await pool.versions()
         finally:
@@ -428,6 +433,9 @@ def test_a_sigkill_in_an_update_with_requests_in_flight(
 
     assert run_async(work()) == (4, ["M1", "M1"])
     assert lost == [0]
+    [kept] = (tmp_path / "runs" / "test" / "logs").iterdir()
+    assert kept.name.startswith("test-0-here-")
+    assert "an engine's last words" in kept.read_text().splitlines()
 
 
 # -- the in-process engine, without vLLM -------------------------------------------------------------------------------

@@ -7,21 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rsrlm.config import Config
 from rsrlm.runtime.depot import Depot
 from rsrlm.runtime.mailbox import BroadcastJob, Listening
+from rsrlm.runtime.places import on_node
 from rsrlm.runtime.weights import WeightFile, WeightSet, remove
 
 # Does a job of the learner's first rank, and tells where it listens.
 Broadcast = Callable[[BroadcastJob, Callable[[Listening], None]], Awaitable[None]]
 ROOM_WAIT_S = 60.0  # for a host's depot to come up and answer
-
-
-def on_node(node: str) -> dict[str, Any]:
-    """Ray's options of what takes no CPU and is to run on this node, or not at all."""
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 class Carrier:

@@ -1,6 +1,7 @@
 """The Ray actor that holds one engine."""
 
 import os
+import socket
 import time
 from typing import Any
 
@@ -48,10 +49,9 @@ class EngineActor:
         """Another number after every step of the engine, and while it has nothing to do."""
         return self._engine.progress() if self._calls else -time.monotonic_ns()
 
-    async def node(self) -> str:
-        """The id of the Ray node that it runs on."""
-        found: str = ray.get_runtime_context().get_node_id()
-        return found
+    async def place(self) -> tuple[str, str, int]:
+        """The id of the Ray node that it runs on, the name of its host, and its process there."""
+        return ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid()
 
     async def pid(self) -> int:
         return os.getpid()

@@ -1,4 +1,4 @@
-"""What every host of a joined cluster must see before a run starts: its folder and its models."""
+"""Hosts of a cluster, and what every one of them must see before a run starts: its folder and its models."""
 
 import contextlib
 import os
@@ -22,6 +22,11 @@ from rsrlm.settings.base import ConfigError
 MARKER = ".seen"
 LOOK_WAIT_S = 60.0  # for a host to start a process and answer
 SHARED_WAIT_S = 5.0  # for a network file system to show a new file to other hosts
+
+
+def on_node(node: str) -> dict[str, Any]:
+    """Ray's options of what takes no CPU and is to run on this node, or not at all."""
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +94,7 @@ def _ask(nodes: list[dict[str, Any]], run: str, folders: Mapping[str, str], mark
     own = {key: digest_of_model(folder) for key, folder in folders.items()}
     asked = {}
     for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(look).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+        task = ray.remote(look).options(max_retries=0, **on_node(node["NodeID"]))
         asked[task.remote(run, folders, marker)] = node
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_WAIT_S)
     problems = {asked[one]["NodeID"]: _heard(one, run, marker, own, folders) for one in answered}
