@@ -7,8 +7,8 @@ written with `rsrlm.runtime.weights.write` and published with `EnginePool.publis
 pool of two. All three engines are resident and idle. Each measured update follows an unmeasured one of the same pool.
 
 - write: the safetensors file in /dev/shm and its checksum, in this process (in a run: in the learner's rank 0).
-- transfer: arrival and checksum, by the engine's own report; of two replicas the slower one. With gloo the bytes come
-  from `LearnerGroup.broadcast`, the rank 0 of a Ray Train group, and the rendezvous before is not part of it.
+- transfer: arrival and checksum, by the engine's own report; of two replicas the slower one. With gloo, before that, a
+  copy by `LearnerGroup.broadcast`, from rank 0 of a Ray Train group to the host's depot, with their rendezvous.
 - load, repack: what vLLM does with the bytes, reported apart; the slower replica.
 - publish: wall time of the whole call, with Ray, rendezvous, loading and repacking.
 - copy: the same number of bytes from one touched buffer to another one, median of 3: `memcpy` is numpy in one thread
@@ -62,6 +62,7 @@ class Sync:
     """A pool for each number of replicas, and one set of weights that changes with every update."""
 
     def __init__(self, config: Config, folder: Path, store: RunFolder) -> None:
+        from rsrlm.runtime.carrier import Carrier
         from rsrlm.runtime.group import LearnerGroup
         from rsrlm.runtime.pool import EnginePool
 
@@ -72,6 +73,7 @@ class Sync:
         first = WeightSet(version="M0", folder=self._folder, files=weights.describe(weight_files(folder)))
         self._pools = {n: EnginePool(config, first, f"of-{n}", n, store.event) for n in REPLICAS}
         self._learner = LearnerGroup(config, store.folder / ".train")
+        self._carrier = Carrier(config, self._learner.broadcast, store.event)
         self._needs_learner = config.weights.transport == "gloo"
 
     async def start(self) -> None:
@@ -94,8 +96,11 @@ class Sync:
         written = time.perf_counter()
         try:
             published = WeightSet(version=version, folder=self._folder, files=files)
-            reports = await pool.publish(published, self._learner.broadcast)
+            sent = await self._carrier.carried(published, pool.nodes)
+            sending = time.perf_counter() - written if self._needs_learner else 0.0
+            reports = await pool.publish(sent)
             seconds = time.perf_counter() - written
+            self._carrier.remove(sent.local)
             if len(reports) != replicas or set(await pool.versions()) != {version}:
                 raise RuntimeError(f"{version} did not reach {replicas} replicas: {reports}")
         finally:
@@ -106,6 +111,7 @@ class Sync:
             "file": files[0].path,
             "write": written - started,
             **slowest,
+            "transfer": sending + slowest["transfer"],
             "publish": seconds,
             "replicas": reports,
         }
@@ -118,6 +124,7 @@ class Sync:
         return {**found, **load.figures()}
 
     async def close(self) -> None:
+        await self._carrier.close()
         await asyncio.gather(self._learner.close(), *(pool.close() for pool in self._pools.values()))
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from learner_rank import make_pairs
 
 from rsrlm.jobs import TrainJob
-from rsrlm.runtime.session import Desk
+from rsrlm.runtime.session import Desk, Place
 from rsrlm.settings.machine import ModelConfig
 from rsrlm.settings.train import Train
 from rsrlm.store.items import write_items
@@ -29,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
     (run / "models").mkdir(parents=True, exist_ok=True)
-    desk = Desk(ModelConfig(path=folder, dtype="float32"))
+    desk = Desk(ModelConfig(path=folder, dtype="float32"), Place(node=f"node of rank {dist.get_rank()}"))
     said: list[list[Any]] = []
     for options in jobs:
         until, name = options.pop("until", None), options.pop("name", "M1")

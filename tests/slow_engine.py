@@ -2,7 +2,10 @@
 
 import asyncio
 import os
+import sys
 from typing import Any
+
+import ray
 
 from rsrlm.records import Completion, Request
 
@@ -34,6 +37,10 @@ class SlowEngine:
 
     async def version(self) -> str:
         return self._version
+
+    async def place(self) -> tuple[str, str, int]:
+        print("an engine's last words", file=sys.stderr, flush=True)
+        return ray.get_runtime_context().get_node_id(), "here", os.getpid()
 
     async def pid(self) -> int:
         return os.getpid()

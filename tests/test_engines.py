@@ -129,10 +129,6 @@ def make_pool(config: Any, folder: Path, replicas: int, events: list[dict[str, A
     return EnginePool(config, weight_set(folder, "M0"), "test", replicas, note)
 
 
-async def no_broadcast(*_: Any) -> None:
-    raise AssertionError("shared memory needs no sender")
-
-
 @pytest.fixture(scope="module")
 def events() -> list[dict[str, Any]]:
     return []
@@ -154,12 +150,10 @@ def only(pool: Any, index: int) -> Callable[[Request], Any]:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def check_updates(
-    pool: Any, run_async: Any, exported: list[Path], expected: list[list[tuple[int, ...]]], broadcast: Any
-) -> None:
+def check_updates(pool: Any, run_async: Any, exported: list[Path], expected: list[list[tuple[int, ...]]]) -> None:
     """Twice in a row: every replica's greedy outputs equal those of a fresh engine on the exported folder."""
     for number, folder in enumerate(exported[:2]):
-        reports = run_async(pool.publish(weight_set(folder, f"M{number + 1}"), broadcast))
+        reports = run_async(pool.publish(weight_set(folder, f"M{number + 1}")))
         assert len(reports) == len(pool.replicas.all)
         assert all(report["transfer"] >= 0 and report["load"] > 0 for report in reports)
         assert run_async(pool.versions()) == [f"M{number + 1}"] * len(pool.replicas.all)
@@ -172,7 +166,7 @@ def test_updates_reach_both_replicas(
 ) -> None:
     before = run_async(greedy(only(pool, 0), "before"))
     assert before != expected[0] != expected[1]
-    check_updates(pool, run_async, exported, expected, no_broadcast)
+    check_updates(pool, run_async, exported, expected)
 
 
 def test_updates_reach_async_llm(
@@ -188,7 +182,7 @@ def test_updates_reach_async_llm(
     try:
         check_one_call(made, run_async)
         check_stop_strings(made, run_async, tiny_model)
-        check_updates(made, run_async, exported, expected, no_broadcast)
+        check_updates(made, run_async, exported, expected)
         check_a_flipped_byte_is_refused(made, run_async, exported[2], expected[1])
     finally:
         run_async(made.close())
@@ -196,25 +190,46 @@ def test_updates_reach_async_llm(
 
 def test_updates_over_gloo(
     cluster: Any,
+    pool: Any,
     run_async: Any,
     module_config: Any,
-    tiny_model: Path,
     exported: list[Path],
     expected: list[list[tuple[int, ...]]],
 ) -> None:
+    """As to a host that the learner is not on: one copy arrives in its memory, and both replicas read it."""
+    from rsrlm.runtime.carrier import Carrier
     from rsrlm.runtime.export import send
-    from rsrlm.runtime.mailbox import BroadcastJob
+    from rsrlm.runtime.weights import SHM, stale_files
 
-    async def broadcast(weights: Any, address: str, port: int, world_size: int) -> None:
-        paths = tuple(file.path for file in weights.files)
-        await asyncio.to_thread(send, BroadcastJob(paths=paths, address=address, port=port, world_size=world_size))
+    jobs: list[Any] = []
+    notes: list[Any] = []
 
-    made = make_pool(module_config(weights={"transport": "gloo"}), tiny_model, 2, [])
-    run_async(made.start())
-    try:
-        check_updates(made, run_async, exported, expected, broadcast)
-    finally:
-        run_async(made.close())
+    async def broadcast(job: Any, listening: Callable[[Any], None]) -> None:
+        jobs.append(job)
+        loop = asyncio.get_running_loop()
+        address = cluster.util.get_node_ip_address()
+        await asyncio.to_thread(send, job, address, lambda said: loop.call_soon_threadsafe(listening, said))
+
+    config = module_config(weights={"transport": "gloo"})
+    carrier = Carrier(config, broadcast, lambda kind, **fields: notes.append((kind, fields)))
+
+    async def work() -> None:
+        sent = await carrier.carried(weight_set(exported[0], "M1"), pool.nodes)
+        [(node, [copy])] = sent.local.items()
+        assert {node} == pool.nodes == {replica.node for replica in pool.replicas.all}
+        assert Path(copy.path).parent == SHM
+        assert copy.checksum == sent.files[0].checksum
+        await pool.publish(sent)
+        assert stale_files(config.folder) == [Path(copy.path)]
+        carrier.remove(sent.local)
+        await carrier.close()
+
+    run_async(work())
+    assert [job.world_size for job in jobs] == [2]
+    assert notes == []
+    assert stale_files(config.folder) == []
+    for replica in range(2):
+        assert run_async(greedy(only(pool, replica), f"gloo-{replica}")) == expected[0]
 
 
 def test_a_transfer_file_carries_the_same_weights(
@@ -227,7 +242,7 @@ def test_a_transfer_file_carries_the_same_weights(
 
     files = write(load_file(exported[0] / "model.safetensors"), tmp_path, "M1")
     assert Path(files[0].path).parent == SHM
-    run_async(pool.publish(WeightSet(version="M1b", folder=str(exported[0]), files=files), no_broadcast))
+    run_async(pool.publish(WeightSet(version="M1b", folder=str(exported[0]), files=files)))
     remove(files, tmp_path)
     assert stale_files(tmp_path) == []
     assert run_async(greedy(only(pool, 1), "shm")) == expected[0]
@@ -246,7 +261,7 @@ def check_a_flipped_byte_is_refused(pool: Any, run_async: Any, folder: Path, kep
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(PoolFailed, match=r"refused weights M9.*checksum"):
-        run_async(pool.publish(weights, no_broadcast))
+        run_async(pool.publish(weights))
     assert run_async(greedy(only(pool, 0), "kept")) == kept
     assert not pool.replicas.all[0].ready.is_set()
     pool.replicas.all[0].ready.set()
@@ -260,13 +275,13 @@ def test_a_flipped_byte_is_refused(
     expected: list[list[tuple[int, ...]]],
     tmp_path: Path,
 ) -> None:
-    run_async(pool.publish(weight_set(exported[0], "M1"), no_broadcast))
+    run_async(pool.publish(weight_set(exported[0], "M1")))
     spoilt = tmp_path / "spoilt"
     shutil.copytree(exported[2], spoilt)
     check_a_flipped_byte_is_refused(pool, run_async, spoilt, expected[0])
     for replica in pool.replicas.all:
         replica.ready.set()
-    run_async(pool.publish(weight_set(exported[0], "M1"), no_broadcast))
+    run_async(pool.publish(weight_set(exported[0], "M1")))
 
 
 def test_without_the_repair_the_head_is_stale(
@@ -515,7 +530,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_transformers(
     ids = tuple(range(200, 240))
 
     async def both() -> list[Completion]:
-        await pool.publish(weight_set(exported[1], "M2"), no_broadcast)
+        await pool.publish(weight_set(exported[1], "M2"))
         return [await pool.generate(request(f"score-{n}", ids, tokens=1, score_from=n)) for n in (1, 30)]
 
     found = run_async(both())
@@ -555,7 +570,7 @@ def test_a_killed_engine_comes_back_with_the_current_weights(
     expected: list[list[tuple[int, ...]]],
     events: list[dict[str, Any]],
 ) -> None:
-    run_async(pool.publish(weight_set(exported[1], "M2"), no_broadcast))
+    run_async(pool.publish(weight_set(exported[1], "M2")))
     undisturbed = run_async(sampled(pool, "x", 5, judge_load=False))
     assert kill_while_busy(pool, run_async, cluster, signal.SIGKILL, "y") == undisturbed
 
@@ -600,6 +615,6 @@ def test_an_update_has_a_deadline(cluster: Any, run_async: Any, module_config: A
     replica.ready.set()
     started = time.monotonic()
     with pytest.raises(PoolFailed, match=r"M5 did not reach replica 0 .* within weights.deadline_s=1.0"):
-        run_async(made.publish(weight_set(tiny_model, "M5"), no_broadcast))
+        run_async(made.publish(weight_set(tiny_model, "M5")))
     assert time.monotonic() - started < 20
     cluster.kill(replica.actor)

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from samples import PAIR
 
 from rsrlm.records import Example, PreferencePair
+from rsrlm.settings.base import ConfigError
+from rsrlm.store import items
 from rsrlm.store.items import ItemFile, Items, Segment, decoded, encoded, write_items
 
 EXAMPLE = Example(id="ift/1", kind="ift", prompt_token_ids=(), target_token_ids=(0, 2**31 - 1, -1))
@@ -160,6 +164,8 @@ def test_a_full_disk_loses_no_item(tmp_path: Path) -> None:
 
 READER = """
 import sys
+import threading
+import time
 from pathlib import Path
 from rsrlm.store.items import ItemFile
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -177,3 +183,41 @@ def test_a_reader_holds_what_it_asks_for(tmp_path: Path) -> None:
     length, *firsts, grown = map(int, done.stdout.split())
     assert (length, firsts) == (1000, [0, 500, 999])
     assert grown < 8_000_000
+
+
+def put(segment: Segment, item: Any) -> Items[Any]:
+    made = Items[Any](type(item))
+    made.put(segment.path, segment.add(item))
+    return made
+
+
+def test_bytes_that_another_host_sees_late_are_waited_for(tmp_path: Path) -> None:
+    """The file is not there yet, then it is short, then it holds zeros: as a network file system shows it."""
+    segment = Segment(tmp_path / "segment")
+    made = put(segment, PAIR)
+    whole = Path(segment.path).read_bytes()
+    Path(segment.path).unlink()
+
+    def arrive() -> None:
+        for data in (whole[:5], bytes(len(whole)), whole):
+            time.sleep(0.15)
+            late = tmp_path / "late"
+            late.write_bytes(data)
+            late.replace(segment.path)
+
+    arriving = threading.Thread(target=arrive)
+    arriving.start()
+    assert made[0] == PAIR
+    arriving.join()
+
+
+def test_bytes_that_never_come_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items, "SEEN_WITHIN_S", 0.2)
+    segment = Segment(tmp_path / "segment")
+    made = put(segment, PAIR)
+    with Path(segment.path).open("r+b") as file:
+        file.seek(30)
+        file.write(b"?")
+    for read in (lambda: made[0], lambda: made.outline(0)):
+        with pytest.raises(ConfigError, match=r"segment: \d+ bytes at 0 are not here as they were .* all hosts share"):
+            read()

@@ -29,6 +29,7 @@ from rsrlm.runtime.mailbox import Failed, Stop
 from rsrlm.runtime.rank import serve
 from rsrlm.runtime.reference import Reference, write_share
 from rsrlm.runtime.shares import Outline, micro_batches, outline, share_of, steps_of
+from rsrlm.runtime.weights import stale_files
 from rsrlm.settings.train import Train
 from rsrlm.store.items import ItemFile, write_items
 
@@ -268,6 +269,8 @@ def run_sessions(model: Path, run: Path, world_size: int, jobs: list[Any]) -> li
     """What the first rank says of each job; see session_rank.py."""
     with ranks(SESSION, world_size, [model, run, json.dumps(jobs)]):
         pass
+    for left in stale_files(run):  # a driver would remove them
+        left.unlink()
     return pickle.loads((run / "said").read_bytes())
 
 
@@ -286,7 +289,8 @@ def test_a_training_in_parts_is_the_training_in_one(
     rows = [event.row for event in said if isinstance(event, StepTrained)]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert isinstance(said[-1], Trained)
-    assert [Path(file.path).name.endswith("M1.safetensors") for file in said[-1].files] == [True]
+    assert [Path(file.path).name.endswith("M1.safetensors") for file in said[-1].files.files] == [True]
+    assert said[-1].files.node == "node of rank 0"
     weights = (whole / "models/M1/model.safetensors").read_bytes()
     parts = [{**common, "until": 2}, {**common, "until": 3}, common]
     other = {**common, "name": "other", "until": 1}
@@ -369,6 +373,8 @@ def serve_one(folder: Path, work: Callable[[], Any], monkeypatch: pytest.MonkeyP
     names = {"next": lambda *_: next(jobs), "emit": lambda number, event: events.append(event)}
     remote = {name: SimpleNamespace(remote=call) for name, call in names.items()}
     monkeypatch.setattr("ray.get", lambda value: value)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n"))
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr("rsrlm.runtime.session.Session", lambda *_: work())

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from rsrlm.runtime.engine import EngineDead, RequestFailed
 from rsrlm.runtime.inprocess_engine import InProcessEngine
 from rsrlm.runtime.pool import MAX_ATTEMPTS, EnginePool
 from rsrlm.runtime.replicas import PoolFailed
-from rsrlm.runtime.weights import WeightSet
+from rsrlm.runtime.weights import WeightFile, WeightSet
 
 M0, M1 = (WeightSet(version=name, folder=f"/{name}", files=()) for name in ("M0", "M1"))
 
@@ -50,6 +51,7 @@ class Actor:
     def __init__(self, ray: "Ray", version: str, replica: int) -> None:
         self.ray = ray
         self.held = version
+        self.told: dict[str, Any] = {}  # of the last update
         self.replica = replica
         self.killed = asyncio.Event()
         self.steps: Callable[[], int] = lambda: 0
@@ -59,6 +61,8 @@ class Actor:
         return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(self._call(method, *arguments)))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
+        if self.killed.is_set():
+            raise RayActorError
         work = asyncio.ensure_future(getattr(self, f"do_{method}")(*arguments))
         dying = asyncio.ensure_future(self.killed.wait())
         done, _ = await asyncio.wait({work, dying}, return_when=asyncio.FIRST_COMPLETED)
@@ -82,11 +86,14 @@ class Actor:
 
     async def do_update(self, info: dict[str, Any], version: str) -> dict[str, float]:
         await self.ray.updating.wait()
-        self.held = version
+        self.held, self.told = version, info
         return {"total": 0.0}
 
     async def do_version(self) -> str:
         return self.held
+
+    async def do_place(self) -> tuple[str, str, int]:
+        return f"node {self.replica}", f"host-{self.replica}", len(self.ray.made)
 
     async def do_progress(self) -> int:
         return self.steps()
@@ -155,7 +162,7 @@ def test_an_engine_that_dies_in_an_update_is_replaced_once(make_config: Any, mon
         asked = [asyncio.ensure_future(pool.generate(request(str(number)))) for number in range(2)]
         while not all(replica.outstanding for replica in pool.replicas.all):
             await asyncio.sleep(0)
-        update = asyncio.ensure_future(pool.publish(M1, None))  # type: ignore[arg-type]
+        update = asyncio.ensure_future(pool.publish(M1))
         await asyncio.sleep(0)
         ray.kill(ray.made[0])
         while len(ray.made) < 3:
@@ -172,6 +179,22 @@ def test_an_engine_that_dies_in_an_update_is_replaced_once(make_config: Any, mon
     assert {answer.weight_version for answer in [*answers, more]} == {"M1"}
     assert versions == ["M1", "M1"]
     assert made == 4  # two, and one for each that died
+
+
+def test_each_replica_is_told_of_the_copy_on_its_own_host(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the exported model where there is none."""
+    exported, copy = (WeightFile(path=path, size=1, checksum="c") for path in ("/runs/M1", "/dev/shm/M1"))
+    weights = WeightSet(version="M1", folder="/runs", files=(exported,), local={"node 1": (copy,)})
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        nodes = pool.nodes
+        reports = await pool.publish(weights)
+        return nodes, reports, [[file["path"] for file in actor.told["files"]] for actor in ray.made]
+
+    nodes, reports, told = faults(work, make_config, monkeypatch)
+    assert nodes == {"node 0", "node 1"}
+    assert [report["copy"] for report in reports] == [False, True]
+    assert told == [["/runs/M1"], ["/dev/shm/M1"]]
 
 
 def test_what_an_engine_cannot_answer_is_asked_again_and_the_engine_kept(
@@ -272,6 +295,61 @@ def test_a_call_whose_engine_dies_goes_to_another(
     assert outstanding == [0, 0]
 
 
+def test_an_engine_that_does_not_come_back_is_tried_again_while_another_serves(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody serves, the pool fails."""
+    monkeypatch.setattr(replicas, "RETRY_AFTER_S", 0.01)
+    notes: list[str] = []
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        async def lose_and_kill(index: int, times: int) -> None:
+            replica = pool.replicas.all[index]
+            pool.replicas.lost(replica, replica.generation, EngineDead("its host is gone"))
+            for _ in range(times):
+                made = len(ray.made)
+                while len(ray.made) == made:
+                    await asyncio.sleep(0)
+                ray.kill(ray.made[-1])
+
+        await lose_and_kill(0, 3)
+        answers = [await pool.generate(request(str(number))) for number in range(3)]
+        while len(pool.replicas.ready) < 2:
+            await asyncio.sleep(0)
+        pool.replicas.all[1].ready.clear()
+        await lose_and_kill(0, 1)
+        with pytest.raises(PoolFailed, match="replica 0 of pool test did not start"):
+            await pool.generate(request("nobody"))
+        return answers
+
+    answers = faults(work, make_config, monkeypatch, note=lambda kind, **_: notes.append(kind))
+    assert {answer.token_ids for answer in answers} == {(1,)}
+    assert notes[2:] == ["engine_lost", *["engine_not_restarted"] * 3, "engine_restarted", "engine_lost"]
+
+
+def test_deaths_count_for_an_hour(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(replicas, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def work(pool: EnginePool, ray: Ray) -> None:
+        async def dies() -> None:
+            replica = pool.replicas.all[0]
+            pool.replicas.lost(replica, replica.generation, EngineDead("a spot node went"))
+            while not replica.ready.is_set() and not pool.replicas.failure:
+                await asyncio.sleep(0)
+
+        for number in range(30):
+            now[0] = number * 600.0
+            await dies()
+        assert pool.replicas.failure is None
+        for _ in range(replicas.MOST_RESTARTS * 2):
+            await dies()
+        with pytest.raises(PoolFailed, match="pool test: engines died 11 times in an hour; last: a spot node went"):
+            await pool.generate(request("a"))
+
+    faults(work, make_config, monkeypatch)
+
+
 def watched(pool: EnginePool) -> None:
     """The pool's own watcher in the place of the one that looks every 15 seconds."""
     for task in list(pool.replicas._tasks):
@@ -308,7 +386,7 @@ def test_a_watcher_that_cannot_go_on_fails_the_pool(make_config: Any, monkeypatc
             with pytest.raises(PoolFailed, match=r"pool test: its engines cannot be watched .*No space left on device"):
                 await pool.generate(request("a"))
         with pytest.raises(PoolFailed, match="cannot be watched"):
-            await pool.publish(M1, None)  # type: ignore[arg-type]
+            await pool.publish(M1)
 
     faults(work, make_config, monkeypatch, waits, full)
 
@@ -319,16 +397,20 @@ def test_a_watcher_that_cannot_go_on_fails_the_pool(make_config: Any, monkeypatc
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_sigkill_in_an_update_with_requests_in_flight(
-    cluster: Any, run_async: Any, make_config: Any, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, run_async: Any, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What it wrote is kept in the run folder."""
     import slow_engine
 
     monkeypatch.setattr(replicas, "EngineActor", slow_engine.SlowEngine)
     lost: list[Any] = []
+    logs: list[Any] = []
 
     def note(event: str, **fields: Any) -> None:
         if event == "engine_lost":
             lost.append(fields["replica"])
+        if event == "engine_log":
+            logs.append(fields)
 
     async def work() -> Any:
         pool = EnginePool(make_config(engine={"cpus": 0.1}), M0, "test", 2, note)
@@ -338,12 +420,12 @@ def test_a_sigkill_in_an_update_with_requests_in_flight(
             asked = [asyncio.ensure_future(pool.generate(request(str(number)))) for number in range(4)]
             while not all(replica.outstanding for replica in pool.replicas.all):
                 await asyncio.sleep(0.05)
-            update = asyncio.ensure_future(pool.publish(M1, None))  # type: ignore[arg-type]
+            update = asyncio.ensure_future(pool.publish(M1))
             await asyncio.sleep(0.3)
             os.kill(pid, signal.SIGKILL)
             await update
             answers = await asyncio.gather(*asked)
-            while not all(replica.ready.is_set() for replica in pool.replicas.all):
+            while not all(replica.ready.is_set() for replica in pool.replicas.all) or not logs:
                 await pool.generate(request("while it comes up"))  # raises where the pool has failed
             return len(answers), await pool.versions()
         finally:
@@ -351,6 +433,9 @@ def test_a_sigkill_in_an_update_with_requests_in_flight(
 
     assert run_async(work()) == (4, ["M1", "M1"])
     assert lost == [0]
+    [kept] = (tmp_path / "runs" / "test" / "logs").iterdir()
+    assert kept.name.startswith("test-0-here-")
+    assert "an engine's last words" in kept.read_text().splitlines()
 
 
 # -- the in-process engine, without vLLM -------------------------------------------------------------------------------

@@ -68,12 +68,6 @@ class AsyncEngine:
         except Exception as error:  # of this request: the others go on
             return RequestFailed(f"request {request.id} was refused: {error!r}")
 
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        engine = await self._named()
-        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
-
     async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
         """Load a version while generation is paused; requests in flight go on with the new weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

@@ -34,10 +34,6 @@ class ServingEngine(Protocol):
         """What became of each request, in their order, when all of them have ended."""
         ...
 
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        """Join the sender's group (gloo) or do nothing (shm)."""
-        ...
-
     async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
         """Load a version; requests in flight go on with the new weights. Returns the seconds of each part."""
         ...
@@ -102,11 +98,11 @@ def rsrlm_arguments(config: Config) -> dict[str, Any]:
     """What rsrlm adds to plain engine arguments: priorities and the way that weights come in."""
     from vllm.config import WeightTransferConfig
 
-    from rsrlm.runtime.vllm_worker import BACKENDS
+    from rsrlm.runtime.vllm_worker import BACKEND
 
     return {
         "scheduling_policy": "priority",
-        "weight_transfer_config": WeightTransferConfig(backend=BACKENDS[config.weights.transport]),
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": EXTENSION,
     }
 

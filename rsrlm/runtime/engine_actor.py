@@ -1,8 +1,11 @@
 """The Ray actor that holds one engine."""
 
 import os
+import socket
 import time
 from typing import Any
+
+import ray
 
 from rsrlm.config import Config
 from rsrlm.records import Request
@@ -30,9 +33,6 @@ class EngineActor:
         finally:
             self._calls -= 1
 
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        await self._engine.connect(init_info)
-
     async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
         """The seconds that the update took, by part."""
         started = time.perf_counter()
@@ -48,6 +48,10 @@ class EngineActor:
     async def progress(self) -> int:
         """Another number after every step of the engine, and while it has nothing to do."""
         return self._engine.progress() if self._calls else -time.monotonic_ns()
+
+    async def place(self) -> tuple[str, str, int]:
+        """The id of the Ray node that it runs on, the name of its host, and its process there."""
+        return ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid()
 
     async def pid(self) -> int:
         return os.getpid()

@@ -3,13 +3,15 @@
 import errno
 import os
 import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rsrlm.jobs import TrainJob
 from rsrlm.model import load_tokenizer
-from rsrlm.runtime.gloo import broadcast, gloo_group
-from rsrlm.runtime.mailbox import BroadcastJob
+from rsrlm.runtime.gloo import broadcast, group_of_sender
+from rsrlm.runtime.mailbox import BroadcastJob, Listening
 from rsrlm.runtime.weights import bytes_of
 from rsrlm.settings.machine import ModelConfig
 from rsrlm.store.atomic import sync_files
@@ -37,11 +39,14 @@ def export(model: Any, state: dict[str, Any], job: TrainJob, config: ModelConfig
     scratch.rename(output)
 
 
-def send(job: BroadcastJob) -> None:
-    """Broadcast the files over a gloo group of this process and the replicas' workers."""
-    group = gloo_group(job.address, job.port, 0, job.world_size)
-    for path in job.paths:
-        broadcast(group, bytes_of(path))
+def send(job: BroadcastJob, address: str, say: Callable[[Listening], None]) -> None:
+    """Broadcast the files over a gloo group of this process and the hosts of replicas, at this host's address; `say`
+    tells where it listens."""
+    with socket.create_server((address, 0)) as server:
+        say(Listening(address=address, port=server.getsockname()[1]))
+        group = group_of_sender(server, address, job.world_size, job.deadline_s)
+        for path in job.paths:
+            broadcast(group, bytes_of(path))
 
 
 def disk_is_full(error: Exception, folder: str | Path) -> bool:

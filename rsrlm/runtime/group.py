@@ -15,10 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rsrlm.config import Config
 from rsrlm.jobs import Event, Trained, TrainJob, follow
-from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, LearnerJob, Mailbox, Stop
+from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, LearnerJob, Listening, Mailbox, Stop
 from rsrlm.runtime.rank import serve
 from rsrlm.runtime.room import wait_of
-from rsrlm.runtime.weights import WeightSet
 from rsrlm.store.steps import StepLog
 
 RESTARTS = 2  # of the group in one run, after a rank died
@@ -74,10 +73,10 @@ class LearnerGroup:
                 raise LearnerFailed("the learner group ended before its job")
             for event in await waiting:
                 seen += 1
+                if isinstance(event, (Trained, Finished, Failed)):
+                    self._working -= 1
                 if isinstance(event, Failed):
                     raise LearnerFailed(event.message)
-                if isinstance(event, (Trained, Finished)):
-                    self._working -= 1
                 yield event
                 if isinstance(event, (Trained, Finished)):
                     return
@@ -91,11 +90,11 @@ class LearnerGroup:
         async for _ in self._run(ForgetJob()):
             pass
 
-    async def broadcast(self, weights: WeightSet, address: str, port: int, world_size: int) -> None:
-        """Send the files of a version to the engines' workers over gloo."""
-        paths = tuple(file.path for file in weights.files)
-        async for _ in self._run(BroadcastJob(paths=paths, address=address, port=port, world_size=world_size)):
-            pass
+    async def broadcast(self, job: BroadcastJob, listening: Callable[[Listening], None]) -> None:
+        """Send files over gloo; `listening` is told where the receivers find the sender. Raises LearnerFailed."""
+        async for event in self._run(job):
+            if isinstance(event, Listening):
+                listening(event)
 
     async def close(self) -> None:
         if self._fit is None:
@@ -134,7 +133,9 @@ def _last_line(error: BaseException) -> str:
 
 def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from rsrlm.runtime.network import NetworkConfig
 
     train = config.train
     resources: dict[str, float] = {"CPU": train.cpus}
@@ -149,7 +150,7 @@ def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
             "mailbox": mailbox,
             "folder": str(config.folder),
         },
-        torch_config=TorchConfig(backend="nccl" if train.gpus else "gloo"),
+        torch_config=NetworkConfig(backend="nccl" if train.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.workers, use_gpu=bool(train.gpus), resources_per_worker=resources
         ),

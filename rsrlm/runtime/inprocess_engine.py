@@ -120,11 +120,6 @@ class InProcessEngine:
         await self._between_steps(add)
         return await asyncio.gather(*map(asyncio.wrap_future, answers), return_exceptions=True)  # type: ignore[return-value]
 
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        await self._between_steps(
-            lambda: self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
-        )
-
     async def update(self, update_info: dict[str, Any], version: str) -> dict[str, float]:
         """Load a version between two steps; requests in flight go on with the new weights."""
 

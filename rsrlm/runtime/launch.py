@@ -16,6 +16,7 @@ from rsrlm.runtime.alive import noted_alive
 from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
 from rsrlm.runtime.metrics import Counting, Meters, Watcher, exported
+from rsrlm.runtime.places import check_hosts
 from rsrlm.runtime.room import engines_of
 from rsrlm.runtime.setup import Prepared
 from rsrlm.store.folder import RunFolder
@@ -91,6 +92,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
         with contextlib.ExitStack() as stack:
             stack.enter_context(noted_alive(store))
             stack.enter_context(ray_cluster(config, store, begun=ray))
+            models = {"model": prepared.model, "judge.model": prepared.judge}
+            check_hosts(config, {**models, "evaluate.judge.model": prepared.validator})
             log = stack.enter_context(tracker(config, store))
             meters = Meters(config.name)
             watcher = Watcher(meters, config, store)

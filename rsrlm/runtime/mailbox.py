@@ -10,12 +10,20 @@ from rsrlm.jobs import Said, Trained, TrainJob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BroadcastJob:
-    """Send the files of a version to every replica over gloo (rank 0 only)."""
+    """Send the files of a version to the other ranks of a gloo group, which meet where the first rank listens (rank 0
+    only). It fails where they take longer than `deadline_s`."""
 
     paths: tuple[str, ...]
+    world_size: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where the sender waits for the other ranks of its group."""
+
     address: str
     port: int
-    world_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class Failed:
 
 
 LearnerJob = TrainJob | BroadcastJob | ForgetJob | Stop
-Answer = Said | Finished | Failed
+Answer = Said | Listening | Finished | Failed
 
 
 class Mailbox:

@@ -109,14 +109,18 @@ class EnginePool(Asking):
     def version(self) -> str:
         return self.replicas.weights.version
 
+    @property
+    def nodes(self) -> set[str]:
+        """The ids of the Ray nodes that its replicas are on."""
+        return {replica.node for replica in self.replicas.ready}
+
     async def start(self) -> None:
         """All replicas up, each having generated a token. Raises PoolFailed after engine.start_timeout_s."""
         await self.replicas.start()
 
-    async def publish(self, weights: WeightSet, broadcast: publish.Broadcast) -> list[dict[str, Any]]:
-        """Load the weights on every replica (see `rsrlm.runtime.publish`). `broadcast` sends them where the transport
-        is gloo."""
-        return await publish.publish(self.replicas, weights, broadcast)
+    async def publish(self, weights: WeightSet) -> list[dict[str, Any]]:
+        """Load the weights on every replica (see `rsrlm.runtime.publish`)."""
+        return await publish.publish(self.replicas, weights)
 
     async def stats(self) -> list[dict[str, float]]:
         """Counters of each replica since it started."""

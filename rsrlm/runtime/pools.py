@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import xxhash
 from rsrlm.config import Config
 from rsrlm.engines import Answers, Engines, Model
 from rsrlm.model import weight_files
+from rsrlm.runtime.carrier import Carrier
 from rsrlm.runtime.endpoint import EndpointClient, EndpointPool
 from rsrlm.runtime.engine import EngineDead
 from rsrlm.runtime.pool import EnginePool
 from rsrlm.runtime.producer import Lent, Loan, Lost
 from rsrlm.runtime.producers import Producers
 from rsrlm.runtime.replicas import Replica
-from rsrlm.runtime.weights import WeightFile, WeightSet, describe, remove
+from rsrlm.runtime.weights import Transfer, WeightFile, WeightSet, describe
+from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Endpoint as EndpointConfig
 from rsrlm.settings.methods import JudgeSection, Validator
 from rsrlm.store.folder import RunFolder
+from rsrlm.store.items import SEEN_WITHIN_S
 
 
 class EnginePools:
@@ -40,11 +44,12 @@ class EnginePools:
         are those of models that judge and validate in its place. `note` is told what happens to engines (see
         EnginePool), instead of the run folder's events."""
         self._note = note or store.event
-        self._config, self._store, self._folders, self._broadcast = config, store, models, broadcast
+        self._config, self._store, self._folders = config, store, models
         self._other = {"judge": judge, "validator": validator}
         self._known: dict[str, tuple[Model, WeightSet]] = {}
         self._checksums: dict[tuple[tuple[str, int, int], ...], tuple[WeightFile, ...]] = {}
-        self._transfer: dict[str, Sequence[WeightFile]] = {}  # by digest
+        self._transfer: dict[str, Transfer] = {}  # by digest
+        self._carrier = Carrier(config, broadcast, self._note)
         self._endpoints: dict[str, tuple[EndpointClient, dict[str, float]]] = {}  # and what earlier starts used of it
         self.samplers: EnginePool | None = None
         self._following: list[EnginePool] = []  # hold the models of the run
@@ -62,10 +67,10 @@ class EnginePools:
         """Of a model by its name."""
         return self._folders.get(name) or self._store.model(name)
 
-    async def model(self, name: str, files: Sequence[WeightFile] | None = None) -> Model:
-        """A model by its name; `files` are the learner's transfer files of the same weights."""
+    async def model(self, name: str, files: Transfer | None = None) -> Model:
+        """A model by its name; `files` are the learner's of the same weights."""
         folder = self.folder(name)
-        described = await self._described(weight_files(folder))
+        described = await self._described(await _files_of(folder))
         digest = digest_of(described)
         if name not in self._known or self._known[name][0].digest != digest:
             model = Model(name=name, digest=digest, folder=folder)
@@ -143,19 +148,23 @@ class EnginePools:
         transfer = self._transfer.pop(model.digest, None)
         if self._held != model:
             self._store.event("publishing", version=model.name, bytes=weights.size)
-            sent = weights if transfer is None else WeightSet(
-                version=model.name, folder=weights.folder, files=tuple(transfer)
-            )  # fmt: skip
-            for pool in self._following:
-                reports += await pool.publish(sent, self._broadcast)
+            local = {transfer.node: transfer.files} if transfer else {}
+            nodes = {node for pool in self._following for node in pool.nodes}
+            sent = replace(weights, local=local)
+            try:
+                sent = await self._carrier.carried(sent, nodes)
+                for pool in self._following:
+                    reports += await pool.publish(sent)
+            finally:
+                # From here on the export serves restarts and later updates: shared memory is free again.
+                self._carrier.remove(sent.local)
             self._held = model
             held = {version for pool in self._following for version in await pool.versions()}
             if held - {model.name}:
                 raise RuntimeError(f"weights {model.name} were published, but an engine reports {held - {model.name}}")
             self._store.event("published", version=model.name, replicas=reports)
-        if transfer:
-            # From here on the export serves restarts and later updates: shared memory is free again.
-            remove(tuple(transfer), self._store.folder)
+        else:
+            self.discard(transfer)
         return {
             "version": model.name,
             "bytes": weights.size,
@@ -163,9 +172,10 @@ class EnginePools:
             "replicas": reports,
         }
 
-    def discard(self, files: Sequence[WeightFile] | None) -> None:
-        """Remove transfer files of weights that nobody wants."""
-        remove(tuple(files or ()), self._store.folder)
+    def discard(self, files: Transfer | None) -> None:
+        """Remove the learner's files of weights that nobody wants."""
+        if files:
+            self._carrier.remove({files.node: files.files})
 
     async def loan(self, number: int, of: int) -> tuple[Loan, list[Replica]]:
         """The replicas that producer `number` of `of` asks, as soon as one of each pool is ready: its share of them, or
@@ -213,10 +223,24 @@ class EnginePools:
             self.producers.close()
         self.endpoint_usage()
         for files in self._transfer.values():
-            remove(tuple(files), self._store.folder)
+            self.discard(files)
+        await self._carrier.close()
         await asyncio.gather(*(pool.close() for pool in self.all))
         for endpoint, _ in self._endpoints.values():
             await endpoint.close()
+
+
+async def _files_of(folder: Path) -> list[Path]:
+    """The weights of a model. Where another host has written them, a network file system may show them late."""
+    began = time.monotonic()
+    while not (paths := weight_files(folder)) or not all(path.exists() for path in paths):
+        if time.monotonic() - began > SEEN_WITHIN_S:
+            raise ConfigError(
+                f"{folder}: the weights of a model are not there after {SEEN_WITHIN_S:g} s; runs must be a folder that "
+                "all hosts share"
+            )
+        await asyncio.sleep(0.2)
+    return paths
 
 
 def digest_of(files: Sequence[WeightFile]) -> str:

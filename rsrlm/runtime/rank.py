@@ -21,12 +21,13 @@ def serve(settings: dict[str, Any]) -> None:
 
     from rsrlm.runtime.checkpoints import TrainingFailed
     from rsrlm.runtime.export import disk_is_full
-    from rsrlm.runtime.session import Desk
+    from rsrlm.runtime.session import Desk, Place
 
     if not train.gpus:
         torch.set_num_threads(train.threads)
     mailbox, first = settings["mailbox"], dist.get_rank() == 0
-    desk = Desk(settings["model"])
+    place = Place(node=ray.get_runtime_context().get_node_id(), address=ray.util.get_node_ip_address())
+    desk = Desk(settings["model"], place)
     done = -1
     while True:
         number, job = ray.get(mailbox.next.remote(done))

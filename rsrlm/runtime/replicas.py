@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,11 +17,14 @@ from rsrlm.config import Config
 from rsrlm.records import Request, Sampling
 from rsrlm.runtime.engine import EngineDead, RequestFailed, cpu_environment
 from rsrlm.runtime.engine_actor import EngineActor
+from rsrlm.runtime.logs import keep_log
 from rsrlm.runtime.weights import WeightSet
 
 # Ways in which a replica is gone and can be replaced; Ray's memory monitor has one of its own.
 GONE = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDead)
-MOST_RESTARTS = 5  # for each replica of a pool
+MOST_RESTARTS = 5  # for each replica of a pool, in an hour
+HOUR_S = 3600.0
+RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 60.0  # between attempts to replace a replica
 LOOK_EVERY_S = 15.0
 SILENCE_S = 60.0  # without an answer, or a step, before a replica that has work is suspect
 
@@ -36,6 +40,7 @@ class Replica:
         self.index = index
         self.actor: Any = None
         self.version = ""
+        self.node, self.host, self.pid = "", "", 0  # where the actor is: the id of the Ray node, its host and process
         self.generation = 0
         self.outstanding = 0  # tokens that the requests in flight may still take
         self.last_answer = time.monotonic()
@@ -57,7 +62,7 @@ class Replicas:
         self._note = note
         self._tasks: set[asyncio.Task[None]] = set()
         self._freed = asyncio.Condition()
-        self._restarts = 0
+        self._restarts: list[float] = []  # when replicas were replaced, in the last hour
         self._health_checks = 0
 
     @property
@@ -73,7 +78,7 @@ class Replicas:
         started = time.monotonic()
         await self._bring_up(replica)
         seconds = round(time.monotonic() - started, 1)
-        self._note("engine_up", pool=self.name, replica=replica.index, seconds=seconds)
+        self._note("engine_up", pool=self.name, replica=replica.index, seconds=seconds, host=replica.host)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run in the background until the pool is closed."""
@@ -116,6 +121,7 @@ class Replicas:
         self._health_checks += 1
         sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=0)
         request = Request(id=f"health-{self._health_checks}", prompt_token_ids=(1,), sampling=sampling, priority=-1)
+        replica.node, replica.host, replica.pid = await replica.actor.place.remote()
         [outcome] = await replica.actor.generate.remote([request])
         if isinstance(outcome, Exception):
             raise outcome
@@ -141,15 +147,24 @@ class Replicas:
             return
         replica.generation += 1
         replica.ready.clear()
-        self._restarts += 1
+        now = time.monotonic()
+        self._restarts = [*(one for one in self._restarts if now - one < HOUR_S), now]
         reason = (str(error) or repr(error)).splitlines()[0][:300]
-        self._note("engine_lost", pool=self.name, replica=replica.index, error=reason)
-        if self._restarts > MOST_RESTARTS * len(self.all):
-            self.fail(PoolFailed(f"pool {self.name}: engines died {self._restarts} times; last: {error}"))
+        self._note("engine_lost", pool=self.name, replica=replica.index, host=replica.host, error=reason)
+        log = self.config.folder / "logs" / f"{self.name}-{replica.index}-{replica.host}-{replica.pid}.err"
+        self.spawn(self._keep_log(replica.index, replica.node, replica.pid, log))
+        if len(self._restarts) > MOST_RESTARTS * len(self.all):
+            self.fail(
+                PoolFailed(f"pool {self.name}: engines died {len(self._restarts)} times in an hour; last: {error}")
+            )
             return
         with contextlib.suppress(Exception):
             ray.kill(replica.actor)
         self.spawn(self._revive(replica))
+
+    async def _keep_log(self, index: int, node: str, pid: int, log: Path) -> None:
+        if lines := await keep_log(node, pid, log):
+            self._note("engine_log", pool=self.name, replica=index, log=str(log), lines=lines[-5:])
 
     def fail(self, error: PoolFailed) -> None:
         """Every request ends with this error, those in flight too: nobody watches their engines any more."""
@@ -161,11 +176,29 @@ class Replicas:
         self.spawn(self.wake())
 
     async def _revive(self, replica: Replica) -> None:
-        try:
-            await self._bring_up(replica)
-            self._note("engine_restarted", pool=self.name, replica=replica.index, version=replica.version)
-        except Exception as error:
-            self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
+        """As often as it takes while others serve: a host may be lost for hours."""
+        wait_s = RETRY_AFTER_S
+        while True:
+            try:
+                await self._bring_up(replica)
+                self._note(
+                    "engine_restarted",
+                    pool=self.name,
+                    replica=replica.index,
+                    version=replica.version,
+                    host=replica.host,
+                )
+                return
+            except Exception as error:
+                if not self.ready:
+                    self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
+                    return
+                reason = (str(error) or repr(error)).splitlines()[0][:300]
+                self._note("engine_not_restarted", pool=self.name, replica=replica.index, error=reason)
+            with contextlib.suppress(Exception):
+                ray.kill(replica.actor)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 
     async def watch(self, every_s: float = LOOK_EVERY_S, silence_s: float = SILENCE_S) -> None:
         """Replace each replica that has work and makes no step between two looks, or does not answer at all.

@@ -8,6 +8,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from rsrlm.records import seed_of
 from rsrlm.runtime import weights
 from rsrlm.runtime.checkpoints import load_checkpoint, newest_checkpoint, reference_path, save_checkpoint
 from rsrlm.runtime.export import export, send
-from rsrlm.runtime.mailbox import BroadcastJob, Finished, ForgetJob
+from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob
 from rsrlm.runtime.policy import Policy, load_policy
 from rsrlm.runtime.reference import Reference
 from rsrlm.runtime.shares import steps_of
+from rsrlm.runtime.weights import Transfer
 from rsrlm.settings.machine import ModelConfig
 from rsrlm.store.atomic import sync_files
 from rsrlm.store.items import ItemFile
@@ -36,11 +38,19 @@ def candidate_path(output: str, step: int) -> Path:
     return Path(f"{output}@{step}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank works: the id of its Ray node, and the address at which other hosts reach it."""
+
+    node: str = ""
+    address: str = "127.0.0.1"
+
+
 class Desk:
     """What one rank works at: the jobs, and the training that is kept in memory until it is done."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        self._model = model
+    def __init__(self, model: ModelConfig, place: Place) -> None:
+        self._model, self._place = model, place
         self._session: Session | None = None
 
     def do(self, job: TrainJob | BroadcastJob | ForgetJob, say: Say) -> None:
@@ -51,7 +61,11 @@ class Desk:
         if isinstance(job, ForgetJob):
             self.forget()
         elif dist.get_rank() == 0:
-            send(job)
+            try:
+                send(job, self._place.address, say)
+            except (OSError, RuntimeError) as error:  # of the network, or of a receiver: the training is as it was
+                say(Failed(message=f"weights were not sent: {error}"))
+                return
         say(Finished())
 
     def _train(self, job: TrainJob, say: Say) -> None:
@@ -59,7 +73,7 @@ class Desk:
         try:
             if self._session is None or not self._session.can_do(job):
                 self.forget()
-                self._session = Session(job, self._model, say)
+                self._session = Session(job, self._model, say, self._place.node)
             self._session.do(job, say)
             keep = job.until is not None
         finally:
@@ -76,8 +90,8 @@ class Desk:
 class Session:
     """A training in memory: the policy after as many optimizer steps as there are rows of metrics."""
 
-    def __init__(self, job: TrainJob, model: ModelConfig, say: Callable[[Said], None]) -> None:
-        self._job, self._model = job, model
+    def __init__(self, job: TrainJob, model: ModelConfig, say: Callable[[Said], None], node: str = "") -> None:
+        self._job, self._model, self._node = job, model, node
         self._root = dist.get_rank() == 0
         items: ItemFile[Any] = ItemFile(Path(job.items))
         self._steps = steps_of(len(items), job.train, job.seed, job.iteration)
@@ -139,7 +153,7 @@ class Session:
             say(
                 Trained(
                     steps=end,
-                    files=files,
+                    files=Transfer(node=self._node, files=files) if files else None,
                     train_seconds=trained - started,
                     write_seconds=written - trained,
                     export_seconds=time.perf_counter() - written,

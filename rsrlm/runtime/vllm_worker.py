@@ -1,7 +1,7 @@
 """What runs inside vLLM's worker processes: receive one version of the weights, check it, load it.
 
-Registered with vLLM's own weight-transfer API under the names `rsrlm_shm` and `rsrlm_gloo`. vLLM imports this module
-in its workers through `worker_extension_cls`. Nothing of the model is touched before all bytes have arrived and their
+Registered with vLLM's own weight-transfer API under the name `rsrlm`. vLLM imports this module in its workers through
+`worker_extension_cls`. Nothing of the model is touched before all bytes have arrived and their
 checksum is right, so a refused update leaves the engine as it was.
 """
 
@@ -19,10 +19,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rsrlm.runtime.gloo import broadcast, gloo_group
 from rsrlm.runtime.weights import WeightFile, bytes_of, tensors_in, verified
 
-BACKENDS = {"shm": "rsrlm_shm", "gloo": "rsrlm_gloo"}
+BACKEND = "rsrlm"
 
 
 def repair_tied_head(model: torch.nn.Module) -> None:
@@ -38,12 +37,7 @@ def repair_tied_head(model: torch.nn.Module) -> None:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Empty for shm. For gloo the rendezvous; a replica's first rank is `rank_offset`, the sender's is 0."""
-
-    master_address: str = ""
-    master_port: int = 0
-    rank_offset: int = 1
-    world_size: int = 1
+    """Empty: files need no preparation."""
 
 
 @dataclass
@@ -51,7 +45,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     files: list[dict[str, Any]] = field(default_factory=list)
 
 
-class ShmEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class FileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Reads the files of a version from this host's shared memory or disk."""
 
     init_info_cls = InitInfo
@@ -64,13 +58,10 @@ class ShmEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         self.seconds = {}
 
-    def _arrived(self, file: WeightFile) -> torch.Tensor:
-        return bytes_of(file.path)
-
     def receive_weights(self, update_info: UpdateInfo) -> None:
         started = time.perf_counter()
         files = [WeightFile(**entry) for entry in update_info.files]
-        arrived = [verified(self._arrived(file), file, f"worker {self.parallel_config.rank}") for file in files]
+        arrived = [verified(bytes_of(file.path), file, f"worker {self.parallel_config.rank}") for file in files]
         received = time.perf_counter()
         initialize_layerwise_reload(self.model)
         for data in arrived:
@@ -87,25 +78,6 @@ class ShmEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         pass
 
 
-class GlooEngine(ShmEngine):
-    """Receives the same bytes by broadcast from the host that has the files."""
-
-    group: Any = None
-
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
-        parallel = self.parallel_config
-        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank + init_info.rank_offset
-        self.group = gloo_group(init_info.master_address, init_info.master_port, rank, init_info.world_size)
-
-    def _arrived(self, file: WeightFile) -> torch.Tensor:
-        data = torch.empty(file.size, dtype=torch.uint8)
-        broadcast(self.group, data)
-        return data
-
-    def shutdown(self) -> None:
-        self.group = None
-
-
 class WorkerExtension:
     """Mixed into vLLM's worker; the names must not collide with its own."""
 
@@ -114,6 +86,5 @@ class WorkerExtension:
         return dict(self.weight_transfer_engine.seconds)  # type: ignore[attr-defined]
 
 
-for _name, _engine in ((BACKENDS["shm"], ShmEngine), (BACKENDS["gloo"], GlooEngine)):
-    if _name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(_name, _engine)
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, FileEngine)

@@ -1,14 +1,15 @@
 """One version of the weights as files that replicas read: written once, checksummed, addressed by version.
 
-The format is safetensors, so an exported model folder is a published version as it stands. Where the bytes lie on the
-host in shared memory the transfer is one write and one read; `rsrlm.runtime.vllm_worker` does the reading.
+The format is safetensors, so an exported model folder is a published version as it stands. Where the bytes lie in the
+host's shared memory the transfer is one write and one read; `rsrlm.runtime.vllm_worker` does the reading, and
+`rsrlm.runtime.carrier` brings them into the memory of other hosts.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,32 @@ class WeightFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """What the learner has written of a model: files in the memory of the host of `node` (an id of Ray's)."""
+
+    node: str
+    files: tuple[WeightFile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSet:
-    """One version: `folder` is the exported model it can always be loaded from, `files` what an update transfers."""
+    """One version: `folder` is the exported model it can always be loaded from, `files` its files there.
+
+    `local` has copies of them in the memory of hosts, by the id of the host's Ray node.
+    """
 
     version: str
     folder: str
     files: tuple[WeightFile, ...]
+    local: Mapping[str, tuple[WeightFile, ...]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
 
-    def update_info(self) -> dict[str, Any]:
-        return {"files": [asdict(file) for file in self.files]}
+    def update_info(self, node: str = "") -> dict[str, Any]:
+        """What a replica on this node is told: to read the copy of its own host, or the exported model."""
+        return {"files": [asdict(file) for file in self.local.get(node, self.files)]}
 
 
 def bytes_of(path: str | Path) -> torch.Tensor:
@@ -91,9 +105,14 @@ def describe(paths: list[Path]) -> tuple[WeightFile, ...]:
     return tuple(described)
 
 
+def has_room(size: int) -> bool:
+    """Whether this host's shared memory takes as many bytes, with a tenth to spare."""
+    return SHM.is_dir() and os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > 1.1 * size
+
+
 def transfer_folder(size: int, fallback: Path) -> Path:
-    """`/dev/shm` when the bytes fit with a tenth to spare, else a folder of the run."""
-    if SHM.is_dir() and os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > 1.1 * size:
+    """`/dev/shm` when the bytes fit, else a folder of the run."""
+    if has_room(size):
         return SHM
     fallback.mkdir(parents=True, exist_ok=True)
     return fallback
@@ -122,7 +141,7 @@ def write(tensors: dict[str, torch.Tensor], run: Path, version: str) -> tuple[We
 
 
 def remove(files: tuple[WeightFile, ...], run: Path) -> None:
-    """Delete transfer files (never those of an exported model)."""
+    """Delete transfer files of this host (never those of an exported model)."""
     for file in files:
         path = Path(file.path)
         if path.name.startswith(file_prefix(run)):

@@ -67,7 +67,11 @@ class Engine(Section):
 
 
 class Weights(Section):
-    transport: Literal["shm", "gloo"] = Field("shm", description="shm: one file on the host; gloo: between hosts")
+    transport: Literal["shm", "gloo"] = Field(
+        "shm",
+        description="to the replicas on other hosts than the learner's, which share its memory: shm: they read the "
+        "exported model in the run folder; gloo: a copy is sent to each host",
+    )
     deadline_s: Number = Field(120.0, gt=0, description="an update that takes longer fails")
 
 

@@ -4,10 +4,12 @@ An item is a frozen dataclass such as PreferencePair or Example. It has a field 
 None, and tuples of numbers (integers of 32 bits).
 """
 
+import contextlib
 import hashlib
 import importlib
 import os
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,9 +19,12 @@ import msgspec
 import numpy as np
 import xxhash
 
+from rsrlm.settings.base import ConfigError
 from rsrlm.store.atomic import append, numbered, sync_path
 
 Item = TypeVar("Item")
+
+SEEN_WITHIN_S = 60.0  # Linux writes back after 35 s, and NFS keeps what it knows of a file for as long as this
 
 _CODES = {"i": 1, "d": 2}
 _FORMATS = {code: form for form, code in _CODES.items()}
@@ -162,11 +167,26 @@ class Items(Sequence[Item], Generic[Item]):
         return dict(zip(names, _LENGTHS.decode(self._bytes(index)), strict=True))
 
     def _bytes(self, index: int) -> bytes:
+        """As they were written. Raises ConfigError where they do not come to this host: whoever wrote them did not wait
+        until others can see them, and a network file system may take as long as its cache lasts."""
         at = range(len(self))[index]
-        number, offset, length, _ = _PLACE.unpack_from(self._places, at * _PLACE.size)
-        if number not in self._open:
-            self._open[number] = os.open(self._files[number], os.O_RDONLY)
-        return os.pread(self._open[number], length, offset)
+        number, offset, length, digest = _PLACE.unpack_from(self._places, at * _PLACE.size)
+        began = time.monotonic()
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                if number not in self._open:
+                    self._open[number] = os.open(self._files[number], os.O_RDONLY)
+                data = os.pread(self._open[number], length, offset)
+                if xxhash.xxh3_64_intdigest(data) == digest:
+                    return data
+            if time.monotonic() - began > SEEN_WITHIN_S:
+                raise ConfigError(
+                    f"{self._files[number]}: {length} bytes at {offset} are not here as they were written, after "
+                    f"{SEEN_WITHIN_S:g} s; runs must be a folder that all hosts share"
+                )
+            if number in self._open:
+                os.close(self._open.pop(number))  # to open a file is to ask its server anew
+            time.sleep(0.1)
 
     def close(self) -> None:
         while self._open:

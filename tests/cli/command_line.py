@@ -85,6 +85,7 @@ class AnsweringPool:
     """A pool of such engines in the place of real ones."""
 
     slots = 8
+    nodes: tuple[str, ...] = ()
 
     def __init__(self, engines: Answering, weights: Any) -> None:
         self.engines, self.held = engines, weights.version
@@ -92,7 +93,7 @@ class AnsweringPool:
     async def start(self) -> None: ...
     async def close(self) -> None: ...
 
-    async def publish(self, weights: Any, broadcast: Any) -> list[dict[str, Any]]:
+    async def publish(self, weights: Any) -> list[dict[str, Any]]:
         self.held = weights.version
         return []
 
