@@ -86,6 +86,6 @@ def test_a_folder_that_an_earlier_attempt_left_empty(
     ],
 )
 def test_gpus_on_a_machine_without(overrides: list[str], refused: Callable[..., str]) -> None:
-    message = refused(*overrides, "model.dtype=bfloat16")
+    message = refused(*overrides, "model.dtype=bfloat16", "train.zero_stage=1")
     assert message.startswith(f"rsrlm: {overrides[0]}: this machine has no NVIDIA GPU; set engine.gpus=0 and train.gp")
     assert "ray.address=HOST:PORT" in message
