@@ -136,7 +136,7 @@ def test_ranks_on_two_hosts_train_together(hosts: Hosts, config_file: Path) -> N
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, "\n".join(process.communicate())
         assert time.monotonic() < deadline
         time.sleep(0.1)
     return found

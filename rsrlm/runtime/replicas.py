@@ -47,6 +47,11 @@ class Replica:
         self.ready = asyncio.Event()
 
 
+def _vanished(error: BaseException | None) -> bool:
+    """Whether an actor ended without an error of its own: with its host, or killed."""
+    return isinstance(error, RayActorError) and not error.actor_init_failed
+
+
 class Replicas:
     """Engine actors that are to hold the same weights, `weights`. Use them from one event loop.
 
@@ -176,8 +181,9 @@ class Replicas:
         self.spawn(self.wake())
 
     async def _revive(self, replica: Replica) -> None:
-        """As often as it takes while others serve: a host may be lost for hours."""
-        wait_s = RETRY_AFTER_S
+        """As often as it takes while others serve: a host may be lost for hours. Where none does, for as long as a
+        start may take: Ray may not have seen yet that a host is dead, and place a replica there."""
+        wait_s, deadline = RETRY_AFTER_S, time.monotonic() + self.config.engine.start_timeout_s
         while True:
             try:
                 await self._bring_up(replica)
@@ -190,7 +196,7 @@ class Replicas:
                 )
                 return
             except Exception as error:
-                if not self.ready:
+                if not self.ready and not (_vanished(error.__cause__) and time.monotonic() < deadline):
                     self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
                     return
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
