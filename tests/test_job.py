@@ -77,11 +77,16 @@ class Head:
             return None
 
     def submit(self, name: str, entrypoint: list[str], *options: str) -> subprocess.CompletedProcess[str]:
-        """As one would from the shell."""
+        """As one would from the shell. A head that has just come up has no agent for jobs yet."""
         command = [*RAY, "job", "submit", "--submission-id", name, "--working-dir", str(REPOSITORY), *options, "--"]
-        return subprocess.run(
-            [*command, *entrypoint], env=self.environ, capture_output=True, text=True, timeout=300, check=False
-        )
+
+        def once() -> subprocess.CompletedProcess[str] | None:
+            done = subprocess.run(
+                [*command, *entrypoint], env=self.environ, capture_output=True, text=True, timeout=300, check=False
+            )
+            return None if "No available agent" in done.stderr else done
+
+        return until(once)
 
     def logs(self, name: str) -> str:
         return str((self.ask(f"{name}/logs") or {}).get("logs", ""))

@@ -123,9 +123,7 @@ def check_disk(folder: Path, needed: int) -> Finding:
     return Finding("disk", "fail", detail, "make room there, or point `runs` at another disk: runs=/path")
 
 
-def check_shared_memory(folder: Path, needed: int, transport: str) -> Finding:
-    if transport != "shm":
-        return Finding("shared memory", "ok", f"not used by weights.transport={transport}")
+def check_shared_memory(folder: Path, needed: int) -> Finding:
     free = shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
     detail = f"{_gib(free)} free in {folder}, {_gib(needed)} needed"
     if free >= needed:
@@ -247,7 +245,7 @@ def diagnose(config: Config | None = None) -> list[Finding]:
         check_versions(versions),
         *compute,
         check_disk(runs, disk),
-        check_shared_memory(SHM, shared, config.weights.transport),
+        check_shared_memory(SHM, shared),
         check_ray(address, source, environ),
         check_ray_token(environ),
         of_model,

@@ -97,10 +97,9 @@ def test_disk(tmp_path: Path) -> None:
 
 
 def test_shared_memory(tmp_path: Path) -> None:
-    expect(doctor.check_shared_memory(tmp_path, 1, "shm"), "ok")
-    expect(doctor.check_shared_memory(tmp_path, 1 << 60, "gloo"), "ok", "gloo")
-    expect(doctor.check_shared_memory(tmp_path, 1 << 60, "shm"), "warn", "falls back to the run folder", "remount")
-    expect(doctor.check_shared_memory(tmp_path / "none", 3 * GIB, "shm"), "warn", "0.0 GiB free", "--shm-size=3g")
+    expect(doctor.check_shared_memory(tmp_path, 1), "ok")
+    expect(doctor.check_shared_memory(tmp_path, 1 << 60), "warn", "falls back to the run folder", "remount")
+    expect(doctor.check_shared_memory(tmp_path / "none", 3 * GIB), "warn", "0.0 GiB free", "--shm-size=3g")
 
 
 @pytest.mark.parametrize(
