@@ -242,10 +242,7 @@ def spearman(x: Sequence[float] | Numbers, y: Sequence[float] | Numbers) -> floa
     """Spearman's rank correlation, ties by mean rank. Neither side may be constant."""
     from scipy.stats import rankdata
 
-    # One side after the other, and in place: scipy's own spearmanr holds both several times over.
-    first, second = rankdata(x), rankdata(y)
-    for ranks in (first, second):
-        ranks -= ranks.mean()
+    first, second = (ranks - ranks.mean() for ranks in map(rankdata, (x, y)))  # half of what scipy's spearmanr holds
     return float(first @ second / sqrt((first @ first) * (second @ second)))
 
 
