@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.full, pytest.mark.timeout(400)]
 
 REPOSITORY = Path(__file__).parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
