@@ -60,7 +60,8 @@ class Head:
 
     def _start(self, *arguments: str) -> None:
         log = (self.folder / f"start{len(self._started)}.log").open("wb")
-        command = [*RAY, "start", *START, *arguments]
+        # Jobs' agents listen at one port of a host, which the cluster of other tests may have.
+        command = [*RAY, "start", *START, f"--dashboard-agent-listen-port={free_port()}", *arguments]
         self._started.append(subprocess.Popen(command, env=self.environ, stdout=log, stderr=log))
 
     def add_host(self) -> None:
