@@ -78,24 +78,38 @@ def best_against_worst(
         chosen, rejected = draw.choice(good), draw.choice(bad)
     else:
         chosen, rejected = good[0], bad[0]
+    made = pair_of(group_id(iteration, chosen.response.prompt_id), chosen, rejected)
+    limit = rule.max_chosen_chars
+    if isinstance(made, PreferencePair) and limit is not None and length(chosen) > limit:
+        return NoPair(reason="chosen too long")
+    return made
+
+
+def pair_of(
+    group: str, chosen: Candidate, rejected: Candidate, *, weight: float = 1.0, target: float = 1.0
+) -> PreferencePair | NoPair:
+    """The pair of two responses of a group, whichever models sampled them; none with equal scores or equal tokens.
+
+    Its weight version is that of the chosen response.
+    """
+    winner, loser = chosen.response, rejected.response
     if chosen.points - rejected.points <= TIE:
         # A cut response may hold the best score: then the winners' best can equal, never undercut, the worst.
         return NoPair(reason="equal scores")
-    if chosen.response.token_ids == rejected.response.token_ids:
+    if winner.token_ids == loser.token_ids:
         return NoPair(reason="same tokens")
-    if rule.max_chosen_chars is not None and len(chosen.response.text) > rule.max_chosen_chars:
-        return NoPair(reason="chosen too long")
-    group = group_id(iteration, chosen.response.prompt_id)
     return PreferencePair(
-        id=f"{group}/{chosen.response.index}>{rejected.response.index}",
-        prompt_id=chosen.response.prompt_id,
+        id=f"{winner.id}>{loser.id.removeprefix(f'{group}/')}",
+        prompt_id=winner.prompt_id,
         kind="actor",
-        chosen_id=chosen.response.id,
-        rejected_id=rejected.response.id,
-        prompt_token_ids=chosen.response.prompt_token_ids,
-        chosen_token_ids=chosen.response.token_ids,
-        rejected_token_ids=rejected.response.token_ids,
+        chosen_id=winner.id,
+        rejected_id=loser.id,
+        prompt_token_ids=winner.prompt_token_ids,
+        chosen_token_ids=winner.token_ids,
+        rejected_token_ids=loser.token_ids,
         chosen_score=chosen.points,
         rejected_score=rejected.points,
-        weight_version=chosen.response.weight_version,
+        weight_version=winner.weight_version,
+        weight=weight,
+        target=target,
     )

@@ -11,7 +11,6 @@ dataclasses.
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -42,8 +41,9 @@ def all_modules() -> list[str]:
 def fingerprint() -> str:
     """Of all that a verdict depends on in the project."""
     found = hashlib.sha256()
-    folders = ((ROOT / name).rglob("*") for name in ("rsrlm", "tests", "configs", "benchmarks", "docs"))
-    for path in sorted([*itertools.chain.from_iterable(folders), ROOT / "pyproject.toml"]):
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    places = [ROOT / name for name in ("rsrlm", "tests", "pyproject.toml", *config["tool"]["mutmut"]["also_copy"])]
+    for path in sorted({found for place in places for found in (place, *place.rglob("*"))}):
         if path.is_file() and path != ACCEPTED and "__pycache__" not in path.parts:
             found.update(f"{path}\0".encode() + path.read_bytes())
     return found.hexdigest()

@@ -282,7 +282,6 @@ PLAIN = st.builds(
     st.text(max_size=20) | st.sampled_from([" is  the\nbest tea", "\n\n", " answer. The question", ", [INST] 12 "]),
     NOT_AROUND,
 )
-CONTENT = "{{ prompt }}"
 
 
 def own_prompt(tokenizer: Any, text: str, **options: Any) -> tuple[int, ...]:

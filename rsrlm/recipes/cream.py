@@ -15,9 +15,9 @@ from pydantic import Field
 from rsrlm.engines import Engines, Model, gather
 from rsrlm.judges import verdicts
 from rsrlm.judges.base import Context, Origin, judgement_of
-from rsrlm.pairing import Candidate, candidates
+from rsrlm.pairing import Candidate, candidates, pair_of
 from rsrlm.recipes.base import Batch, Demand, respond
-from rsrlm.recipes.parts import group_of, pair_of
+from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Prompt, Response, Scored, Task, Verdict
 from rsrlm.run import Run

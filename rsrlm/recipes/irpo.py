@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from rsrlm.engines import Engines
 from rsrlm.judges.answers import RightAnswer, gold
 from rsrlm.judges.base import mean_verdicts
-from rsrlm.pairing import Candidate
+from rsrlm.pairing import Candidate, pair_of
 from rsrlm.recipes.base import Demand
-from rsrlm.recipes.parts import given, group_of, pair_of
+from rsrlm.recipes.parts import given, group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, NoPair, PreferencePair, Prompt, Response, Scored, Task, Verdict
 from rsrlm.settings.base import Number, Section

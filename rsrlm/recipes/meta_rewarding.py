@@ -20,7 +20,7 @@ from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand
 from rsrlm.recipes.self_rewarding import SelfRewarding, in_training_order
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Preferred, Response, Task
 from rsrlm.settings.base import Number, Section
-from rsrlm.store.buffer import pairs_of
+from rsrlm.store.buffer import pairs_of, reasons_of
 
 
 class Meta(Section):
@@ -125,7 +125,6 @@ class MetaRewarding(SelfRewarding):
 
     def items(self, iteration: int, groups: Sequence[Group]) -> Batch:
         """Only when all groups are finished: the weights count the wins of the whole iteration."""
-        actor = super().items(iteration, groups)
         weights = meta_judging.position_weights(one for group in groups for one in group.comparisons)
         dropped = Counter[str]()
 
@@ -146,7 +145,7 @@ class MetaRewarding(SelfRewarding):
         return Batch(
             items=in_training_order(pairs, self.context.seed, iteration),
             groups=groups,
-            dropped=actor.dropped + dropped,
+            dropped=reasons_of(groups) + dropped,
             measures={"meta": measures},
         )
 

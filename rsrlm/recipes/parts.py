@@ -1,40 +1,10 @@
-"""What several recipes build: a pair of two responses, a group, a response that nobody sampled."""
+"""What several recipes build: a group, a response that nobody sampled."""
 
 from collections.abc import Sequence
 
-from rsrlm.pairing import TIE, Candidate
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Sampling, Task
 
 NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, max_tokens=0, seed=0)
-
-
-def pair_of(
-    group: str, chosen: Candidate, rejected: Candidate, *, weight: float = 1.0, target: float = 1.0
-) -> PreferencePair | NoPair:
-    """The pair of two responses of a group, whichever models sampled them; none with equal scores or equal tokens.
-
-    Its weight version is that of the chosen response.
-    """
-    winner, loser = chosen.response, rejected.response
-    if chosen.points - rejected.points <= TIE:
-        return NoPair(reason="equal scores")
-    if winner.token_ids == loser.token_ids:
-        return NoPair(reason="same tokens")
-    return PreferencePair(
-        id=f"{winner.id}>{loser.id.removeprefix(f'{group}/')}",
-        prompt_id=winner.prompt_id,
-        kind="actor",
-        chosen_id=winner.id,
-        rejected_id=loser.id,
-        prompt_token_ids=winner.prompt_token_ids,
-        chosen_token_ids=winner.token_ids,
-        rejected_token_ids=loser.token_ids,
-        chosen_score=chosen.points,
-        rejected_score=rejected.points,
-        weight_version=winner.weight_version,
-        weight=weight,
-        target=target,
-    )
 
 
 def group_of(

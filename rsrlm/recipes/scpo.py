@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from rsrlm.engines import Engines, gather
 from rsrlm.judges.answers import FinalAnswer, Found, RightAnswer, gold
 from rsrlm.judges.base import Context
-from rsrlm.pairing import TIE, Candidate
+from rsrlm.pairing import TIE, Candidate, pair_of
 from rsrlm.recipes import irpo
 from rsrlm.recipes.base import Batch, Demand, respond
 from rsrlm.recipes.irpo import WithLikelihood
-from rsrlm.recipes.parts import group_of, pair_of
+from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, NoPair, PreferencePair, Prompt, Response, Scored, Task, Verdict
 from rsrlm.settings.base import Number, Section

@@ -9,6 +9,7 @@ from rsrlm.engines import Engines, gather
 from rsrlm.judges.base import Context, Origin, judge_of, mean_verdicts
 from rsrlm.pairing import best_against_worst
 from rsrlm.recipes.base import Batch, Demand, Recipe, respond
+from rsrlm.recipes.parts import group_of
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Task
 from rsrlm.settings.base import Section
 from rsrlm.settings.methods import JudgeConfig, Pair, PerIteration, Sample
@@ -60,16 +61,7 @@ class SelfRewarding(Recipe):
 
     async def group(self, engines: Engines, task: Task) -> Group:
         responses, judgements = await self.scored(engines, task)
-        pair = self.pair(task, responses, judgements)
-        return Group(
-            id=task.id,
-            iteration=task.iteration,
-            prompt=task.prompt,
-            responses=responses,
-            judgements=judgements,
-            pairs=() if isinstance(pair, NoPair) else (pair,),
-            no_pair_reason=pair.reason if isinstance(pair, NoPair) else "",
-        )
+        return group_of(task, responses, judgements, self.pair(task, responses, judgements))
 
     def items(self, iteration: int, groups: Sequence[Group]) -> Batch:
         return Batch(

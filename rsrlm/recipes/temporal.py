@@ -13,9 +13,9 @@ from pydantic import Field
 
 from rsrlm.engines import Engines, Model, gather
 from rsrlm.judges.base import Origin, mean_verdicts
-from rsrlm.pairing import TIE, Candidate, candidates
+from rsrlm.pairing import TIE, Candidate, candidates, pair_of
 from rsrlm.recipes.base import Batch, Demand, respond
-from rsrlm.recipes.parts import group_of, pair_of
+from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Role, Task
 from rsrlm.run import Run

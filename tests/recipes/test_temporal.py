@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import pytest
 from made import response
 
-from rsrlm.pairing import Candidate, candidates
-from rsrlm.recipes.parts import pair_of
+from rsrlm.pairing import Candidate, candidates, pair_of
 from rsrlm.recipes.temporal import chosen_and_rejected
 from rsrlm.records import NoPair, PreferencePair, Scored, Unparsed, group_id
 from rsrlm.settings.methods import Pair
