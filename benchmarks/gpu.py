@@ -149,8 +149,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         gathered = time.perf_counter()
         weights.write(state, folder, "M1")
         found |= {"gather_s": gathered - started, "write_s": time.perf_counter() - gathered}
-        for path in weights.stale_files(folder):
-            path.unlink()
+        weights.remove_stale(folder)
     policy.close()
     dist.destroy_process_group()
     if case.device == "cuda":

@@ -78,7 +78,7 @@ class Offline:
         arguments = engine_arguments(config, folder)
         self._priorities = token_budget is not None
         if token_budget is not None:
-            arguments |= {**rsrlm_arguments(config), "max_num_batched_tokens": token_budget}
+            arguments |= {**rsrlm_arguments(), "max_num_batched_tokens": token_budget}
         self._llm = LLM(**arguments)
 
     def facts(self) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class Run:
         self._wanted = first
         self._holding = asyncio.Lock()
         self._recipe: MakesGroups | None = None
+        self._trainer: Trainer | None = None
         self.prefix_cache_hit_share: float | None = None  # of the last groups
 
     def say(self, text: str) -> None:
@@ -179,6 +180,7 @@ class Run:
 
     async def train(self, start: Model, items: Sequence[Any], rule: Any, name: str) -> Model:
         """The model `name`, trained from `start` on items within an iteration; `rule` is a TrainRule."""
+        assert self._trainer, "`begin` comes before an iteration"
         return await self._trainer(start, items, rule, name)
 
     async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:

@@ -97,8 +97,8 @@ class Hosts:
             self._up([head], cpus)
         self._up([name for name in cpus if name != head], cpus)
 
-    def _up(self, names: list[str], cpus: dict[str, float], tries: int = 5) -> None:
-        for _ in range(tries):  # a raylet that is not there within 30 s gives up: too little for a busy machine
+    def _up(self, names: list[str], cpus: dict[str, float]) -> None:
+        for _ in range(5):  # a raylet that is not there within 30 s gives up: too little for a busy machine
             logs = {name: self.folder / f"{name}.log" for name in names}
             for name, log in logs.items():
                 self._raylets[name] = self.start(
@@ -141,7 +141,9 @@ class Hosts:
 
     def files(self, name: str, pattern: str) -> list[str]:
         """What is there of this pattern on a host."""
-        return self.run(name, "bash", "-c", f"compgen -G '{pattern}'").stdout.split()
+        done = self.run(name, "bash", "-c", f"compgen -G '{pattern}' || true")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
 
     def close(self) -> None:
         self._holder.kill()  # and with it all that is in its namespaces

@@ -3,7 +3,6 @@
 import random
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import PAIR, made_for
 
-from rsrlm.records import Group, PreferencePair
+from rsrlm.records import Group
 from rsrlm.store.buffer import Buffer, ids_of, in_order, pairs_of, reasons_of, receipt_of
 from rsrlm.store.items import Segment
 
@@ -28,7 +27,7 @@ def buffered(folder: Path, groups: list[Group], seed: int = 0, producers: int = 
     buffer = Buffer([group.id for group in groups], folder)
     segments = [Segment(folder / str(number)) for number in range(producers)]
     for index in random.Random(seed).sample(range(len(groups)), len(groups)):
-        assert buffer.put(index, receipt_of(groups[index], segments[index % producers]))
+        buffer.put(index, receipt_of(groups[index], segments[index % producers]))
     return buffer
 
 
@@ -60,17 +59,6 @@ def test_pairs_made_of_all_groups(tmp_path: Path) -> None:
     more = [replace(PAIR, id=f"00/milk/0#{number}>2", kind="judge") for number in range(2)]
     together = pairs_of(buffered(tmp_path, groups), iter(more))
     assert list(together) == list(pairs_of(groups, more)) == [*groups[0].pairs, *more]
-
-
-def test_the_first_receipt_of_a_group_stays(tmp_path: Path) -> None:
-    """A producer that was thought dead may finish as well."""
-    buffer, segment = Buffer(["00/tea"], tmp_path), Segment(tmp_path / "0")
-    assert buffer.put(0, receipt_of(paired("tea"), segment))
-    assert not buffer.put(0, receipt_of(paired("tea", 3), segment))
-    assert not buffer.put(0, receipt_of(paired("tea", 0), segment))
-    assert list(buffer) == [paired("tea")]
-    assert list(buffer.pairs) == list(paired("tea").pairs)
-    assert buffer.reasons == Counter()
 
 
 def test_groups_that_are_not_finished(tmp_path: Path) -> None:
@@ -123,7 +111,3 @@ def test_memory_holds_neither_groups_nor_pairs(tmp_path: Path) -> None:
         timeout=120,
     )
     assert float(done.stdout) < 400  # a group of this size takes 10,000 as objects
-
-
-def test_pairs_are_of_one_type(tmp_path: Path) -> None:
-    assert buffered(tmp_path, [paired("tea")]).pairs.kind is PreferencePair

@@ -205,7 +205,6 @@ def test_ray_knows_its_environment() -> None:
     package = Path(source.origin).parent
     where = {
         "RAY_JOB_STOP_WAIT_TIME_S": "dashboard/modules/job/job_supervisor.py",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "train/v2/_internal/constants.py",
         "RAY_worker_niceness": "_private/ray_constants.py",
         "/api/healthz": "dashboard/http_server_agent.py",
         "52365": "_private/ray_constants.py",

@@ -62,15 +62,15 @@ def test_any_item_comes_back(tokens: tuple, logprobs: tuple, turns: int, text: s
     assert decoded(encoded(item), Graded) == item
 
 
-@pytest.mark.parametrize("index", [0, 1, 99, -1, -100])
-def test_items_of_a_file(tmp_path: Path, index: int) -> None:
+def test_items_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "00" / "items"
     made = pairs(100)
     write_items(path, made)
     file: ItemFile[PreferencePair] = ItemFile(path)
     assert len(file) == 100
     assert file.kind is PreferencePair
-    assert file[index] == made[index]
+    for index in (0, 1, 99, -1, -100):
+        assert file[index] == made[index]
     assert list(file) == file[:] == made
     assert file[10:1:-3] == made[10:1:-3]
     for outside in (100, -101):
@@ -163,12 +163,11 @@ def test_a_full_disk_loses_no_item(tmp_path: Path) -> None:
 
 
 READER = """
+import os
 import sys
-import threading
-import time
 from pathlib import Path
 from rsrlm.store.items import ItemFile
-resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 file = ItemFile(Path(sys.argv[1]))
 before = resident()
 items = [file[index] for index in (0, len(file) // 2, len(file) - 1)]

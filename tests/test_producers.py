@@ -220,8 +220,9 @@ def test_what_was_answered_is_not_asked_again_by_another_number_of_producers(wor
     assert world.asked() == []
     assert counted == {("actor", 0): 36, ("actor", 1): 0, ("judge", 0): 36, ("judge", 1): 0}
     # Nor by the driver itself.
-    log = Journals(world.store.folder)
-    assert len(log) == 72
+    engine, log = Seeded(), Journals(world.store.folder)
+    assert groups_of(recipe_of(world.config, Characters()), engine, PROMPTS, log=log) == first
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_a_run_with_producers_has_the_groups_and_events_of_one_without(world: Wo
             pools, Answers(log), screen, lambda kind, **fields: events.append({"event": kind, **fields}), model("M0"),
             world.store.segments,
         )  # fmt: skip
-        run.begin(recipe, run.train)
+        run.begin(recipe, nobody_trains)
         made = await run.groups(await run.load(model("M0")), recipe, TASKS)
         # Once more in this iteration, and by a recipe that the producers do not know: by the driver.
         again = await run.groups(await run.load(model("M0")), recipe, TASKS)
@@ -365,8 +366,14 @@ def test_a_run_with_producers_has_the_groups_and_events_of_one_without(world: Wo
     assert not (world.store.segments / "00").exists()
 
 
+async def nobody_trains(*_: Any) -> Model:
+    raise AssertionError
+
+
 def test_a_producer_reads_what_was_answered_when_it_started(world: World) -> None:
     """Answers of another's journal, and of the driver's own."""
+    log = CompletionLog(world.store.folder / "journal.jsonl")
+    groups_of(recipe_of(world.config, Characters()), Seeded(), PROMPTS[1:2], log=log)
     asyncio.run(_two_producers(world))
 
 
@@ -388,3 +395,5 @@ async def _two_producers(world: World) -> None:
     assert read(made.receipt) == read(again.receipt)
     assert len(world.asked()) == asked
     assert made.receipt.segment != again.receipt.segment
+    await second.make(model("M0"), TASKS[1])
+    assert len(world.asked()) == asked  # the driver's

@@ -25,6 +25,7 @@ from rsrlm.commands import plan
 from rsrlm.commands.doctor_ray import Finding, check_ray, check_ray_token
 from rsrlm.config import Config, load
 from rsrlm.runtime.address import ray_address
+from rsrlm.runtime.room import engines_of
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
@@ -69,7 +70,7 @@ def check_cores(config: Config, cores: int) -> Finding:
         mend = "give it 2: `taskset -c 0,1`, `--cpus=2`"
         return Finding("cores", "fail", f"{cores} core for this process; a run needs 2", mend)
     engine, train = config.engine, config.train
-    replicas = engine.replicas + config.judge.replicas
+    replicas = engines_of(config)
     threads = {
         "engine.threads x (engine.replicas + judge.replicas)": engine.threads * replicas * (not engine.gpus),
         "train.threads x train.workers": train.threads * train.workers * (not train.gpus),
@@ -96,7 +97,7 @@ def check_memory(available: int, headroom: int | None, needed: int) -> Finding:
 def check_accelerator(config: Config, present: int, installed: Mapping[str, str]) -> Finding:
     """`present`: GPUs that this process may use; `installed` as for check_versions."""
     engine, train = config.engine, config.train
-    asked = engine.gpus * (engine.replicas + config.judge.replicas) + train.gpus * train.workers
+    asked = engine.gpus * engines_of(config) + train.gpus * train.workers
     if asked and not present:
         why = f"the config asks for {asked} GPU and this process sees none"
         mend = "run where `nvidia-smi -L` lists one and CUDA_VISIBLE_DEVICES does not hide it, or set engine.gpus=0 "

@@ -4,7 +4,6 @@ Counts and tokens are upper bounds. Memory and disk are estimates whose constant
 """
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rsrlm.config import Config, dump
 from rsrlm.model import num_parameters, weight_files
 from rsrlm.recipes.base import Demand
 from rsrlm.report.progress import Report
+from rsrlm.runtime.address import address_of
 from rsrlm.runtime.setup import Prepared
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.methods import JudgeSection
@@ -264,11 +264,10 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
 
 def check(planned: Plan, config: Config) -> None:
     """Raises ConfigError when the run cannot fit on this machine's memory or disk."""
-    # "local" is Ray's word for a cluster of the run's own.
-    joins = (config.ray.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     need = total_memory(planned.memory)
     have = psutil.virtual_memory().total
-    if not joins and config.engine.gpus == 0 and need > have:
+    on_gpus = config.engine.gpus or config.train.gpus
+    if not address_of(config) and not on_gpus and need > have:
         raise ConfigError(
             f"the run needs about {need / GIB:.1f} GiB of memory (see `rsrlm plan`), this machine has "
             f"{have / GIB:.1f}; use a smaller model.path, engine.kv_cache_gib or train.micro_batch"

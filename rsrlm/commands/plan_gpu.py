@@ -1,7 +1,8 @@
 """What a run on GPUs would take, by formulas: requests, tokens, memory of each GPU, seconds. It needs no GPU, weights,
 prompts or seed data: the model's config.json is enough.
 
-docs/gpus.md says where the constants come from. None of them was measured in a run of rsrlm on GPUs.
+docs/gpus.md says where the constants come from. Only training was measured, on one H200
+(benchmarks/gpu.py): 20 % of the peak at most, where 40 % stands here.
 """
 
 import math
@@ -202,8 +203,8 @@ def show(config: Config, gpu_gb: float, report: Report) -> None:
     for line in too_large(config, demands, gpu):
         report.line(f"does not fit: {line}")
     report.line(
-        "These are formulas for H100s (docs/gpus.md): nothing of it was measured in a run on GPUs. Decoding may be off "
-        "by 30 %, lengths by 40 %."
+        "These are formulas for H100s (docs/gpus.md), hardly measured: decoding may be off by 30 %, lengths by 40 %, "
+        "and training may take twice as long."
     )
     report.line(f"run folder: {config.folder}")
 

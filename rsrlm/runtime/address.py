@@ -13,8 +13,10 @@ RAY_NOTE = Path("/tmp/ray/ray_current_cluster")  # where `ray start` notes the a
 
 def address_of(config: Config) -> str | None:
     """The cluster to join. "local" is Ray's word for none: one of this run's own."""
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address
+    address = config.ray.address
+    if address in (None, "", "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
+    return None if address in (None, "", "local") else address
 
 
 def ray_address(configured: str | None, environ: Mapping[str, str], note: Path = RAY_NOTE) -> tuple[str, str]:

@@ -32,7 +32,7 @@ class AsyncEngine:
 
         self._replica = replica
         self._initial_version: str | None = version
-        arguments = AsyncEngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
+        arguments = AsyncEngineArgs(**engine_arguments(config, folder), **rsrlm_arguments())
         self._engine: Any = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
     async def _named(self) -> Any:

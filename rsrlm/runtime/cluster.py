@@ -69,13 +69,9 @@ def ray_cluster(
     _set_environment(address_of(config))
     import ray
 
-    from rsrlm.runtime.weights import stale_files
+    from rsrlm.runtime.weights import remove_stale
 
-    def remove_stale() -> None:
-        for stale in stale_files(store.folder):
-            stale.unlink(missing_ok=True)
-
-    remove_stale()
+    remove_stale(store.folder)
     try:
         context = begun.result() if begun else _init(config)
         session = context.address_info.get("session_dir")
@@ -85,7 +81,7 @@ def ray_cluster(
         yield
     finally:
         ray.shutdown()
-        remove_stale()
+        remove_stale(store.folder)
 
 
 def joined(config: Config, begun: Future[Any], say: Callable[[str], None]) -> None:

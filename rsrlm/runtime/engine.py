@@ -94,7 +94,7 @@ def engine_arguments(config: Config, folder: str) -> dict[str, Any]:
     return arguments
 
 
-def rsrlm_arguments(config: Config) -> dict[str, Any]:
+def rsrlm_arguments() -> dict[str, Any]:
     """What rsrlm adds to plain engine arguments: priorities and the way that weights come in."""
     from vllm.config import WeightTransferConfig
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rsrlm.config import Config
 from rsrlm.jobs import Event, Trained, TrainJob, follow
 from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, LearnerJob, Listening, Mailbox, Stop
+from rsrlm.runtime.places import on_node
 from rsrlm.runtime.rank import serve
 from rsrlm.runtime.room import wait_of
 from rsrlm.store.steps import StepLog
@@ -40,8 +40,7 @@ class LearnerGroup:
 
     async def start(self) -> None:
         # Beside the driver: a host that is lost takes no mailbox along, whose jobs nobody else knows.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        placed = {"num_cpus": 0, "scheduling_strategy": here}
+        placed = on_node(ray.get_runtime_context().get_node_id())
         self._mailbox = ray.remote(Mailbox).options(max_concurrency=1000, **placed).remote()
         settings = {"env_vars": train_settings(self._config, os.environ)}
         self._fitting = ray.remote(Fitting).options(runtime_env=settings, **placed).remote()

@@ -45,7 +45,7 @@ class InProcessEngine:
         from vllm import EngineArgs, LLMEngine
         from vllm.usage.usage_lib import UsageContext
 
-        arguments = EngineArgs(**engine_arguments(config, folder), **rsrlm_arguments(config))
+        arguments = EngineArgs(**engine_arguments(config, folder), **rsrlm_arguments())
         # The context of vLLM's LLM: with another one, vLLM would choose a smaller token budget for a step.
         self._engine = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         self._engine.set_weight_version(version)

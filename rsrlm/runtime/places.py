@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rsrlm.config import Config
 from rsrlm.model import weight_files
-from rsrlm.runtime.cluster import address_of
-from rsrlm.runtime.weights import stale_files
+from rsrlm.runtime.address import address_of
+from rsrlm.runtime.weights import remove_stale
 from rsrlm.settings.base import ConfigError
 
 MARKER = ".seen"
@@ -58,8 +58,7 @@ def look(run: str, models: Mapping[str, str], marker: str) -> Sight:
             break
         time.sleep(0.2)
     if seen == marker:
-        for stale in stale_files(Path(run)):
-            stale.unlink(missing_ok=True)
+        remove_stale(Path(run))
     found = {key: digest_of_model(folder) for key, folder in models.items()}
     return Sight(marker=seen, writable=os.access(run, os.W_OK), models=found)
 
@@ -87,7 +86,8 @@ def check_hosts(config: Config, models: Mapping[str, Path | None]) -> None:
 def _works(node: dict[str, Any], config: Config) -> bool:
     """Whether anything of a run can be placed on the node."""
     there = node["Resources"]
-    return bool(there.get("CPU") or there.get("GPU") or not config.engine.cpus or config.engine.producers)
+    takes_none = not config.engine.cpus or not (config.train.cpus or config.train.gpus) or config.engine.producers
+    return bool(there.get("CPU") or there.get("GPU") or takes_none)
 
 
 def _ask(nodes: list[dict[str, Any]], run: str, folders: Mapping[str, str], marker: str) -> None:
@@ -109,7 +109,7 @@ def _heard(reference: Any, run: str, marker: str, own: Mapping[str, str], folder
     try:
         sight = ray.get(reference)
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
         return f"cannot run rsrlm: {reason}; install the same version there"
     return _problem(sight, run, marker, folders, own)
 

@@ -106,10 +106,6 @@ class EnginePool(Asking):
         super().__init__(self.replicas)
 
     @property
-    def version(self) -> str:
-        return self.replicas.weights.version
-
-    @property
     def nodes(self) -> set[str]:
         """The ids of the Ray nodes that its replicas are on."""
         return {replica.node for replica in self.replicas.ready}

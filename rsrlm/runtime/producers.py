@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from rsrlm.config import Config
 from rsrlm.engines import Model
 from rsrlm.records import Task
 from rsrlm.runtime.producer import Loan, Lost, Made, Producer
-from rsrlm.runtime.replicas import MOST_RESTARTS, PoolFailed, Replica
+from rsrlm.runtime.replicas import DEAD, MOST_RESTARTS, PoolFailed, Replica
 from rsrlm.store.buffer import Receipt
 
 
@@ -97,7 +97,7 @@ class Producers:
             return made
         except RayTaskError as error:
             raise error.cause from None  # without the actor's stack trace
-        except (RayActorError, OutOfMemoryError, NodeDiedError) as error:
+        except DEAD as error:
             if member.starts == starts:
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
                 self._note("producer_lost", producer=member.number, error=reason)

@@ -21,8 +21,9 @@ from rsrlm.runtime.logs import keep_log
 from rsrlm.runtime.weights import WeightSet
 
 # Ways in which a replica is gone and can be replaced; Ray's memory monitor has one of its own.
-GONE = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDead)
-MOST_RESTARTS = 5  # for each replica of a pool, in an hour
+DEAD = (RayActorError, OutOfMemoryError, NodeDiedError)  # of any actor
+GONE = (*DEAD, EngineDead)
+MOST_RESTARTS = 5  # of a replica in an hour; of a producer in a run
 HOUR_S = 3600.0
 RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 60.0  # between attempts to replace a replica
 LOOK_EVERY_S = 15.0

@@ -123,6 +123,12 @@ def stale_files(run: Path) -> list[Path]:
     return sorted([*SHM.glob(f"{file_prefix(run)}*"), *(run / "transfer").glob(f"{file_prefix(run)}*")])
 
 
+def remove_stale(run: Path) -> None:
+    """Delete them."""
+    for path in stale_files(run):
+        path.unlink(missing_ok=True)
+
+
 def file_prefix(run: Path) -> str:
     return f"rsrlm-{xxhash.xxh3_64_hexdigest(str(run.resolve()).encode())}-"
 

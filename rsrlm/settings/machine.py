@@ -53,7 +53,7 @@ class Engine(Section):
     gpus: int = Field(0, ge=0, description="GPUs of one replica (tensor parallel size)")
     max_model_len: int = Field(1024, gt=0, description="tokens of prompt and answer together")
     max_num_seqs: int = Field(32, gt=0, description="requests that one replica runs at once")
-    kv_cache_gib: Number = Field(1.0, gt=0)
+    kv_cache_gib: Number = Field(1.0, gt=0, description="of a replica on CPUs; on GPUs vLLM takes its own share")
     enforce_eager: bool = True
     start_timeout_s: Number = Field(300.0, gt=0)
 

@@ -56,11 +56,9 @@ class Buffer(Sequence[Group]):
         self._places = bytearray(_PLACE.size * len(ids))
         self._open: dict[int, int] = {}  # descriptors by the number of a file
 
-    def put(self, index: int, receipt: Receipt) -> bool:
-        """Add the receipt of the group with this index. False if it has one already, which stays."""
+    def put(self, index: int, receipt: Receipt) -> None:
+        """Add the receipt of the group with this index."""
         at = index * _PLACE.size
-        if _PLACE.unpack_from(self._places, at)[0]:
-            return False
         if receipt.segment not in self._files:
             self._files.append(receipt.segment)
         if receipt.reason:
@@ -69,7 +67,6 @@ class Buffer(Sequence[Group]):
             self.pairs.put(receipt.segment, pair)
         number = self._files.index(receipt.segment) + 1
         self._places[at : at + _PLACE.size] = _PLACE.pack(number, receipt.offset, receipt.length)
-        return True
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -282,7 +282,7 @@ def test_the_screen(meta: Any) -> None:
     assert ("each of 4 learner ranks", "20.1 GB") in lines
     assert ("M1", "222.6", "164.3", "52.7", "1.90", "0.94", "52", "899") in lines
     assert "together 7.8 h on 8 GPUs, 62 GPU hours" in said
-    assert "nothing of it was measured in a run on GPUs" in said
+    assert "training may take twice as long" in said
     assert "does not fit" not in said
     assert "does not fit: train.workers=4" in shown(meta, 40)
 

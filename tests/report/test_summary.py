@@ -68,15 +68,15 @@ def peak(work: Callable[[], Any]) -> int:
 
 def test_memory_holds_neither_groups_nor_pairs(tmp_path: Path) -> None:
     count = 600
-    spool, segment = Buffer([f"00/{number}" for number in range(count)], tmp_path), Segment(tmp_path / "groups")
+    buffer, segment = Buffer([f"00/{number}" for number in range(count)], tmp_path), Segment(tmp_path / "groups")
     for number in range(count):
-        spool.put(number, receipt_of(large(number), segment))
+        buffer.put(number, receipt_of(large(number), segment))
 
     def pairs() -> Iterator[PreferencePair]:
-        return (pair for group in spool for pair in group.pairs)
+        return (pair for group in buffer for pair in group.pairs)
 
-    measure(spool[:MIN_N], (), ())  # imports scipy
+    measure(buffer[:MIN_N], (), ())  # imports scipy
     kept = 1_500_000  # what Python keeps for objects to come, however many groups there are
-    assert peak(lambda: summary_of(spool, pairs())) < 100 * count + kept
-    assert peak(lambda: measure(spool, pairs(), ())) < 700 * count + kept  # more than half of it to rank the scores
-    assert peak(lambda: spool[:500]) > 6_000 * 500
+    assert peak(lambda: summary_of(buffer, pairs())) < 100 * count + kept
+    assert peak(lambda: measure(buffer, pairs(), ())) < 700 * count + kept  # more than half of it to rank the scores
+    assert peak(lambda: buffer[:500]) > 6_000 * 500
