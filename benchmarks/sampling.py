@@ -173,7 +173,7 @@ def warm_up_requests(prepared: Prepared, number: int, requests: Sequence[Request
             sampling=replace(sampling, seed=index),
             priority=requests[0].priority,
         )
-        for index in range(prepared.config.engine.max_num_seqs)
+        for index in range(prepared.config.engine.sequences)
     ]
 
 

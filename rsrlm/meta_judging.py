@@ -130,9 +130,7 @@ def bradley_terry(battles: Sequence[Sequence[float]], ridge: float = RIDGE) -> l
     return [float(value) for value in found.x - found.x.mean()]
 
 
-def results_of(
-    contestants: Sequence[Judgement], comparisons: Sequence[Judgement]
-) -> dict[tuple[int, int], int]:
+def results_of(contestants: Sequence[Judgement], comparisons: Sequence[Judgement]) -> dict[tuple[int, int], int]:
     """What came of each comparison that was made, by the indices of the judgements shown first and second."""
     by_id = {one.id: one for one in comparisons}
     return {

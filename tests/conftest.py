@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from small_models import make_tiny
 
 # For `make mutants`: the same examples for every mutant, and the first failure is enough. A slow machine kills nobody.
 settings.register_profile(
@@ -99,47 +100,6 @@ def encoder(tokenizer: Any) -> Any:
     from rsrlm.chat import ChatEncoder
 
     return ChatEncoder(tokenizer)
-
-
-def make_tiny(folder: Path, source: Path, ends: bool) -> Path:
-    """A random-weight Llama of 0.1M parameters beside its tied embeddings, with the tokenizer of `source`.
-
-    With `ends`, the first residual dimension is constant and favours the end token: about one sampled token in ten.
-    """
-    import shutil
-
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if ends:
-        with torch.no_grad():
-            embedding = model.model.embed_tokens.weight
-            embedding[:, 0] = 4.0
-            embedding[2, 0] = 25.0
-            for layer in model.model.layers:
-                layer.self_attn.o_proj.weight[0] = 0
-                layer.mlp.down_proj.weight[0] = 0
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(source / name, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,7 @@ class Hosts:
     def _ray(self, name: str, cpus: float) -> list[str]:
         address = self.addresses[name]
         place = [f"--node-ip-address={address}", f"--num-cpus={cpus:g}", f"--temp-dir={self.folder}/{name}"]
+        place.append(f"--labels=role={name.rpartition('-')[2]}")  # late-sampler is a sampler too
         if self.head.startswith(f"{address}:"):
             return [*RAY, "--head", f"--port={PORT}", "--include-dashboard=false", *place, STORE, "--block"]
         return [*RAY, f"--address={self.head}", *place, STORE, "--block"]

@@ -2,7 +2,7 @@
 
 `python learner_rank.py MODEL OUTPUT CASES` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; CASES is JSON: a
 list of [zero_stage, micro_batch, options]. With method "sft" in the options the items are examples; with "mixed", pairs
-of both kinds.
+of both kinds; "dtype" is the model's; the others are keys of `train`.
 """
 
 import json
@@ -69,6 +69,7 @@ def main() -> None:
         pairs: list[Any] = make_examples() if sft else make_pairs()
         if options.pop("mixed", False):
             pairs = [replace(pair, kind="judge") if place % 2 else pair for place, pair in enumerate(pairs)]
+        dtype = options.pop("dtype", "float32")
         train = (TrainRule if sft else DPO)(
             lr=1e-3, pairs_per_step=5, zero_stage=stage, micro_batch=micro_batch, max_grad_norm=1e9, **options
         )
@@ -78,7 +79,9 @@ def main() -> None:
         dist.barrier()
         items: ItemFile[Any] = ItemFile(place.with_suffix(".items"))
         everything = range(len(items))
-        policy = Policy(load_policy(folder, ModelConfig(path=folder), train), train, "float32", items)
+        model = load_policy(folder, ModelConfig(path=folder, dtype=dtype), train)
+        held = sum(parameter.numel() for parameter in model.parameters())
+        policy = Policy(model, train, dtype, items)
         if policy.loss.needs_reference:
             policy.write_reference(place, lambda done, of: None)
             dist.barrier()
@@ -90,7 +93,8 @@ def main() -> None:
         for name, parameter in policy.model.named_parameters():
             gradient = deepspeed.utils.safe_get_full_grad(parameter)
             gradients[name] = gradient.detach().clone().float().cpu()
-        found.append({"first": first, "summed": summed, "gradients": gradients, "packed": policy.packed})
+        facts = {"packed": policy.packed, "held": held, "optimizer": type(policy.engine.optimizer).__name__}
+        found.append({"first": first, "summed": summed, "gradients": gradients, **facts})
         policy.close()
     if dist.get_rank() == 0:
         torch.save(found, output)

@@ -208,6 +208,9 @@ def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None
             "model.dtype=bfloat16 train.gpus=1",
             ["model.dtype=bfloat16", "train.zero_stage=0", "set train.zero_stage=1, 2 or 3"],
         ),
+        ("train.deepspeed.bf16.enabled=true", ["train.deepspeed.bf16", "not yours to set"]),
+        ("train.deepspeed.zero_optimization.stage=1", ["train.deepspeed.zero_optimization.stage", "not yours to set"]),
+        ("train.deepspeed.zero_optimization=3", ["train.deepspeed.zero_optimization=3", "mapping"]),
     ],
 )
 def test_impossible_combinations_name_keys_values_and_remedy(small: Path, overrides: str, said: list[str]) -> None:
@@ -228,6 +231,7 @@ def test_impossible_combinations_name_keys_values_and_remedy(small: Path, overri
         "sample.max_tokens=511",
         "model.dtype=bfloat16 engine.gpus=1 train.zero_stage=1",
         "model.dtype=bfloat16 train.gpus=1 train.zero_stage=3",
+        'train.deepspeed={"zero_optimization":{"offload_optimizer":{"device":"cpu"}}}',
     ],
 )
 def test_the_possible_neighbours_of_these_load(small: Path, overrides: str) -> None:

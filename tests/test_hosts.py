@@ -34,7 +34,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two iterations. An engine fits on the sampler's host only, and a rank not beside it."""
+    """Two iterations."""
     folder = tmp_path_factory.mktemp("over-hosts")
     config = {
         "name": "alone",
@@ -54,7 +54,7 @@ def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def over_hosts(hosts: Hosts, config_file: Path, *overrides: str) -> list[str]:
-    placed = (f"ray.address={hosts.head}", "train.cpus=2", "engine.cpus=3")
+    placed = (f"ray.address={hosts.head}", f"ray.hosts.engines.role={SAMPLER}", f"ray.hosts.learner.role={LEARNER}")
     return [*RSRLM, "run", str(config_file), *placed, *overrides]
 
 

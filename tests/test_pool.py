@@ -1,6 +1,7 @@
 """What the pool and the in-process engine do about faults: with engines that fail on command, and no model."""
 
 import asyncio
+import functools
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from rsrlm.records import Completion, Request, Sampling
 from rsrlm.runtime import inprocess_engine, replicas
-from rsrlm.runtime.engine import EngineDead, RequestFailed
+from rsrlm.runtime.engine import EngineDead, RequestFailed, engine_arguments
 from rsrlm.runtime.inprocess_engine import InProcessEngine
 from rsrlm.runtime.pool import MAX_ATTEMPTS, EnginePool
 from rsrlm.runtime.replicas import PoolFailed
@@ -327,8 +328,41 @@ def test_an_engine_that_does_not_come_back_is_tried_again_while_another_serves(
 
     answers = faults(work, make_config, monkeypatch, note=lambda kind, **_: notes.append(kind))
     assert {answer.token_ids for answer in answers} == {(1,)}
-    tried = [["engine_lost", *["engine_not_restarted"] * times, "engine_restarted"] for times in (3, 2)]
+    tried = [["engine_lost", *["engine_not_up"] * times, "engine_restarted"] for times in (3, 2)]
     assert notes[2:] == [*tried[0], *tried[1], "engine_lost"]
+
+
+def test_replicas_join_as_their_hosts_do(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four begin. No host comes for the third, but much later; without it nothing fails."""
+    monkeypatch.setattr(replicas, "RETRY_AFTER_S", 0.01)
+    notes: list[tuple[str, int]] = []
+    hosts = asyncio.Event()
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        assert [replica.index for replica in pool.replicas.ready] == [0, 1]
+        while [index for kind, index in notes if kind == "engine_not_up"].count(2) < 2:
+            await asyncio.sleep(0)
+        for replica in pool.replicas.all[:2]:  # it is not of the third's doing that nobody serves for a while
+            replica.ready.clear()
+        while [index for kind, index in notes if kind == "engine_not_up"].count(2) < 4:
+            await asyncio.sleep(0)
+        assert pool.replicas.failure is None
+        for replica in pool.replicas.all[:2]:
+            replica.ready.set()
+        hosts.set()
+        while len(pool.replicas.ready) < 4:
+            await asyncio.sleep(0)
+        return [(await pool.generate(request(str(number)))).token_ids for number in range(2)]
+
+    async def place(actor: Actor) -> tuple[str, str, int]:
+        if actor.replica == 2:
+            await asyncio.wait_for(hosts.wait(), 0.01)
+        return f"node {actor.replica}", f"host-{actor.replica}", 1
+
+    monkeypatch.setattr(Actor, "do_place", place)
+    joining = functools.partial(make_config, engine={"replicas": 4, "min_replicas": 2})
+    faults(work, joining, monkeypatch, note=lambda kind, **fields: notes.append((kind, fields["replica"])), number=4)
+    assert sorted(index for kind, index in notes if kind == "engine_up") == [0, 1, 2, 3]
 
 
 def test_deaths_count_for_an_hour(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,3 +606,23 @@ def test_an_answer_that_nobody_waits_for_does_not_end_the_engine(core: Core) -> 
         return await ask(made, request("after"))
 
     assert asking(work).request_id == "after"
+
+
+# -- what vLLM is given ------------------------------------------------------------------------------------------------
+
+
+def test_arguments_of_an_engine_go_by_its_device(make_config: Any) -> None:
+    def arguments(**engine: Any) -> dict[str, Any]:
+        return engine_arguments(make_config(engine=engine), "/model")
+
+    cpu = arguments()
+    assert (cpu["max_num_seqs"], cpu["enforce_eager"], cpu["kv_cache_memory_bytes"]) == (32, True, 2**30)
+    assert not {"gpu_memory_utilization", "tensor_parallel_size", "distributed_executor_backend"} & cpu.keys()
+    gpu = arguments(gpus=1, kind="async")
+    assert (gpu["max_num_seqs"], gpu["enforce_eager"], gpu["gpu_memory_utilization"]) == (256, False, 0.92)
+    assert gpu["distributed_executor_backend"] == "uni"
+    assert not {"kv_cache_memory_bytes", "block_size"} & gpu.keys()
+    own = arguments(gpus=2, kind="async", kv_cache_gib=20, max_num_seqs=7, enforce_eager=True, gpu_share=0.5)
+    assert (own["max_num_seqs"], own["enforce_eager"], own["gpu_memory_utilization"]) == (7, True, 0.5)
+    assert (own["kv_cache_memory_bytes"], own["tensor_parallel_size"]) == (20 * 2**30, 2)
+    assert own["distributed_executor_backend"] == "mp"

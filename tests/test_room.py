@@ -6,35 +6,69 @@ import pytest
 
 from rsrlm.runtime import room
 from rsrlm.runtime.group import train_settings
-from rsrlm.runtime.room import Wanted, fit, wait_for_room
+from rsrlm.runtime.room import Host, Wanted, fit, wait_for_room, wanted_of
 from rsrlm.settings.base import ConfigError
 
 
-def wanted(engines: int, engine: dict[str, float], ranks: int = 0, rank: dict[str, float] | None = None) -> Wanted:
-    return Wanted(engines=engines, engine=engine, ranks=ranks, rank=rank or {})
+def engines(number: int, labels: dict[str, str] | None = None, **each: float) -> Wanted:
+    return Wanted(what="engine", number=number, each=each, labels=labels or {})
 
 
-def gpus(*numbers: float) -> list[dict[str, float]]:
-    return [{"CPU": 8, "GPU": number} for number in numbers]
+def ranks(number: int, labels: dict[str, str] | None = None, **each: float) -> Wanted:
+    return Wanted(what="rank", number=number, each=each, labels=labels or {})
+
+
+def gpus(*numbers: float) -> list[Host]:
+    return [host(CPU=8, GPU=number) for number in numbers]
+
+
+def host(role: str = "", **has: float) -> Host:
+    return Host(name="h", has=has, labels={"role": role, "zone": "a"} if role else {})
+
+
+SAMPLER, LEARNER = {"role": "sampler"}, {"role": "learner"}
 
 
 @pytest.mark.parametrize(
     ("what", "hosts", "room"),
     [
-        (wanted(1, {"GPU": 4}), gpus(2, 2), False),  # enough in all, and on no host
-        (wanted(1, {"GPU": 4}), gpus(2, 4), True),
-        (wanted(3, {"GPU": 2}, 1, {"GPU": 3}), gpus(6, 3), True),  # only where the rank takes the smaller host
-        (wanted(3, {"GPU": 2}, 1, {"GPU": 3}), gpus(3, 6), True),
-        (wanted(3, {"GPU": 2}, 1, {"GPU": 4}), gpus(6, 3), False),
-        (wanted(2, {"CPU": 0.5}, 1, {"CPU": 1}), [{"CPU": 2}], True),
-        (wanted(10, {"CPU": 0.1}), [{"CPU": 1}], True),  # ten tenths
-        (wanted(2, {"CPU": 0.5}, 1, {"CPU": 1}), [{"CPU": 1}], False),
-        (wanted(5, {}), [{"CPU": 0}], True),
-        (wanted(1, {"CPU": 0.5}), [], False),
+        ([engines(1, GPU=4)], gpus(2, 2), False),  # enough in all, and on no host
+        ([engines(1, GPU=4)], gpus(2, 4), True),
+        ([engines(3, GPU=2), ranks(1, GPU=3)], gpus(6, 3), True),  # only where the rank takes the smaller host
+        ([engines(3, GPU=2), ranks(1, GPU=3)], gpus(3, 6), True),
+        ([engines(3, GPU=2), ranks(1, GPU=4)], gpus(6, 3), False),
+        ([engines(2, CPU=0.5), ranks(1, CPU=1)], [host(CPU=2)], True),
+        ([engines(10, CPU=0.1)], [host(CPU=1)], True),  # ten tenths
+        ([engines(2, CPU=0.5), ranks(1, CPU=1)], [host(CPU=1)], False),
+        ([engines(5)], [host(CPU=0)], True),
+        ([engines(1, CPU=0.5)], [], False),
+        ([engines(1, SAMPLER, CPU=1)], [host(CPU=1)], False),
+        ([engines(1, SAMPLER, CPU=1)], [host("learner", CPU=1)], False),
+        ([engines(1, {**SAMPLER, "zone": "b"}, CPU=1)], [host("sampler", CPU=1)], False),
+        ([engines(1, SAMPLER, CPU=1), ranks(1, CPU=1)], [host("sampler", CPU=2)], True),
+        ([engines(1, SAMPLER, CPU=1), ranks(1, LEARNER, CPU=1)], [host("sampler", CPU=2)], False),
+        # The engines that go anywhere leave the samplers' host to those that must be there.
+        ([engines(2, CPU=1), engines(2, SAMPLER, CPU=1)], [host("sampler", CPU=2), host(CPU=2)], True),
+        ([engines(3, CPU=1), engines(2, SAMPLER, CPU=1)], [host("sampler", CPU=2), host(CPU=2)], False),
+        ([engines(2, CPU=1), engines(1, SAMPLER, CPU=1), ranks(1, CPU=1)], [host("sampler", CPU=2), host(CPU=2)], True),
     ],
 )
-def test_room(what: Wanted, hosts: list[dict[str, float]], room: bool) -> None:
+def test_room(what: list[Wanted], hosts: list[Host], room: bool) -> None:
     assert fit(what, hosts) == room
+    assert fit(what[::-1], hosts[::-1]) == room
+
+
+def test_what_a_run_takes(make_config: Any) -> None:
+    config = make_config(
+        engine={"replicas": 3, "cpus": 1},
+        judge={"replicas": 2},
+        train={"workers": 2, "cpus": 0},
+        ray={"hosts": {"learner": LEARNER}},
+    )
+    assert wanted_of(config, 2) == [engines(5, CPU=1), ranks(2, LEARNER)]
+    assert wanted_of(config, 0) == [engines(5, CPU=1)]
+    apart = make_config(engine={"replicas": 3}, judge={"replicas": 2}, ray={"hosts": {"judges": SAMPLER}})
+    assert wanted_of(apart, 0) == [engines(3, CPU=0.5), engines(2, SAMPLER, CPU=0.5)]
 
 
 class Cluster:
@@ -51,11 +85,12 @@ class Cluster:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def hosts(self) -> dict[str, Any]:
-        return {f"10.0.0.{i}": there for i, (at, there) in enumerate(self.joining.items()) if at <= self.now}
+    def hosts(self) -> list[Host]:
+        joined = [there for at, there in self.joining.items() if at <= self.now]
+        return [Host(name=f"10.0.0.{i}", has=there, labels={"zone": "a"}) for i, there in enumerate(joined)]
 
-    def tell(self, bundles: list[dict[str, float]]) -> None:
-        self.told.append(len(bundles))
+    def tell(self, wanted: list[Wanted]) -> None:
+        self.told.append(sum(one.number for one in wanted))
 
 
 @pytest.fixture
@@ -94,7 +129,7 @@ def test_hosts_that_do_not_join(joining: Any, make_config: Any) -> None:
         wait_for_room(config, 1, cluster.said.append)
     assert str(refused.value) == (
         "the run needs 3 engines of engine.cpus=0.5 and 1 rank of train.cpus=2, which make 3.5 Ray CPUs; the cluster "
-        "has 2 Ray CPUs on 2 hosts (10.0.0.0: 0 Ray CPUs, 10.0.0.1: 2 Ray CPUs): 1.5 Ray CPUs missing after "
+        "has 2 Ray CPUs on 2 hosts (10.0.0.0: 0 Ray CPUs; 10.0.0.1: 2 Ray CPUs): 1.5 Ray CPUs missing after "
         "ray.wait_s=20; add hosts, raise ray.wait_s, or lower these keys or the number of engines and ranks"
     )
     assert cluster.now == 20
@@ -106,6 +141,16 @@ def test_no_host_is_large_enough(joining: Any, make_config: Any) -> None:
     config = make_config(ray={"wait_s": 4, "address": "a:1"}, engine={"gpus": 4, "kind": "async"})
     with pytest.raises(ConfigError, match="no way to place each of them whole on one host"):
         wait_for_room(config, 0, cluster.said.append)
+
+
+def test_labels_that_no_host_has(joining: Any, make_config: Any) -> None:
+    cluster = joining({0: {"CPU": 2.0}})
+    config = make_config(ray={"wait_s": 0, "address": "a:1", "hosts": {"engines": {"zone": "b"}}})
+    with pytest.raises(ConfigError) as refused:
+        wait_for_room(config, 0, cluster.said.append)
+    assert "1 engine of engine.cpus=0.5 on hosts labelled zone=b" in str(refused.value)
+    assert "(10.0.0.0: 2 Ray CPUs, zone=a): no way to place" in str(refused.value)
+    assert str(refused.value).endswith("change ray.hosts, these keys or the number of engines and ranks")
 
 
 def test_a_cluster_of_the_runs_own_is_complete(joining: Any, make_config: Any) -> None:

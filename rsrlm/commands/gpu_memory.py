@@ -10,8 +10,7 @@ from rsrlm.recipes.base import Demand
 from rsrlm.settings.train import TrainRule
 
 GB = 10**9
-# The share of a GPU that vLLM takes, what it keeps beside weights and cache, and that of a learner rank.
-VLLM_SHARE = 0.92
+# What vLLM keeps beside weights and cache, and that of a learner rank.
 ENGINE_ACTIVATIONS, ENGINE_CUDA, LEARNER_CUDA = 3 * GB, 2 * GB, 1.5 * GB
 BUCKET, LIVE = 5 * 10**8, 10**9  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
 HEAD_TOKENS = 512  # whose logits exist at a time
@@ -59,7 +58,7 @@ def engine_memory(shape: Shape, config: Config, gpu: float) -> dict[str, float]:
         "activations": float(ENGINE_ACTIVATIONS),
         "CUDA, NCCL, graphs": float(ENGINE_CUDA),
     }
-    return {**parts, "cache of keys and values": VLLM_SHARE * gpu - sum(parts.values())}
+    return {**parts, "cache of keys and values": config.engine.gpu_share * gpu - sum(parts.values())}
 
 
 def learner_memory(shape: Shape, train: TrainRule, ranks: int, dtype: str, tokens: int) -> dict[str, float]:
@@ -76,7 +75,7 @@ def learner_memory(shape: Shape, train: TrainRule, ranks: int, dtype: str, token
     return {
         "weights": parameters * size / (ranks if stage == 3 else 1),
         "gradients": parameters * size / (ranks if stage >= 2 else 1),
-        "optimizer": parameters * (12 if size == 2 else 8) / (ranks if stage else 1),
+        "optimizer": 0.0 if on_the_host(train) else optimizer_memory(shape, train, ranks, dtype),
         "buckets and gathered layers": {0: 1, 1: 3, 2: 3, 3: 2}[stage] * bucket
         + (stage == 3) * (min(LIVE, parameters) + shape.head) * size,
         "kept for the backward pass": float(kept),
@@ -86,18 +85,31 @@ def learner_memory(shape: Shape, train: TrainRule, ranks: int, dtype: str, token
     }
 
 
-def start_memory(shape: Shape, dtype: str) -> float:
-    """Bytes on the GPU of a rank before DeepSpeed divides the model: all of it."""
-    return shape.parameters * plan.BYTES[dtype] + LEARNER_CUDA
+def on_the_host(train: TrainRule) -> bool:
+    """Whether DeepSpeed keeps the optimizer there."""
+    offload = train.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    return bool(offload) and offload.get("device", "cpu") == "cpu"
+
+
+def optimizer_memory(shape: Shape, train: TrainRule, ranks: int, dtype: str) -> float:
+    """Bytes of a rank's moments, and of its float32 weights beside others."""
+    return shape.parameters * (12 if plan.BYTES[dtype] == 2 else 8) / (ranks if train.zero_stage else 1)
 
 
 def host_memory(shape: Shape, config: Config) -> list[plan.Process]:
     """Of the hosts, at their peaks. Files that engines map while they load count for nobody."""
     weights = float(shape.parameters * plan.BYTES[config.model.dtype])
     engine, train = config.engine, config.train
+    # Under ZeRO 3 it is divided as it is read.
+    whole = weights * any(step.config.train.zero_stage < 3 for step in config.planned)
+    moved = [
+        optimizer_memory(shape, step.config.train, train.workers, config.model.dtype)
+        for step in config.planned
+        if on_the_host(step.config.train)
+    ]
     return [
         plan.Process("engine", sum(pool.replicas for pool in pools(config)), float(ENGINE_HOST)),
-        plan.Process("learner rank", train.workers, RANK_HOST + weights),  # each loads the model whole
+        plan.Process("learner rank", train.workers, RANK_HOST + whole + max(moved, default=0.0)),
         plan.Process("first rank's copies for a publish", 1, 2 * weights),
         plan.Process("/dev/shm", 1, 2 * weights),  # a version, while the next one is written
         plan.Process("driver", 1, float(plan.DRIVER)),
@@ -151,11 +163,7 @@ def too_large(config: Config, demands: Sequence[Demand], gpu: float) -> list[str
         if rank > gpu:
             found.append(
                 f"train.workers={config.train.workers}: a rank needs {rank / GB:.0f} GB {of}; raise train.workers or "
-                "train.zero_stage, set train.gradient_checkpointing=true, or lower train.micro_batch"
-            )
-        if (start := start_memory(shape, config.model.dtype)) > gpu:
-            found.append(
-                f"model.path={config.model.path}: each rank holds the whole model while it starts, {start / GB:.0f} GB "
-                f"{of}; take a smaller model, or GPUs with more memory"
+                "train.zero_stage, set train.gradient_checkpointing=true, lower train.micro_batch, or keep the "
+                "optimizer on the hosts (train.deepspeed.zero_optimization.offload_optimizer.device=cpu)"
             )
     return found

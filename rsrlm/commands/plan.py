@@ -190,7 +190,7 @@ def _engine(config: Config, model: Path) -> float:
     weights = num_parameters(model) * BYTES[config.model.dtype]
     head = shape["vocabulary"] * shape["hidden"] * BYTES[config.model.dtype]
     # A tied LM head is packed apart from the embedding; the files of an update are mapped while it is loaded.
-    found = ENGINE_BASE + 2 * weights + head * shape["tied"] + engine.kv_cache_gib * GIB
+    found = ENGINE_BASE + 2 * weights + head * shape["tied"] + engine.cpu_cache_gib * GIB
     if config.evaluate.kl and config.prompts.heldout:
         # Logits and log-probabilities of a held-out prompt with its answer; longer prompts are not expected.
         found += 8 * shape["vocabulary"] * min(engine.max_model_len, config.evaluate.max_tokens + 512)

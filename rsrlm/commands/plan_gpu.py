@@ -145,7 +145,7 @@ def decode_rate(shape: Shape, config: Config, gpu: float) -> float:
     """Tokens a second of one replica: a step reads the weights and what all its sequences keep in the cache."""
     size, gpus = plan.BYTES[config.model.dtype], config.engine.gpus
     room = engine_memory(shape, config, gpu)["cache of keys and values"] * gpus
-    batch = max(1, min(config.engine.max_num_seqs, int(room / (CONTEXT * shape.cached(size)))))
+    batch = max(1, min(config.engine.sequences, int(room / (CONTEXT * shape.cached(size)))))
     read = shape.parameters * size + batch * CONTEXT * shape.cached(size)
     return DECODING * batch / (read / gpus / BANDWIDTH + STEP_S)
 
@@ -202,6 +202,8 @@ def show(config: Config, gpu_gb: float, report: Report) -> None:
         report.line(f"not counted: {line}")
     for line in too_large(config, demands, gpu):
         report.line(f"does not fit: {line}")
+    if config.model.dtype == "float32":
+        report.line("model.dtype=float32: bfloat16 takes half the memory, and several times less time")
     report.line(
         "These are formulas for H100s (docs/gpus.md), hardly measured: decoding may be off by 30 %, lengths by 40 %, "
         "and training may take twice as long."

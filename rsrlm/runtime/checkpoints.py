@@ -4,6 +4,7 @@ update. Their names tell the model and the items, so that those of a training on
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,18 @@ def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]]) -> N
     dist.barrier()
 
 
+def owner_in(folder: Path) -> int:
+    """The user that a new file in a folder belongs to: us, or on many a network disk somebody whom we all become."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".owner-") as file:
+        return os.stat(file.name).st_uid
+
+
 def load_checkpoint(engine: Any, path: Path, zero_stage: int) -> list[dict[str, Any]]:
     """Restore weights and optimizer; returns the metrics of the steps before. Raises TrainingFailed."""
+    own = owner_in(path.parent)
     # lstat as well: a link of one's own may lead to a file of another's.
     for file in (path, *path.rglob("*")):
-        if {file.stat().st_uid, file.lstat().st_uid} != {os.getuid()}:
+        if {file.stat().st_uid, file.lstat().st_uid} != {own}:
             raise TrainingFailed(
                 f"checkpoint {path}: {file.name} belongs to another user, and is not read since DeepSpeed's format can "
                 "run code; delete the checkpoint to start the iteration's training again"

@@ -61,7 +61,7 @@ def cpu_environment(config: EngineConfig) -> dict[str, str]:
     environment = {
         "OMP_NUM_THREADS": str(config.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gib))),
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.cpu_cache_gib))),
         "VLLM_CPU_CI_ENV": "0",
     }
     if config.kind == "inprocess":
@@ -77,19 +77,21 @@ def engine_arguments(config: Config, folder: str) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "max_model_len": engine.max_model_len,
-        "max_num_seqs": engine.max_num_seqs,
-        "block_size": 32,  # on CPUs vLLM needs a multiple of it
-        "enforce_eager": engine.enforce_eager,
+        "max_num_seqs": engine.sequences,
+        "enforce_eager": not engine.gpus if engine.enforce_eager is None else engine.enforce_eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
         "seed": 0,
         "disable_log_stats": False,
     }
-    if engine.gpus:
-        arguments["tensor_parallel_size"] = engine.gpus
-        # vLLM would pick Ray inside a placement group; a replica is one node here.
-        arguments["distributed_executor_backend"] = "mp"
-    else:
+    if not engine.gpus:
+        cache = engine.cpu_cache_gib
+        return {**arguments, "kv_cache_memory_bytes": int(cache * 2**30), "block_size": 32}  # or a multiple of 32
+    arguments["tensor_parallel_size"] = engine.gpus
+    arguments["gpu_memory_utilization"] = engine.gpu_share
+    # vLLM would pick Ray inside a placement group; a replica is one node here, and one GPU needs no further process.
+    arguments["distributed_executor_backend"] = "mp" if engine.gpus > 1 else "uni"
+    if engine.kv_cache_gib:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
     return arguments
 

@@ -151,7 +151,10 @@ def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
         },
         torch_config=NetworkConfig(backend="nccl" if train.gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.workers, use_gpu=bool(train.gpus), resources_per_worker=resources
+            num_workers=train.workers,
+            use_gpu=bool(train.gpus),
+            resources_per_worker=resources,
+            label_selector=config.ray.hosts.learner or None,
         ),
         run_config=RunConfig(
             name="group",

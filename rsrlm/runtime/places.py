@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rsrlm.config import Config
 from rsrlm.model import weight_files
 from rsrlm.runtime.address import address_of
+from rsrlm.runtime.room import host_of, wanted_of
 from rsrlm.runtime.weights import remove_stale
 from rsrlm.settings.base import ConfigError
 
@@ -85,9 +86,11 @@ def check_hosts(config: Config, models: Mapping[str, Path | None]) -> None:
 
 def _works(node: dict[str, Any], config: Config) -> bool:
     """Whether anything of a run can be placed on the node."""
-    there = node["Resources"]
-    takes_none = not config.engine.cpus or not (config.train.cpus or config.train.gpus) or config.engine.producers
-    return bool(there.get("CPU") or there.get("GPU") or takes_none)
+    host = host_of(node)
+    return bool(config.engine.producers) or any(
+        host.places(one) and (not one.each or any(host.has.get(name) for name in one.each))
+        for one in wanted_of(config, config.train.workers)
+    )
 
 
 def _ask(nodes: list[dict[str, Any]], run: str, folders: Mapping[str, str], marker: str) -> None:

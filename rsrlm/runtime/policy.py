@@ -26,11 +26,15 @@ CHUNK_TOKENS = 512  # response tokens whose logits exist at a time
 
 
 def load_policy(folder: str, model: ModelConfig, train: TrainRule) -> Any:
-    """The model of a folder, in training mode, in the dtype of the config."""
+    """The model of a folder, in training mode, in the dtype of the config; under ZeRO 3 this rank's part of it."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     set_dropout(config, train.dropout)
+    # As long as it lives, `from_pretrained` divides each parameter over the ranks as it is made, so that no rank ever
+    # holds the model whole.
+    divided = HfDeepSpeedConfig(deepspeed_config(train, model.dtype)) if train.zero_stage == 3 else None
     policy = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -38,6 +42,7 @@ def load_policy(folder: str, model: ModelConfig, train: TrainRule) -> Any:
         attn_implementation="sdpa",
         trust_remote_code=model.trust_remote_code,
     )
+    del divided
     policy.config.use_cache = False
     if train.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -45,7 +50,8 @@ def load_policy(folder: str, model: ModelConfig, train: TrainRule) -> Any:
 
 
 def deepspeed_config(train: TrainRule, dtype: str) -> dict[str, Any]:
-    return {
+    """Ours, and on top of it what `train.deepspeed` adds."""
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         # The learner accumulates by itself: the number of micro-batches differs from step to step.
         "gradient_accumulation_steps": 1,
@@ -56,17 +62,19 @@ def deepspeed_config(train: TrainRule, dtype: str) -> dict[str, Any]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
     }
+    zero = {**config["zero_optimization"], **train.deepspeed.get("zero_optimization", {})}
+    return {**config, **train.deepspeed, "zero_optimization": zero}
 
 
-class ResponseLogps(torch.nn.Module):
-    """ZeRO hooks the forward of the module that it wraps, so the log-probabilities are its forward."""
+class Used(torch.nn.Module):
+    """ZeRO hooks the forward of the module that it wraps, so whatever uses the model is done in its forward."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: packing.TokenBatch, num_chunks: int) -> torch.Tensor:
-        return packing.response_logps(self.model, batch, num_chunks=num_chunks)
+    def forward(self, use: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return use(self.model, *args, **options)
 
 
 class Policy:
@@ -77,18 +85,20 @@ class Policy:
 
         self.train, self.model, self._items = train, model, items
         self.loss = loss_for(items.kind, train)
-        try:
-            packing.check_architecture(model)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        self.packed = train.packed and packing.supports_packing(model)
         pad = model.config.pad_token_id
         self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
         optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
         self.engine, *_ = deepspeed.initialize(
-            model=ResponseLogps(model), optimizer=optimizer, config=deepspeed_config(train, dtype)
+            model=Used(model), optimizer=optimizer, config=deepspeed_config(train, dtype)
         )
         self.device = self.engine.device
+        try:
+            self.engine(packing.check_architecture)
+        except ValueError as error:
+            self.close()
+            raise ConfigError(str(error)) from None
+        # In a list: ZeRO's hooks know no bare bool.
+        self.packed = train.packed and self.engine(lambda whole: [packing.supports_packing(whole)])[0]
         self._most_chunks = self._num_chunks(self.outline(range(len(items))).response_tokens)
         self.reference: Reference | None = None  # wanted where loss.needs_reference
 
@@ -99,6 +109,9 @@ class Policy:
         fields = (self.loss.prompt, *self.loss.responses)
         ids = [[getattr(item, name) for name in fields] for item in items]
         return (packing.pack(ids) if self.packed else packing.pad(ids, self._pad_id)).to(self.device)
+
+    def _logps(self, batch: packing.TokenBatch, num_chunks: int) -> torch.Tensor:
+        return self.engine(packing.response_logps, batch, num_chunks=num_chunks)
 
     def _num_chunks(self, response_tokens: Sequence[int]) -> int:
         """Chunks of any micro-batch of these items: the same on all ranks, since ZeRO-3 gathers the head for each."""
@@ -121,7 +134,7 @@ class Policy:
         rounds = micro_batches(len(everything), world_size, size)
         for number, (places, counted) in enumerate(share_of(everything, dist.get_rank(), world_size, size)):
             batch = self._batch([self._items[place] for place in places])
-            values = self.engine(batch, chunks).cpu()
+            values = self._logps(batch, chunks).cpu()
             owner = torch.div(batch.segment_R.cpu(), len(self.loss.responses), rounding_mode="floor")
             for index, counts in enumerate(counted):
                 if counts:
@@ -170,7 +183,7 @@ class Policy:
         items = [self._items[place] for place in places]
         batch = self._batch(items)
         counted_N = torch.tensor(counted, device=self.device)
-        logps_R = self.engine(batch, chunks)
+        logps_R = self._logps(batch, chunks)
         ref_R = self.reference.of(places).to(self.device) if self.reference else None
         found = self.loss.sums(logps_R, ref_R, batch, items, counted_N)
         sums: dict[str, Any] = dict(found.sums)

@@ -42,7 +42,7 @@ class Asking:
     @property
     def slots(self) -> int:
         """Requests that run at once."""
-        return len(self._replicas.all) * self._replicas.config.engine.max_num_seqs
+        return len(self._replicas.all) * self._replicas.config.engine.sequences
 
     async def generate(self, request: Request) -> Completion:
         """`generate_all` of one request."""

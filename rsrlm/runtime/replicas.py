@@ -6,7 +6,7 @@ A replica that failed serves nothing until it holds the current weights.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,12 @@ class Replicas:
         return [replica for replica in self.all if replica.ready.is_set()]
 
     async def start(self) -> None:
-        """All replicas up, each having generated a token. Raises PoolFailed after engine.start_timeout_s."""
-        await asyncio.gather(*(self._start(replica) for replica in self.all))
+        """As many replicas up as the run needs to begin, each having generated a token; the others come when they can.
+        Raises PoolFailed after engine.start_timeout_s."""
+        least = self.config.engine.least(len(self.all))
+        await asyncio.gather(*(self._start(replica) for replica in self.all[:least]))
+        for replica in self.all[least:]:
+            self.spawn(self._persist(replica, self._start))
         self.spawn(self.watch())
 
     async def _start(self, replica: Replica) -> None:
@@ -85,6 +89,11 @@ class Replicas:
         await self._bring_up(replica)
         seconds = round(time.monotonic() - started, 1)
         self._note("engine_up", pool=self.name, replica=replica.index, seconds=seconds, host=replica.host)
+
+    async def _restart(self, replica: Replica) -> None:
+        await self._bring_up(replica)
+        what = {"pool": self.name, "replica": replica.index, "version": replica.version, "host": replica.host}
+        self._note("engine_restarted", **what)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run in the background until the pool is closed."""
@@ -97,6 +106,8 @@ class Replicas:
         actor_class = ray.remote(EngineActor).options(
             num_cpus=config.engine.cpus,
             num_gpus=config.engine.gpus,
+            label_selector=config.ray.hosts.of(self.name),
+            scheduling_strategy="SPREAD" if config.ray.spread else "DEFAULT",
             max_concurrency=100_000,
             max_restarts=0,  # the pool replaces it, so that it never serves stale weights
             runtime_env={"env_vars": cpu_environment(config.engine)},
@@ -166,7 +177,7 @@ class Replicas:
             return
         with contextlib.suppress(Exception):
             ray.kill(replica.actor)
-        self.spawn(self._revive(replica))
+        self.spawn(self._persist(replica, self._restart))
 
     async def _keep_log(self, index: int, node: str, pid: int, log: Path) -> None:
         if lines := await keep_log(node, pid, log):
@@ -181,27 +192,25 @@ class Replicas:
                 ray.kill(replica.actor)
         self.spawn(self.wake())
 
-    async def _revive(self, replica: Replica) -> None:
-        """As often as it takes while others serve: a host may be lost for hours. Where none does, for as long as a
-        start may take: Ray may not have seen yet that a host is dead, and place a replica there."""
+    async def _persist(self, replica: Replica, start: Callable[[Replica], Awaitable[None]]) -> None:
+        """As often as it takes while others serve, and for one that has never served: a host may be away for hours.
+        Where none serves any more, for as long as a start may take: Ray may not have seen yet that a host is dead, and
+        place a replica there."""
         wait_s, deadline = RETRY_AFTER_S, time.monotonic() + self.config.engine.start_timeout_s
         while True:
             try:
-                await self._bring_up(replica)
-                self._note(
-                    "engine_restarted",
-                    pool=self.name,
-                    replica=replica.index,
-                    version=replica.version,
-                    host=replica.host,
-                )
+                await start(replica)
                 return
             except Exception as error:
-                if not self.ready and not (_vanished(error.__cause__) and time.monotonic() < deadline):
+                if (
+                    replica.generation
+                    and not self.ready
+                    and not (_vanished(error.__cause__) and time.monotonic() < deadline)
+                ):
                     self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
                     return
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
-                self._note("engine_not_restarted", pool=self.name, replica=replica.index, error=reason)
+                self._note("engine_not_up", pool=self.name, replica=replica.index, error=reason)
             with contextlib.suppress(Exception):
                 ray.kill(replica.actor)
             await asyncio.sleep(wait_s)

@@ -1,8 +1,10 @@
 """Room for a run on a cluster: what its engines and ranks take, and waiting for hosts that have not joined yet."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from rsrlm.config import Config
 from rsrlm.runtime.address import address_of
@@ -16,32 +18,41 @@ JOINED_WAIT_S = 60.0  # where ray.wait_s says nothing; a cluster of the run's ow
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Places that a run takes, each whole on one host. Engines are alike, and so are ranks."""
+    """Alike places that a run takes, each whole on one host that has the labels."""
 
-    engines: int
-    engine: Resources
-    ranks: int
-    rank: Resources
-
-    @property
-    def total(self) -> dict[str, float]:
-        names = {*self.engine, *self.rank}
-        sums = {n: self.engines * self.engine.get(n, 0) + self.ranks * self.rank.get(n, 0) for n in sorted(names)}
-        return {name: amount for name, amount in sums.items() if amount}
-
-    @property
-    def bundles(self) -> list[dict[str, float]]:
-        return [dict(self.engine)] * self.engines + [dict(self.rank)] * self.ranks
+    what: str
+    number: int
+    each: Resources
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [f"{counted(self.engines, 'engine')} of {_keys('engine', self.engine)}"]
-        if self.ranks:
-            parts.append(f"{counted(self.ranks, 'rank')} of {_keys('train', self.rank)}")
-        return f"{' and '.join(parts)}, which make {amounts(self.total)}"
+        section = "train" if self.what == "rank" else "engine"
+        takes = " ".join(f"{section}.{name.lower()}s={amount:g}" for name, amount in self.each.items()) or "no Ray CPU"
+        where = f" on hosts labelled {_labelled(self.labels)}" if self.labels else ""
+        return f"{counted(self.number, self.what)} of {takes}{where}"
 
 
-def _keys(section: str, resources: Resources) -> str:
-    return " ".join(f"{section}.{name.lower()}s={amount:g}" for name, amount in resources.items()) or "no Ray CPU"
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """One of a cluster: its CPUs and GPUs, used or not."""
+
+    name: str
+    has: Resources
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def places(self, wanted: Wanted) -> bool:
+        """Whether its labels are those that are wanted."""
+        return all(self.labels.get(name) == value for name, value in wanted.labels.items())
+
+
+def total(wanted: Sequence[Wanted]) -> dict[str, float]:
+    names = sorted({name for one in wanted for name in one.each})
+    sums = {name: sum(one.number * one.each.get(name, 0) for one in wanted) for name in names}
+    return {name: amount for name, amount in sums.items() if amount}
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in labels.items())
 
 
 def counted(number: float, what: str) -> str:
@@ -53,10 +64,15 @@ def amounts(resources: Resources) -> str:
     return " and ".join(counted(amount, f"Ray {name}") for name, amount in resources.items()) or "nothing"
 
 
+def pools_of(config: Config) -> dict[str, int]:
+    """How many engines a run starts, by the name of their pool."""
+    validators = config.evaluate.judge.replicas if config.evaluate.judge.model else 0
+    return {"engines": config.engine.replicas, "judges": config.judge.replicas, "validators": validators}
+
+
 def engines_of(config: Config) -> int:
     """How many engines a run starts."""
-    validators = config.evaluate.judge.replicas if config.evaluate.judge.model else 0
-    return config.engine.replicas + config.judge.replicas + validators
+    return sum(pools_of(config).values())
 
 
 def wait_of(config: Config) -> float:
@@ -66,47 +82,74 @@ def wait_of(config: Config) -> float:
     return JOINED_WAIT_S if address_of(config) else 0.0
 
 
-def wanted_of(config: Config, ranks: int) -> Wanted:
-    engine = {"CPU": config.engine.cpus, "GPU": config.engine.gpus}
-    rank = {"CPU": config.train.cpus, "GPU": config.train.gpus}
-    return Wanted(
-        engines=engines_of(config),
-        engine={name: amount for name, amount in engine.items() if amount},
-        ranks=ranks,
-        rank={name: amount for name, amount in rank.items() if amount},
+def wanted_of(config: Config, ranks: int) -> list[Wanted]:
+    """What a run with this many ranks takes to begin; engines with the same labels together."""
+    hosts = config.ray.hosts
+    engine = _each({"CPU": config.engine.cpus, "GPU": config.engine.gpus})
+    alike: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for pool, number in pools_of(config).items():
+        alike[tuple(sorted(hosts.of(pool).items()))] += config.engine.least(number)
+    found = [Wanted(what="engine", number=n, each=engine, labels=dict(labels)) for labels, n in alike.items() if n]
+    if ranks:
+        rank = _each({"CPU": config.train.cpus, "GPU": config.train.gpus})
+        found.append(Wanted(what="rank", number=ranks, each=rank, labels=hosts.learner))
+    return found
+
+
+def _each(resources: Resources) -> dict[str, float]:
+    return {name: amount for name, amount in resources.items() if amount}
+
+
+def fit(wanted: Sequence[Wanted], hosts: Iterable[Host]) -> bool:
+    """Whether there is a way to place everything on these hosts."""
+    *before, last = wanted
+    # Numbers of each kind but the last that are placed -> the most of the last that fit beside them.
+    most = {(0,) * len(before): 0}
+    for host in hosts:
+        now: dict[tuple[int, ...], int] = {}
+        for placed, beside in most.items():
+            for more, left in _ways(before, placed, host, host.has):
+                sums = tuple(map(sum, zip(placed, more, strict=True)))
+                now[sums] = max(beside + _number(host, left, last, last.number), now.get(sums, 0))
+        most = now
+    return most.get(tuple(one.number for one in before), -1) >= last.number
+
+
+def _ways(
+    wanted: Sequence[Wanted], placed: Sequence[int], host: Host, left: Resources
+) -> Iterator[tuple[tuple[int, ...], Resources]]:
+    """How many more of each kind the host may take, and what is left of it then."""
+    if not wanted:
+        yield (), left
+        return
+    one, *others = wanted
+    for more in range(_number(host, left, one, one.number - placed[0]) + 1):
+        rest = {name: there - more * one.each.get(name, 0) for name, there in left.items()}
+        for beside, remains in _ways(others, placed[1:], host, rest):
+            yield (more, *beside), remains
+
+
+def _number(host: Host, left: Resources, wanted: Wanted, most: int) -> int:
+    """How many more of this kind the host has room for, `most` at most."""
+    if not host.places(wanted):
+        return 0
+    return max(0, min([most, *(int((left.get(name, 0) + 1e-6) // amount) for name, amount in wanted.each.items())]))
+
+
+def host_of(node: Mapping[str, Any]) -> Host:
+    """That of an entry of `ray.nodes()`."""
+    return Host(
+        name=f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})",
+        has={name: node["Resources"].get(name, 0.0) for name in ("CPU", "GPU")},
+        labels=node.get("Labels") or {},
     )
 
 
-def fit(wanted: Wanted, hosts: Iterable[Resources]) -> bool:
-    """Whether there is a way to place all engines and ranks on these hosts."""
-    most = {0: 0}  # number of engines that are placed -> the most ranks that fit beside them
-    for host in hosts:
-        now: dict[int, int] = {}
-        for engines, ranks in most.items():
-            for more in range(_number(host, wanted.engine, wanted.engines - engines) + 1):
-                left = {name: there - more * wanted.engine.get(name, 0) for name, there in host.items()}
-                beside = ranks + _number(left, wanted.rank, wanted.ranks)
-                now[engines + more] = max(beside, now.get(engines + more, 0))
-        most = now
-    return most.get(wanted.engines, -1) >= wanted.ranks
-
-
-def _number(there: Resources, each: Resources, most: int) -> int:
-    """How many places of this size there are, `most` at most."""
-    return max(0, min([most, *(int((there.get(name, 0) + 1e-6) // amount) for name, amount in each.items())]))
-
-
-def hosts_there() -> dict[str, Resources]:
-    """CPUs and GPUs of each host of the cluster, by its address."""
+def hosts_there() -> list[Host]:
+    """The hosts of the cluster."""
     import ray
 
-    return {
-        f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})": {
-            name: node["Resources"].get(name, 0.0) for name in ("CPU", "GPU")
-        }
-        for node in ray.nodes()
-        if node["Alive"]
-    }
+    return [host_of(node) for node in ray.nodes() if node["Alive"]]
 
 
 def wait_for_room(config: Config, ranks: int, say: Callable[[str], None]) -> None:
@@ -116,15 +159,15 @@ def wait_for_room(config: Config, ranks: int, say: Callable[[str], None]) -> Non
     started, said, before = time.monotonic(), -SAY_EVERY_S, ""
     asked = False
     try:
-        while not fit(wanted, (hosts := hosts_there()).values()):
+        while not fit(wanted, hosts := hosts_there()):
             waited = time.monotonic() - started
             if waited >= wait_s:
                 raise NotYet(_no_room(wanted, hosts, wait_s))
             if not asked:
-                _tell_autoscaler(wanted.bundles)
+                _tell_autoscaler(wanted)
                 asked = True
-            there = _total(wanted, hosts)
-            now = " and ".join(f"{there[name]:g} of {counted(n, f'Ray {name}')}" for name, n in wanted.total.items())
+            there = _there(wanted, hosts)
+            now = " and ".join(f"{there[name]:g} of {counted(n, f'Ray {name}')}" for name, n in total(wanted).items())
             if now != before or waited - said >= SAY_EVERY_S:
                 say(f"waiting for hosts: the cluster has {now}, {waited:.0f} s of ray.wait_s={wait_s:g}")
                 said, before = waited, now
@@ -134,23 +177,35 @@ def wait_for_room(config: Config, ranks: int, say: Callable[[str], None]) -> Non
             _tell_autoscaler([])  # or it would keep the hosts for ever
 
 
-def _tell_autoscaler(bundles: list[dict[str, float]]) -> None:
+def _tell_autoscaler(wanted: Sequence[Wanted]) -> None:
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=bundles)
+    each = [one for one in wanted for _ in range(one.number)]
+    request_resources(
+        bundles=[dict(one.each) for one in each], bundle_label_selectors=[dict(one.labels) for one in each]
+    )
 
 
-def _total(wanted: Wanted, hosts: Mapping[str, Resources]) -> dict[str, float]:
-    return {name: sum(there.get(name, 0.0) for there in hosts.values()) for name in wanted.total}
+def _there(wanted: Sequence[Wanted], hosts: Iterable[Host]) -> dict[str, float]:
+    return {name: sum(host.has.get(name, 0.0) for host in hosts) for name in total(wanted)}
 
 
-def _no_room(wanted: Wanted, hosts: Mapping[str, Resources], wait_s: float) -> str:
-    there = _total(wanted, hosts)
-    lacking = {name: amount - there[name] for name, amount in wanted.total.items() if amount > there[name] + 1e-6}
+def _no_room(wanted: Sequence[Wanted], hosts: Sequence[Host], wait_s: float) -> str:
+    needs, there = total(wanted), _there(wanted, hosts)
+    lacking = {name: amount - there[name] for name, amount in needs.items() if amount > there[name] + 1e-6}
     missing = f"{amounts(lacking)} missing" if lacking else "no way to place each of them whole on one host"
-    each = ", ".join(f"{host}: {amounts(_total(wanted, {host: has}))}" for host, has in list(hosts.items())[:10])
+    named = sorted({name for one in wanted for name in one.labels})
+    each = []
+    for host in hosts[:10]:
+        labels = {name: host.labels[name] for name in named if name in host.labels}
+        each.append(
+            ", ".join([f"{host.name}: {amounts(_there(wanted, [host]))}", *([_labelled(labels)] * bool(labels))])
+        )
+    change = "these keys or the number of engines and ranks"
+    if named:
+        change = f"ray.hosts, {change}"
     return (
-        f"the run needs {wanted}; the cluster has {amounts(there)} on {counted(len(hosts), 'host')} ({each}): "
-        f"{missing} after ray.wait_s={wait_s:g}; add hosts, raise ray.wait_s, or lower these keys or the number of "
-        "engines and ranks"
+        f"the run needs {' and '.join(map(str, wanted))}, which make {amounts(needs)}; the cluster has "
+        f"{amounts(there)} on {counted(len(hosts), 'host')} ({'; '.join(each)}): {missing} after "
+        f"ray.wait_s={wait_s:g}; add hosts, raise ray.wait_s, or {'change' if named else 'lower'} {change}"
     )

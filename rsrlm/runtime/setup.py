@@ -257,9 +257,7 @@ def judge_of(config: Config, encoder: ChatEncoder) -> tuple[Path | None, ChatEnc
     return _other(config, "judge", config.judge, encoder)
 
 
-def validator_of(
-    config: Config, encoder: ChatEncoder, judge_encoder: ChatEncoder
-) -> tuple[Path | None, ChatEncoder]:
+def validator_of(config: Config, encoder: ChatEncoder, judge_encoder: ChatEncoder) -> tuple[Path | None, ChatEncoder]:
     """The same for another model that validates; where nobody else does, the judge of the rewards does."""
     if not config.evaluate.judge.external:
         return None, judge_encoder

@@ -42,6 +42,12 @@ class Engine(Section):
         "inprocess", description="inprocess: vLLM's LLMEngine in the actor (small machines); async: AsyncLLM"
     )
     replicas: int = Field(1, gt=0)
+    min_replicas: int | None = Field(
+        None,
+        gt=0,
+        description="a run begins when so many (of each kind of engine) are up; the others join it as hosts do. None: "
+        "all",
+    )
     producers: int = Field(
         0,
         ge=0,
@@ -52,18 +58,42 @@ class Engine(Section):
     cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one replica (placement only)")
     gpus: int = Field(0, ge=0, description="GPUs of one replica (tensor parallel size)")
     max_model_len: int = Field(1024, gt=0, description="tokens of prompt and answer together")
-    max_num_seqs: int = Field(32, gt=0, description="requests that one replica runs at once")
-    kv_cache_gib: Number = Field(1.0, gt=0, description="of a replica on CPUs; on GPUs vLLM takes its own share")
-    enforce_eager: bool = True
+    max_num_seqs: int | None = Field(
+        None, gt=0, description="requests that one replica runs at once; None: 32, and 256 on GPUs"
+    )
+    kv_cache_gib: Number | None = Field(
+        None, gt=0, description="of a replica (of each of its GPUs); None: 1, and on GPUs what gpu_share leaves"
+    )
+    gpu_share: Number = Field(0.92, gt=0, lt=1, description="of the memory of each of its GPUs that a replica takes")
+    enforce_eager: bool | None = Field(None, description="no CUDA graphs; None: on CPUs only")
     start_timeout_s: Number = Field(300.0, gt=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.kind == "inprocess" and self.gpus > 1:
             raise ValueError(f"engine.gpus={self.gpus} needs engine.kind=async (tensor parallel)")
+        if self.min_replicas and self.min_replicas > self.replicas:
+            raise ValueError(
+                f"engine.min_replicas={self.min_replicas} with engine.replicas={self.replicas}: lower the first or "
+                "raise the second"
+            )
         if self.producers > self.replicas:
             raise ValueError(f"engine.producers={self.producers} with engine.replicas={self.replicas}: each needs one")
         return self
+
+    def least(self, replicas: int) -> int:
+        """Of so many replicas, those without which no run begins."""
+        return min(self.min_replicas or replicas, replicas)
+
+    @property
+    def sequences(self) -> int:
+        """Requests that one replica runs at once."""
+        return self.max_num_seqs or (256 if self.gpus else 32)
+
+    @property
+    def cpu_cache_gib(self) -> float:
+        """The cache of a replica on CPUs."""
+        return self.kv_cache_gib or 1.0
 
 
 class Weights(Section):
@@ -80,6 +110,19 @@ class Wandb(Section):
     entity: str | None = None
 
 
+class Hosts(Section):
+    """Labels (`ray start --labels`) that a host must have for these to be placed there; none: any host."""
+
+    engines: dict[str, str] = Field({}, description="of engine.replicas")
+    judges: dict[str, str] = Field({}, description="of judge.replicas")
+    validators: dict[str, str] = Field({}, description="of evaluate.judge.replicas")
+    learner: dict[str, str] = Field({}, description="of train.workers")
+
+    def of(self, pool: str) -> dict[str, str]:
+        found: dict[str, str] = getattr(self, pool, {})
+        return found
+
+
 class Ray(Section):
     address: str | None = Field(None, description="join this cluster; None: RAY_ADDRESS if set, else start one here")
     wait_s: Number | None = Field(
@@ -88,4 +131,6 @@ class Ray(Section):
         description="how long a run waits for hosts that are still to join; None: 60 on a cluster that it joins, 0 on "
         "its own",
     )
+    hosts: Hosts = Hosts()
+    spread: bool = Field(False, description="engines over as many hosts as there are; otherwise hosts fill up in turn")
     object_store_mib: int = Field(200, ge=80, description="of a cluster that is started here")

@@ -1,10 +1,24 @@
 """How the learner trains: `train` of a config and of a step."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rsrlm.settings.base import Number, Section
+
+# Of DeepSpeed's config: what the learner does by itself, or what a key of ours says.
+OWN_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization.stage",
+    "bf16",
+    "fp16",
+    "amp",
+    "optimizer",
+    "scheduler",
+)
 
 
 class TrainRule(Section):
@@ -48,7 +62,23 @@ class TrainRule(Section):
     gradient_checkpointing: bool = False
     dropout: Number = Field(0.0, ge=0, lt=1)
     zero_stage: Literal[0, 1, 2, 3] = 0
+    deepspeed: dict[str, Any] = Field(
+        {},
+        description="further keys of DeepSpeed's own config, such as {zero_optimization: {offload_optimizer: {device: "
+        "cpu}}}",
+    )
     checkpoint_every_steps: int = Field(50, gt=0)
+
+    @model_validator(mode="after")
+    def _adds_to_deepspeed(self) -> Self:
+        for key in OWN_KEYS:
+            section, _, name = key.rpartition(".")
+            keys = self.deepspeed.get(section, {}) if section else self.deepspeed
+            if not isinstance(keys, dict):
+                raise ValueError(f"train.deepspeed.{section}={keys!r} must be a mapping of keys")
+            if name in keys:
+                raise ValueError(f"train.deepspeed.{key} is not yours to set: other keys of train, and model.dtype, do")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -21,9 +21,7 @@ def test_more_than_the_memory(refused: Callable[..., str]) -> None:
     assert "use a smaller model.path, engine.kv_cache_gib or train.micro_batch" in message
 
 
-def test_more_than_the_disk(
-    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_than_the_disk(refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**30))
     message = refused("iterations=30", "prompts.reuse=true", "model=smollm2-135m-instruct")
     assert message.startswith(f"rsrlm: runs={tmp_path / 'runs'}: the run needs about ")
