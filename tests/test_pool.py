@@ -613,7 +613,8 @@ def test_an_answer_that_nobody_waits_for_does_not_end_the_engine(core: Core) -> 
 
 def test_arguments_of_an_engine_go_by_its_device(make_config: Any) -> None:
     def arguments(**engine: Any) -> dict[str, Any]:
-        return engine_arguments(make_config(engine=engine), "/model")
+        defaults = {"max_num_seqs": None, "kv_cache_gib": None}
+        return engine_arguments(make_config(engine={**defaults, **engine}), "/model")
 
     cpu = arguments()
     assert (cpu["max_num_seqs"], cpu["enforce_eager"], cpu["kv_cache_memory_bytes"]) == (32, True, 2**30)
