@@ -56,9 +56,16 @@ def run(modules: list[str], processes: int) -> None:
         shutil.rmtree(WORK, ignore_errors=True)
         WORK.mkdir()
         of.write_text(fingerprint(), encoding="utf-8")
-    mutmut = Path(sys.executable).parent / "mutmut"
     done = subprocess.run(
-        [mutmut, "run", "--max-children", str(processes), *(f"rsrlm.{name}.*" for name in modules)],
+        [
+            sys.executable,
+            "-m",
+            "mutmut",
+            "run",
+            "--max-children",
+            str(processes),
+            *(f"rsrlm.{name}.*" for name in modules),
+        ],
         cwd=ROOT,
         # Threads that a forked process does not have would be waited for.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
