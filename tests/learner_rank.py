@@ -91,6 +91,8 @@ def main() -> None:
         summed = policy.gradients(everything, policy.outline(everything))
         gradients = {}
         for name, parameter in policy.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             gradient = deepspeed.utils.safe_get_full_grad(parameter)
             gradients[name] = gradient.detach().clone().float().cpu()
         facts = {"packed": policy.packed, "held": held, "optimizer": type(policy.engine.optimizer).__name__}

@@ -39,6 +39,8 @@ SCRIPT = Path(__file__).parent / "learner_rank.py"
 SESSION = Path(__file__).parent / "session_rank.py"
 OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
 SFT = {"method": "sft"}
+LORA = {**OPTIONS, "lora": {"rank": 4, "alpha": 16, "targets": ["q_proj", "down_proj"]}}
+RULE = Train(lr=1e-3, pairs_per_step=1)
 
 
 def free_port() -> int:
@@ -97,6 +99,7 @@ def test_loss_and_gradients_do_not_depend_on_the_split(tiny_model: Path, tmp_pat
             [0, 2, {**OPTIONS, "mixed": True}],
             [0, 5, SFT],
             [0, 2, {**SFT, "packed": False}],
+            [0, 5, LORA],
         ],
     )
     two = run_ranks(
@@ -113,6 +116,9 @@ def test_loss_and_gradients_do_not_depend_on_the_split(tiny_model: Path, tmp_pat
             [2, 2, {**OPTIONS, "deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}],
             [0, 1, SFT],
             [2, 2, SFT],
+            [0, 2, LORA],
+            [2, 1, LORA],
+            [3, 2, LORA],
         ],
     )
 
@@ -141,8 +147,18 @@ def test_loss_and_gradients_do_not_depend_on_the_split(tiny_model: Path, tmp_pat
     assert sft["first"]["sft_loss"] == pytest.approx(sft["first"]["loss"])
     assert sft["first"]["sft_loss"] > 5  # random targets
     assert sft["summed"]["loss"] / 32 < sft["first"]["sft_loss"]  # one step in
-    for other in (one[7], *two[7:]):
+    for other in (one[7], *two[7:9]):
         assert_same_step(other, sft)
+
+    # Adapters alone learn, and do nothing before the first step.
+    adapters = one[8]
+    layers = [f"layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    assert set(adapters["gradients"]) == {
+        f"model.{layer}.lora_{half}.default.weight" for layer in layers for half in "AB"
+    }
+    assert adapters["first"]["loss"] == pytest.approx(reference["first"]["loss"], rel=1e-5)
+    for other in two[9:]:
+        assert_same_step(other, adapters)
 
 
 @pytest.mark.ray
@@ -271,19 +287,19 @@ def test_a_checkpoint_with_a_file_of_another_user_is_not_read(what: str, tmp_pat
     file.write_bytes(b"a pickle")
     read: list[str] = []
 
-    def load(folder: str, tag: str) -> Any:
+    def load(folder: str, **_: Any) -> Any:
         read.append(folder)
         return None, {"rsrlm_rows": []}
 
     engine: Any = SimpleNamespace(load_checkpoint=load)
-    assert load_checkpoint(engine, path, zero_stage=0) == []
+    assert load_checkpoint(engine, path, RULE) == []
     assert read == [str(path)]
     if what == "link":
         file.rename(tmp_path / "theirs")
         file.symlink_to(tmp_path / "theirs")
     os.chown(path if what == "folder" else file, 65534, 65534)
     with pytest.raises(TrainingFailed, match="belongs to another user"):
-        load_checkpoint(engine, path, zero_stage=0)
+        load_checkpoint(engine, path, RULE)
     assert read == [str(path)]
 
 
@@ -292,7 +308,7 @@ def test_a_disk_that_gives_all_files_to_one_user(tmp_path: Path, monkeypatch: py
     """As NFS does with root_squash: what we write belongs to nobody, as the checkpoint does."""
     path = tmp_path / "M1-01234567-s000002"
     path.mkdir()
-    engine: Any = SimpleNamespace(load_checkpoint=lambda folder, tag: (None, {"rsrlm_rows": [{"step": 0}]}))
+    engine: Any = SimpleNamespace(load_checkpoint=lambda folder, **_: (None, {"rsrlm_rows": [{"step": 0}]}))
     made = tempfile.NamedTemporaryFile
 
     def squashed(**where: Any) -> Any:
@@ -302,9 +318,9 @@ def test_a_disk_that_gives_all_files_to_one_user(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", squashed)
     with pytest.raises(TrainingFailed, match="belongs to another user"):
-        load_checkpoint(engine, path, zero_stage=0)
+        load_checkpoint(engine, path, RULE)
     os.chown(path, 65534, 65534)
-    assert load_checkpoint(engine, path, zero_stage=0) == [{"step": 0}]
+    assert load_checkpoint(engine, path, RULE) == [{"step": 0}]
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
@@ -386,6 +402,35 @@ def test_a_training_in_parts_is_the_training_in_one(
         assert len({*candidates, weights}) == 3
         # The log-probabilities before the first update are made once.
         assert not any(isinstance(event, ReferenceBatch) for part in found[1:] for event in part)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.full)])
+def test_adapters_are_added_to_the_weights(tiny_model: Path, tmp_path: Path, world_size: int, zero_stage: int) -> None:
+    """What comes out of a training in two processes is that of one, and differs from what went in by rank 4 where there
+    are adapters, and nowhere else."""
+    import torch
+    from safetensors.torch import load_file
+
+    common = {"zero_stage": zero_stage, "epochs": 2, "lora": {**LORA["lora"], "dropout": 0.1}}
+    (said,) = run_sessions(tiny_model, tmp_path / "whole", world_size, [common])
+    for part in ({**common, "until": 3}, common):
+        (again,) = run_sessions(tiny_model, tmp_path / "parts", world_size, [part])
+    losses = [[one.row["loss"] for one in events if isinstance(one, StepTrained)] for events in (said, again)]
+    assert losses[0][3:] == losses[1]
+    path = "models/M1/model.safetensors"
+    assert (tmp_path / "whole" / path).read_bytes() == (tmp_path / "parts" / path).read_bytes()
+    before, after = load_file(tiny_model / "model.safetensors"), load_file(tmp_path / "whole" / path)
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        change = after[name] - weight
+        rank = int(torch.linalg.matrix_rank(change, atol=1e-4)) if change.any() else 0
+        assert rank == (4 if "q_proj" in name or "down_proj" in name else 0), name
+    if not zero_stage:
+        # Adapters and their two moments; of the frozen weights the head, which DeepSpeed knows by its other name.
+        saved = sum(file.stat().st_size for file in (tmp_path / "parts/checkpoints").rglob("*.pt"))
+        learning = 3 * 4 * ((64 + 64) + (160 + 64))
+        assert saved < 4 * 49152 * 64 + 2 * 3 * 4 * learning
 
 
 @pytest.mark.ray

@@ -168,6 +168,17 @@ def test_memory_of_an_engine(make_config: Any, model: Path) -> None:
     assert base - memory(make_config(), model)["engine"] == 4 * 800
 
 
+def test_memory_of_adapters(make_config: Any, model: Path) -> None:
+    """Gradients, two moments and a checkpoint of the adapters alone."""
+    whole, some = make_config(), make_config(train={"lora": {"rank": 2, "targets": ["q_proj"]}})
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**content, "num_attention_heads": 1}))
+    hidden, layers = content["hidden_size"], content["num_hidden_layers"]
+    learning = layers * 2 * (hidden + hidden)
+    saved = memory(whole, model)["learner rank"] - memory(some, model)["learner rank"]
+    assert saved == 3 * 4 * (PARAMETERS - learning)
+
+
 def test_memory_of_another_judge(make_config: Any, model: Path, tmp_path: Path) -> None:
     """Twice the layers' weights: of the judge's engines alone."""
     judge = tmp_path / "judge"

@@ -64,6 +64,7 @@ def engine_memory(shape: Shape, config: Config, gpu: float) -> dict[str, float]:
 def learner_memory(shape: Shape, train: TrainRule, ranks: int, dtype: str, tokens: int) -> dict[str, float]:
     """Bytes on the GPU of one of `ranks`, by what takes them; `tokens` are those of a forward pass."""
     size, parameters, stage = plan.BYTES[dtype], shape.parameters, train.zero_stage
+    learning = shape.learning(train.lora)
     bucket = min(BUCKET, parameters) * size
     layer = tokens * (14 * shape.hidden + 4 * shape.intermediate) * size  # what a layer keeps for its backward pass
     if train.gradient_checkpointing:
@@ -74,7 +75,7 @@ def learner_memory(shape: Shape, train: TrainRule, ranks: int, dtype: str, token
         kept, layer = shape.layers * layer, 0
     return {
         "weights": parameters * size / (ranks if stage == 3 else 1),
-        "gradients": parameters * size / (ranks if stage >= 2 else 1),
+        "gradients": learning * size / (ranks if stage >= 2 else 1),
         "optimizer": 0.0 if on_the_host(train) else optimizer_memory(shape, train, ranks, dtype),
         "buckets and gathered layers": {0: 1, 1: 3, 2: 3, 3: 2}[stage] * bucket
         + (stage == 3) * (min(LIVE, parameters) + shape.head) * size,
@@ -93,7 +94,7 @@ def on_the_host(train: TrainRule) -> bool:
 
 def optimizer_memory(shape: Shape, train: TrainRule, ranks: int, dtype: str) -> float:
     """Bytes of a rank's moments, and of its float32 weights beside others."""
-    return shape.parameters * (12 if plan.BYTES[dtype] == 2 else 8) / (ranks if train.zero_stage else 1)
+    return shape.learning(train.lora) * (12 if plan.BYTES[dtype] == 2 else 8) / (ranks if train.zero_stage else 1)
 
 
 def host_memory(shape: Shape, config: Config) -> list[plan.Process]:
@@ -127,13 +128,13 @@ def disk(shape: Shape, config: Config, demands: Sequence[Demand]) -> dict[str, f
     )
     return {
         "models": float(config.iterations * shape.parameters * size),
-        "checkpoint": float(checkpoint_bytes(shape, size)),
+        "checkpoint": float(max(checkpoint_bytes(shape, step.config.train, size) for step in config.planned)),
         "records": float(records),
     }
 
 
-def checkpoint_bytes(shape: Shape, size: int) -> int:
-    return shape.parameters * (14 if size == 2 else 12)
+def checkpoint_bytes(shape: Shape, train: TrainRule, size: int) -> int:
+    return shape.learning(train.lora) * (14 if size == 2 else 12)
 
 
 def rank_memory(shape: Shape, config: Config, demands: Sequence[Demand]) -> dict[str, float]:

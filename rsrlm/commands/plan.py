@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from rsrlm.commands.shapes import shape_of
 from rsrlm.config import Config, dump
 from rsrlm.model import num_parameters, weight_files
 from rsrlm.recipes.base import Demand
@@ -209,7 +210,7 @@ def memory(
     shape = _shape(model)
     weights = num_parameters(model) * BYTES[config.model.dtype]
     engine, train = config.engine, config.train
-    copies = 4 if train.zero_stage == 0 else 5  # weights, gradients, two moments; ZeRO's flat copy
+    copies = 3 if train.zero_stage == 0 else 4  # gradients, two moments; ZeRO's flat copy
     tokens = max(
         step.config.train.micro_batch * min(engine.max_model_len, demand.item_tokens)
         for step, demand in zip(config.planned, demands, strict=True)
@@ -219,7 +220,7 @@ def memory(
         per_token = shape["layers"] * shape["hidden"] * 2
     activations = tokens * per_token * BYTES[config.model.dtype]
     logits = 3 * min(512, 2 * train.micro_batch * config.sample.max_tokens) * shape["vocabulary"] * 4
-    rank = float(LEARNER_BASE + copies * weights + activations + logits)
+    rank = float(LEARNER_BASE + weights + copies * _learning(config, model) + activations + logits)
     return [
         Process("engine", engine.replicas, _engine(config, model)),
         Process("judge engine", config.judge.replicas, _engine(config, judge or model)),
@@ -233,6 +234,12 @@ def memory(
         Process("driver", 1, float(DRIVER)),
         Process("ray", 1, float(RAY)),
     ]
+
+
+def _learning(config: Config, model: Path) -> int:
+    """Bytes of the parameters that have gradients."""
+    lora, size = config.train.lora, BYTES[config.model.dtype]
+    return (shape_of(str(model)).learning(lora) if lora else num_parameters(model)) * size
 
 
 def total_memory(processes: Sequence[Process]) -> float:
@@ -253,7 +260,7 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
     if candidates and max(candidates) > 0:  # they go when one of them is chosen
         found["candidates"] = float(max(candidates) * (weights + others))
     if max(steps) > config.train.checkpoint_every_steps:
-        found["checkpoint"] = float(3 * num_parameters(model) * 4)
+        found["checkpoint"] = 3.0 * _learning(config, model)
     found["records"] = sum(
         float(RECORD_ON_DISK[role == "actor"] * number)
         for demand in demands

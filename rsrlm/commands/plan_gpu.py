@@ -156,8 +156,10 @@ def prefill_rate(shape: Shape, gpus: int) -> float:
 
 
 def train_rate(shape: Shape, train: TrainRule, ranks: int) -> float:
-    """Tokens a second of all ranks, forward and backward, and the forward pass once more under checkpointing."""
-    operations = (8 if train.gradient_checkpointing else 6) * shape.parameters
+    """Tokens a second of all ranks, forward and backward, and the forward pass once more under checkpointing. Frozen
+    weights have no gradients of their own to compute."""
+    operations = 2 * train.gradient_checkpointing * shape.parameters + 4 * shape.parameters
+    operations += 2 * shape.learning(train.lora)
     return TRAINING * FLOPS * ranks * (ZERO3 if train.zero_stage == 3 else 1) / operations
 
 
@@ -178,7 +180,7 @@ def seconds_of(shape: Shape, config: Config, rule: TrainRule, work: Work, steps:
         generation += work.prefilled / (prefill_rate(shape, gpus) * replicas)
     forward = TRAINING * FLOPS * config.train.workers / (2 * shape.parameters)
     first, again = publish_seconds(shape, config)
-    kept = checkpoint_bytes(shape, plan.BYTES[config.model.dtype]) * (steps // rule.checkpoint_every_steps)
+    kept = checkpoint_bytes(shape, rule, plan.BYTES[config.model.dtype]) * (steps // rule.checkpoint_every_steps)
     return Seconds(
         generation=generation,
         training=(work.trained / train_rate(shape, rule, config.train.workers) + work.reference / forward)

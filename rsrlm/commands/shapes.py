@@ -8,6 +8,7 @@ from typing import Any
 
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import BUILTIN_MODEL
+from rsrlm.settings.train import LoRA
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -36,6 +37,15 @@ class Shape:
     def head(self) -> int:
         """Parameters of the LM head."""
         return self.vocabulary * self.hidden
+
+    def learning(self, lora: LoRA | None) -> int:
+        """Parameters that have gradients: all, or those of adapters. A layer of another name counts as a large one."""
+        if lora is None:
+            return self.parameters
+        hidden, q, kv, feed = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
+        sizes = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": q, "gate_proj": feed, "up_proj": feed}
+        sizes["down_proj"] = feed
+        return self.layers * lora.rank * sum(hidden + sizes.get(name, feed) for name in lora.targets or sizes)
 
     def cached(self, size: int) -> int:
         """Bytes of the keys and values of one token, of `size` bytes each."""

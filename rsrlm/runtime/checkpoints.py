@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rsrlm.jobs import TrainJob
+from rsrlm.settings.train import TrainRule
 from rsrlm.store.atomic import sync_files
 
 
@@ -45,7 +46,12 @@ def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]]) -> N
     the steps before it."""
     path = checkpoint_path(job, len(rows))
     scratch = path.with_name(path.name + ".tmp")
-    engine.save_checkpoint(str(scratch), tag="state", client_state={"rsrlm_rows": rows})
+    engine.save_checkpoint(
+        str(scratch),
+        tag="state",
+        client_state={"rsrlm_rows": rows},
+        exclude_frozen_parameters=job.train.lora is not None,  # all but the adapters: as the model has them
+    )
     dist.barrier()
     if dist.get_rank() == 0:
         sync_files(scratch)
@@ -63,7 +69,7 @@ def owner_in(folder: Path) -> int:
         return os.stat(file.name).st_uid
 
 
-def load_checkpoint(engine: Any, path: Path, zero_stage: int) -> list[dict[str, Any]]:
+def load_checkpoint(engine: Any, path: Path, train: TrainRule) -> list[dict[str, Any]]:
     """Restore weights and optimizer; returns the metrics of the steps before. Raises TrainingFailed."""
     own = owner_in(path.parent)
     # lstat as well: a link of one's own may lead to a file of another's.
@@ -74,11 +80,11 @@ def load_checkpoint(engine: Any, path: Path, zero_stage: int) -> list[dict[str, 
                 "run code; delete the checkpoint to start the iteration's training again"
             )
     ranks = len(list((path / "state").glob("*optim_states.pt"))) or 1
-    if zero_stage and ranks != dist.get_world_size():
+    if train.zero_stage and ranks != dist.get_world_size():
         raise TrainingFailed(
             f"checkpoint {path} was written by {ranks} ranks and cannot be read by {dist.get_world_size()}; resume "
             f"with train.workers={ranks}, or delete it to start the iteration's training again"
         )
-    _, client = engine.load_checkpoint(str(path), tag="state")
+    _, client = engine.load_checkpoint(str(path), tag="state", load_module_strict=train.lora is None)
     rows: list[dict[str, Any]] = client["rsrlm_rows"]
     return rows

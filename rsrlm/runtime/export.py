@@ -16,6 +16,7 @@ from rsrlm.runtime.weights import bytes_of
 from rsrlm.settings.machine import ModelConfig
 from rsrlm.store.atomic import sync_files
 
+SHARD = "5GB"  # the largest file of an exported model
 FULL_BYTES = 64 << 20  # less free space than this explains a failed write
 
 
@@ -25,7 +26,7 @@ def export(model: Any, state: dict[str, Any], job: TrainJob, config: ModelConfig
 
     scratch = output.with_name(output.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch, state_dict=state)
+    model.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD)
     # The model's own config has what this stage's training set, dropout and no cache: that is no other stage's.
     source = AutoConfig.from_pretrained(job.model, trust_remote_code=config.trust_remote_code)
     source.architectures, source.dtype = model.config.architectures, model.dtype

@@ -15,6 +15,7 @@ from rsrlm.losses import packing
 from rsrlm.losses.base import loss_for
 from rsrlm.runtime.checkpoints import TrainingFailed
 from rsrlm.runtime.dropout import set_dropout
+from rsrlm.runtime.lora import add_adapters, weights, whole
 from rsrlm.runtime.reference import Reference, write_share
 from rsrlm.runtime.shares import Outline, micro_batches, outline, share_of
 from rsrlm.settings.base import ConfigError
@@ -25,8 +26,9 @@ from rsrlm.store.items import ItemFile
 CHUNK_TOKENS = 512  # response tokens whose logits exist at a time
 
 
-def load_policy(folder: str, model: ModelConfig, train: TrainRule) -> Any:
-    """The model of a folder, in training mode, in the dtype of the config; under ZeRO 3 this rank's part of it."""
+def load_policy(folder: str, model: ModelConfig, train: TrainRule, seed: int = 0) -> Any:
+    """The model of a folder, in training mode, in the dtype of the config; under ZeRO 3 this rank's part of it. The
+    seed is that of adapters."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -43,6 +45,8 @@ def load_policy(folder: str, model: ModelConfig, train: TrainRule) -> Any:
         trust_remote_code=model.trust_remote_code,
     )
     del divided
+    if train.lora:
+        add_adapters(policy, train.lora, seed)
     policy.config.use_cache = False
     if train.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -87,7 +91,8 @@ class Policy:
         self.loss = loss_for(items.kind, train)
         pad = model.config.pad_token_id
         self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
-        optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=train.lr, weight_decay=train.weight_decay, fused=True)
         self.engine, *_ = deepspeed.initialize(
             model=Used(model), optimizer=optimizer, config=deepspeed_config(train, dtype)
         )
@@ -226,18 +231,18 @@ class Policy:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def state(self) -> dict[str, Any]:
-        """The model's parameters by their Hugging Face names, whole, on rank 0; empty elsewhere. Tied ones once."""
+        """The model's weights by their Hugging Face names, whole, on rank 0; empty elsewhere. Tied ones once."""
         import deepspeed
 
         root = dist.get_rank() == 0
         found = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameters, adapter in weights(self.model):
             if self.train.zero_stage == 3:
-                with deepspeed.zero.GatheredParameters([parameter]):
+                with deepspeed.zero.GatheredParameters(parameters):
                     if root:
-                        found[name] = parameter.detach().cpu().clone()
+                        found[name] = whole(parameters, adapter).cpu().clone()
             elif root:
-                found[name] = parameter.detach().cpu().contiguous()
+                found[name] = whole(parameters, adapter).cpu().contiguous()
         return found
 
     def close(self) -> None:

@@ -96,7 +96,9 @@ class Session:
         items: ItemFile[Any] = ItemFile(Path(job.items))
         self._steps = steps_of(len(items), job.train, job.seed, job.iteration)
         self._last = job.train.steps(len(items))
-        self._policy = Policy(load_policy(job.model, model, job.train), job.train, model.dtype, items)
+        adapters = seed_of(job.seed, job.iteration, "adapters", "learner", job.name)
+        policy = load_policy(job.model, model, job.train, adapters)
+        self._policy = Policy(policy, job.train, model.dtype, items)
         self._rows: list[dict[str, Any]] = []
         self._saved = 0  # optimizer steps before the newest checkpoint
         try:
@@ -105,7 +107,7 @@ class Session:
             found = agreed(newest_checkpoint(job))
             if found:
                 path, self._saved = found
-                self._rows = load_checkpoint(self._policy.engine, path, job.train.zero_stage)
+                self._rows = load_checkpoint(self._policy.engine, path, job.train)
         except BaseException:
             self.close()
             raise

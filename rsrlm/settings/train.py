@@ -21,6 +21,15 @@ OWN_KEYS = (
 )
 
 
+class LoRA(Section):
+    """Low-rank adapters (2106.09685): each linear layer learns the product of two small matrices beside its weight."""
+
+    rank: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0, description="what an adapter adds is scaled by alpha / rank")
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    targets: list[str] = Field([], description="names of linear layers, such as q_proj; none: all but the LM head")
+
+
 class TrainRule(Section):
     """How an iteration trains, whatever on."""
 
@@ -62,6 +71,7 @@ class TrainRule(Section):
     gradient_checkpointing: bool = False
     dropout: Number = Field(0.0, ge=0, lt=1)
     zero_stage: Literal[0, 1, 2, 3] = 0
+    lora: LoRA | None = Field(None, description="train adapters alone, and add them to the weights at the end")
     deepspeed: dict[str, Any] = Field(
         {},
         description="further keys of DeepSpeed's own config, such as {zero_optimization: {offload_optimizer: {device: "

@@ -154,6 +154,21 @@ def test_an_optimizer_on_the_hosts() -> None:
     assert ranks == [pytest.approx(4 + 24.1, abs=0.1)]  # 12 bytes for each of 8.03e9 parameters, in four parts
 
 
+def test_adapters() -> None:
+    """Llama-3-8B at rank 16, all linear layers: 32 x 16 x (2 (4096 + 4096) + 2 (4096 + 1024) + 3 (4096 + 14336))."""
+    lora = {"lora": {"rank": 16}, "zero_stage": 1, "gradient_checkpointing": True}
+    assert LLAMA3_8B.learning(rule(**lora).lora) == 41_943_040
+    assert LLAMA3_8B.learning(rule(lora={"rank": 8, "targets": ["q_proj", "v_proj"]}).lora) == 32 * 8 * (8192 + 5120)
+    parts = learner_memory(LLAMA3_8B, rule(**lora), 1, "bfloat16", 2300)
+    assert parts["weights"] == 2 * 8_030_261_248
+    assert parts["gradients"] == 2 * 41_943_040
+    assert parts["optimizer"] == 12 * 41_943_040
+    assert gpu_memory.checkpoint_bytes(LLAMA3_8B, rule(**lora), 2) == 14 * 41_943_040
+    whole = rule(zero_stage=1, gradient_checkpointing=True)
+    share = plan_gpu.train_rate(LLAMA3_8B, rule(**lora), 1) / plan_gpu.train_rate(LLAMA3_8B, whole, 1)
+    assert share == pytest.approx(8 / 6, rel=0.01)
+
+
 def test_the_hosts(meta: Any) -> None:
     sizes = {one.name: (one.number, round(one.size / GB, 1)) for one in host_memory(LLAMA3_8B, meta) if one.number}
     assert sizes == {
