@@ -18,7 +18,7 @@ TIE = 1e-9  # means of N judgements are not exact: a smaller difference is a tie
 class Candidate:
     response: Response
     points: float
-    may_win: bool
+    may_win: bool = True
 
 
 def candidates(responses: Sequence[Response], verdicts: Mapping[str, Verdict], rule: TakingPart) -> list[Candidate]:

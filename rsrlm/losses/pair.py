@@ -23,12 +23,12 @@ class PairLoss(Loss):
     prompt = "prompt_token_ids"
     responses = ("chosen_token_ids", "rejected_token_ids")
     needs_reference = True
+    train: DPO
 
     def __init__(self, train: TrainRule) -> None:
         if not isinstance(train, DPO):
             raise TypeError(f"preference pairs are trained on by the rules of DPO, not by {type(train).__name__}")
-        super().__init__(train)
-        self.rule = train
+        self.train = train
 
     def sums(
         self,
@@ -42,7 +42,7 @@ class PairLoss(Loss):
         weight_P, target_P = (
             logps_R.new_tensor([getattr(pair, name) for pair in items]) for name in ("weight", "target")
         )
-        return pair_loss(logps_R, ref_logps_R, batch, counted_N, weight_P, target_P, self.rule)
+        return pair_loss(logps_R, ref_logps_R, batch, counted_N, weight_P, target_P, self.train)
 
     def denominator(self, items: int, response_tokens: int) -> int:
         return items
@@ -132,13 +132,12 @@ def drift(logps_R: Tensor, ref_logps_R: Tensor, counted_R: Tensor) -> dict[str, 
 
 def pair_means(summed: dict[str, float]) -> dict[str, float]:
     """Means over the pairs of a step, and over those of each kind; `pairs` are numbers of pairs."""
+    by_kind: dict[str, dict[str, float]] = {}
+    for name, value in summed.items():
+        kind, slash, plain = name.rpartition("/")
+        by_kind.setdefault(kind + slash, {})[plain] = value
     found: dict[str, float] = {}
-    for prefix in ["", *sorted({name.rpartition("/")[0] + "/" for name in summed if "/" in name})]:
-        sums = {
-            name.removeprefix(prefix): value
-            for name, value in summed.items()
-            if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
-        }
+    for prefix, sums in by_kind.items():
         pairs, kl, kl_tokens = sums.pop("pairs"), sums.pop("kl", None), sums.pop("kl_tokens", None)
         found |= {prefix + name: value / pairs for name, value in sums.items()} | {prefix + "pairs": pairs}
         if kl is not None:

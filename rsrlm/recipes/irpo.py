@@ -105,7 +105,6 @@ def cycled(winners: Sequence[Response], losers: Sequence[Response], most: int) -
 
 
 def _pair(group: str, winner: Response, loser: Response) -> PreferencePair:
-    chosen = Candidate(response=winner, points=RIGHT, may_win=True)
-    made = pair_of(group, chosen, Candidate(response=loser, points=WRONG, may_win=False))
+    made = pair_of(group, Candidate(response=winner, points=RIGHT), Candidate(response=loser, points=WRONG))
     assert isinstance(made, PreferencePair), made  # their tokens and points differ
     return made

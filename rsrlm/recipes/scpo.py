@@ -135,7 +135,7 @@ def pair(
     `least`, or where all answers have the same share.
     """
     taking_part = [
-        Candidate(response=response, points=verdict.points, may_win=True)
+        Candidate(response=response, points=verdict.points)
         for response in sorted(responses, key=lambda response: response.index)
         if isinstance(verdict := verdicts[response.id], Scored)
     ]

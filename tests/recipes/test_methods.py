@@ -1,6 +1,7 @@
 """Whole iterations of the methods over scripted engines: who is asked what, what is trained on, and nothing twice."""
 
 import asyncio
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,17 @@ import pytest
 from scripted import Memory, Scripted, model, recipe_of, run_of
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.records import Completion, PreferencePair, Prompt, Request, Task
+from rsrlm.records import (
+    Completion,
+    Judgement,
+    NoPair,
+    PreferencePair,
+    Prompt,
+    Request,
+    Scored,
+    Task,
+    seed_of,
+)
 from rsrlm.settings.base import ConfigError
 
 PROMPTS = [Prompt(id=name, text=f"Say {name}.", data={"answer": "7"}) for name in ("tea", "ale")]
@@ -56,17 +67,19 @@ def iteration(
     engine: Any,
     log: Memory | None = None,
     tasks: list[Task] | None = None,
+    run: Any = None,
     **verbs: Any,
-) -> tuple[Any, Any]:
-    """The batch of iteration 1, which starts from M1; and the run."""
-    recipe, run = recipe_of(config, encoder), run_of(engine, log)
+) -> Any:
+    """The batch of iteration 1, which starts from M1."""
+    recipe, run = recipe_of(config, encoder), run or run_of(engine, log)
     run.names = ["M0", "M1"]
     vars(run).update(verbs)
     return asyncio.run(asyncio.wait_for(recipe.iteration(run, 1, model("M1"), tasks or TASKS), 60))
 
 
 def ids(batch: Any) -> list[str]:
-    return sorted(pair.id for pair in batch.items)
+    """In the order of training, which for two prompts of iteration 1 happens to be that of their names."""
+    return [pair.id for pair in batch.items]
 
 
 def test_irpo(make_config: Any, encoder: ChatEncoder) -> None:
@@ -89,6 +102,9 @@ def test_irpo_takes_the_solution_of_a_prompt(make_config: Any, encoder: ChatEnco
     task = Task(iteration=1, prompt=Prompt(id="tea", text="3 + 4?", data={"answer": "7", "solution": "3 + 4 = 7"}))
     batch = iteration(config, encoder, Written(encoder, lambda index, *_: f"Final answer: {index}"), tasks=[task])
     assert ids(batch) == ["01/tea/g>0", "01/tea/g>1"]
+    solution = recipe_of(config, encoder).solution(task)
+    assert (solution.text, solution.token_ids) == ("3 + 4 = 7", encoder.target("3 + 4 = 7"))
+    assert recipe_of(config, encoder).solution(TASKS[0]) is None
     assert batch.items[0].chosen_token_ids == encoder.target("3 + 4 = 7")
     assert batch.items[0].prompt_token_ids == encoder.user("3 + 4?")
 
@@ -123,13 +139,45 @@ def test_scpo_takes_answers_that_are_known(make_config: Any, encoder: ChatEncode
     """Against the majority, with the weight 1; where there is no answer, the votes decide."""
     config = make_config(recipe="scpo", judge=ANSWER, sample={"responses": 4}, use_answers=True)
     tasks = [TASKS[0], replace(TASKS[1], prompt=Prompt(id="ale", text="Say ale."))]
-    engine = Written(encoder, lambda index, *_: f"Final answer: {7 if index == 2 else 5}")
+    engine = Written(encoder, lambda index, *_: f"{index}. Final answer: {7 if index == 2 else 5}")
     batch = iteration(config, encoder, engine, tasks=tasks)
-    known, voted = sorted(batch.items, key=lambda pair: pair.prompt_id, reverse=True)
+    voted, known = batch.items
     assert (known.id, known.weight) == ("01/tea/2>0", 1.0)
     assert (voted.rejected_id, voted.weight) == ("01/ale/2", 0.5)
     with pytest.raises(ConfigError, match=r"counts final answers, but judge\.kind=digits"):
         make_config(recipe="scpo")
+
+
+def test_scpo_draws_by_the_seed_and_the_group(make_config: Any, encoder: ChatEncoder) -> None:
+    """Six alike: each may be chosen."""
+    for seed in (1, 2):
+        config = make_config(recipe="scpo", judge=ANSWER, sample={"responses": 8}, seed=seed)
+        engine = Written(encoder, lambda index, *_: f"{index}. Final answer: {5 if index < 6 else 7}")
+        for pair in iteration(config, encoder, engine).items:
+            group = pair.id.rpartition("/")[0]
+            draw = random.Random(f"votes {seed} {group}")
+            assert pair.id == f"{group}/{draw.choice(range(6))}>{draw.choice([6, 7])}"
+
+
+def test_votes_where_nobody_answers_or_nothing_is_known(make_config: Any, encoder: ChatEncoder) -> None:
+    recipe = recipe_of(make_config(recipe="scpo", judge=ANSWER, sample={"responses": 2}), encoder)
+    nothing = {"largest_share": None, "majority_right": None, "majority_known": 0}
+    assert recipe.items(1, []).measures == {"votes": nothing}
+    tasks = [replace(task, prompt=replace(task.prompt, data={})) for task in TASKS]
+    engine = Written(encoder, lambda index, prompt, _: "Final answer: 5" if prompt == "tea" else "Who knows?")
+    config = make_config(recipe="scpo", judge=ANSWER, sample={"responses": 2})
+    batch = iteration(config, encoder, engine, tasks=tasks)
+    assert batch.measures["votes"] == {"largest_share": 0.5, "majority_right": None, "majority_known": 0}
+
+
+def test_scpo_refuses_answers_that_it_cannot_read(make_config: Any, encoder: ChatEncoder) -> None:
+    prompts = [*PROMPTS, Prompt(id="wine", text="Say wine."), Prompt(id="mead", text="?", data={"answer": "seven"})]
+    recipe = recipe_of(make_config(recipe="scpo", judge=ANSWER, use_answers=True), encoder)
+    recipe.check(prompts[:3])  # one without an answer is left to the votes
+    said = r"prompt 'mead'.*'seven' with judge\.value=number; correct its field \"answer\", or use judge\.value=text"
+    with pytest.raises(ConfigError, match=said):
+        recipe.check(prompts)
+    recipe_of(make_config(recipe="scpo", judge=ANSWER), encoder).check(prompts)
 
 
 @pytest.mark.parametrize("future", [True, False])
@@ -147,7 +195,8 @@ def test_temporal(future: bool, make_config: Any, encoder: ChatEncoder) -> None:
 
     config = make_config(recipe="temporal", future=future)
     engine, log = Written(encoder, text), Memory()
-    batch = iteration(config, encoder, engine, log, train=train)
+    run = run_of(engine, log)
+    batch = iteration(config, encoder, engine, run=run, train=train)
     first = ["01/ale/1>2", "01/tea/1>2"]
     if future:
         assert trained == [("M1", first, 1e-3, "M1.ahead")]
@@ -162,6 +211,17 @@ def test_temporal(future: bool, make_config: Any, encoder: ChatEncoder) -> None:
     assert {held for held, one in engine.asked if "#" in one} == {"M1"}
     seeds = [request.sampling.seed for request in engine.requests if "#" not in request.id]
     assert len(set(seeds)) == len(seeds) == (12 if future else 8)
+    judged = {request.id: request.sampling.seed for request in engine.requests if "#" in request.id}
+    places = [(prompt.id, index) for prompt in PROMPTS for index in range(6 if future else 4)]
+    assert judged == {f"01/{name}/{i}#0": seed_of(0, 1, f"01/{name}/{i}", "judge", "0") for name, i in places}
+    first_told = [event for event in run.events if event["event"] == "group"][-4:-2] if future else run.events[-2:]
+    assert [(one["g"], one["pairs"], one["reason"]) for one in first_told] == [
+        (f"01/{name}", [f"01/{name}/1>2"], None) for name in ("tea", "ale")
+    ]
+    shown = [("M0 answers", {"respond": 4}), ("M1 judges", {"judge": 4})]
+    if future:
+        shown += [("M1.ahead answers", {"respond": 4}), ("M1 judges", {"judge": 4})]
+    assert [one for one in run.screen.totals if one in shown] == shown
     (group, _) = batch.groups
     versions = [response.weight_version for response in group.responses]
     assert versions == ["M1", "M1", "M0", "M0", *(["M1.ahead"] * 2 if future else [])]
@@ -169,6 +229,22 @@ def test_temporal(future: bool, make_config: Any, encoder: ChatEncoder) -> None:
     asked = len(engine.requests)
     again = iteration(config, encoder, engine, log, train=train)
     assert (again.items, len(engine.requests)) == (batch.items, asked)
+
+
+def test_whose_responses_make_the_pairs(make_config: Any, encoder: ChatEncoder) -> None:
+    """The last of each model: M0's worst is its second, and that of the model ahead is best. Tea's own are not even
+    scored, which makes no pair."""
+
+    async def train(*_: Any) -> Any:
+        return model("M1.ahead")
+
+    points = {0: 3, 1: 3, 2: 2, 3: 1, 4: 4, 5: 5}
+    engine = Written(encoder, lambda index, prompt, _: f"{index} points={points[index]}")
+    batch = iteration(make_config(recipe="temporal"), encoder, engine, train=train)
+    assert ids(batch) == ["01/ale/5>3", "01/tea/5>3"]
+    assert batch.measures["temporal"] == {"rejected_of_first": 2, "chosen_of_ahead": 2}
+    recipe, (group, _) = recipe_of(make_config(recipe="temporal"), encoder), batch.groups
+    assert recipe.pair(TASKS[0], group.responses, group.judgements[2:]) == NoPair(reason="no scored response")
 
 
 def test_temporal_samples_anew_of_the_model_that_it_starts_from(make_config: Any, encoder: ChatEncoder) -> None:
@@ -197,12 +273,46 @@ def test_cream(consistency: str, make_config: Any, encoder: ChatEncoder) -> None
         assert pair.weight == 1
     assert batch.measures["consistency"] == {"mean": pytest.approx(2 / 3), "prompts": 2}
     assert [one.verdict.points for one in batch.groups[0].judgements] == pytest.approx([1.0, 2.0, 3.0])
-    assert {one.weight_version for one in batch.groups[0].judgements} == {"M1"}
+    assert batch.groups[0].judgements[2] == Judgement(
+        id="01/tea/2#0", prompt_id="tea", response_id="01/tea/2", index=0, role="judge", text="", token_ids=(),
+        judge="log-likelihood ratio to M0", finish_reason="stop", weight_version="M1", sampling=None,
+        verdict=batch.groups[0].judgements[2].verdict,
+    )  # fmt: skip
     scored = sorted((held, one) for held, one in engine.asked if one.endswith("/logprobs"))
     assert len(scored) == 2 * 6  # two models: the one before is M0 itself
     asked = len(engine.requests)
     again = iteration(config, encoder, engine, log)
     assert (again.items, len(engine.requests)) == (batch.items, asked)
+
+
+def test_cream_compares_with_the_model_before(make_config: Any, encoder: ChatEncoder) -> None:
+    """Iteration 2 starts from M2: with M1 it agrees, with M0 it would not."""
+    config = make_config(recipe="cream", sample={"responses": 3})
+    logprobs = {"M0": [-10.0, -20.0, -30.0], "M1": [-9.0, -18.0, -27.0], "M2": [-8.0, -16.0, -24.0]}
+    engine = Written(encoder, lambda index, *_: "abc"[index], lambda index, held: logprobs[held][index])
+    run = run_of(engine)
+    run.names = ["M0", "M1", "M2"]
+    batch = asyncio.run(recipe_of(config, encoder).iteration(run, 2, model("M2"), TASKS))
+    assert [pair.target for pair in batch.items] == [1.0, 1.0]
+    said = [f"log-probabilities of 6 responses under {name}" for name in ("M2", "M1", "M0")]
+    assert [line for line in run.screen.lines if line in said] == said
+
+
+@pytest.mark.parametrize(("consistency", "targets"), [("iteration", [0.5, 0.5]), ("prompt", [0.0, 1.0])])
+def test_cream_of_an_iteration_or_of_each_prompt(
+    consistency: str, targets: list[float], make_config: Any, encoder: ChatEncoder
+) -> None:
+    """The rankings of tea agree, those of ale are each other's reverse."""
+    config = make_config(recipe="cream", sample={"responses": 2}, consistency=consistency)
+    recipe = recipe_of(config, encoder)
+    assert recipe.needs()["the judge of a response"] == 0
+    run = run_of(Written(encoder, lambda index, *_: "ab"[index]))
+    groups = asyncio.run(run.load(model("M0")))
+    made = [asyncio.run(recipe.group(groups, task)) for task in TASKS]
+    now = {one.id: Scored(points=one.index) for group in made for one in group.responses}
+    then = {name: one if "tea" in name else Scored(points=-one.points) for name, one in now.items()}
+    batch = recipe.ranked(1, made, model("M1"), now, then)
+    assert [(pair.prompt_id, pair.target) for pair in batch.items] == list(zip(("ale", "tea"), targets, strict=True))
 
 
 def test_cream_of_the_first_model_goes_by_its_likelihood(make_config: Any, encoder: ChatEncoder) -> None:
@@ -215,7 +325,7 @@ def test_cream_of_the_first_model_goes_by_its_likelihood(make_config: Any, encod
 
 
 @pytest.mark.parametrize(
-    ("recipe", "keys", "requests", "items"),
+    ("recipe", "keys", "requests", "items"),  # at most; of 24 tokens a response
     [
         ("irpo", {"judge": ANSWER, "pairs": 5}, {"actor": 20}, 50),
         ("scpo", {"judge": ANSWER, "more": 3}, {"actor": 50}, 10),
@@ -230,3 +340,4 @@ def test_what_a_plan_says(
     demand = recipe_of(make_config(recipe=recipe, **keys), encoder).demand(10)
     assert {role: number for role, (number, _) in demand.requests.items()} == requests
     assert demand.items == items
+    assert demand.item_tokens == 2 * 24 + 64

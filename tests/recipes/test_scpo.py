@@ -45,6 +45,7 @@ def test_most_against_fewest_votes_weighted_by_the_votes_between() -> None:
     assert isinstance(found, PreferencePair)
     assert found.chosen_id in {f"01/tea/{index}" for index in (0, 1, 3, 6)}
     assert found.rejected_id == "01/tea/5"
+    assert found.id == f"{found.chosen_id}>5"
     assert (found.chosen_score, found.rejected_score) == (4 / 8, 1 / 8)
     assert found.weight == 0.375  # (4 - 1) / 8: of all that were asked, not of those that answered
     assert found.target == 1
