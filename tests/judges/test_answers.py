@@ -71,6 +71,15 @@ def value(text: str, form: AnswerForm) -> str | Unparsed:
         ("There are 3 bags of 6, so 18.", END, "18"),
         ("There are 1,200 or, better, 1/2 of 7.", END, "7"),
         ("None at all.", END, NO_ANSWER),
+        (r"\boxed{\boxed{1}} and \boxed{2}", BOXED, SEVERAL),
+        (r"\boxed{\frac{1}{1,000}}", BOXED, "1/1000"),
+        ("Final answer: .", LINE, EMPTY),
+        ("Final answer: X", LINE, NO_NUMBER),
+        ("Final answer: N = 5", LINE_TEXT, "5"),
+        ('Final answer: "New York"', LINE_TEXT, "newyork"),
+        ("Final answer: Xerox", LINE_TEXT, "xerox"),
+        ("Final answer: MAX", LINE_TEXT, "max"),
+        ("Final answer: (c)", LINE_TEXT, "c"),
         ("Final answer: (C)", LINE_TEXT, "c"),
         ("Final answer: C.", LINE_TEXT, "c"),
         ("Final answer:  New  York.", LINE_TEXT, "newyork"),
@@ -113,6 +122,9 @@ def test_what_is_no_number_is_not_read_as_a_part_of_it(written: str) -> None:
 
 def test_the_text_as_written_is_kept() -> None:
     assert find("So.\nFinal answer:  **$72** clips", LINE) == FinalAnswer(text="$72** clips", value="72")
+    assert find("It is $72.50.", END) == FinalAnswer(
+        text="145/2", value="145/2"
+    )  # a number found in no place of its own
 
 
 def test_what_was_cut_has_no_final_answer() -> None:
@@ -162,7 +174,10 @@ def test_answers_of_prompts_are_compared_in_the_same_form() -> None:
     assert gold(Prompt(id="a", text="?", data={"answer": "1,000.0"}), LINE) == value("#### $1000", HASHES)
     with pytest.raises(ConfigError, match=r"prompt 'a' has no answer .* add a field \"answer\""):
         gold(Prompt(id="a", text="?"), LINE)
-    with pytest.raises(ConfigError, match=r"prompt 'a': final answer is no number: 'blue' with judge.value=number"):
+    said = (
+        r"prompt 'a': final answer is no number: 'blue' with judge.value=number; correct its field \"answer\", or use "
+    )
+    with pytest.raises(ConfigError, match=said + r"judge\.value=text$"):
         gold(Prompt(id="a", text="?", data={"answer": "blue"}), LINE)
     assert gold(Prompt(id="a", text="?", data={"answer": "blue"}), LINE_TEXT) == "blue"
 

@@ -1,5 +1,6 @@
 """What judges are asked: the project's templates and those of users, and texts that try to leave their place in one."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 from hostile import HOSTILE, as_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import context_of
 
 from rsrlm.chat import ChatEncoder
+from rsrlm.judges.base import judge_of
 from rsrlm.judges.templates import (
     ADDITIVE_VARIABLES,
     META_VARIABLES,
@@ -19,7 +22,7 @@ from rsrlm.judges.templates import (
     load_template,
 )
 from rsrlm.judges.verdicts import META_WINNER, NO_SCORE, SCORE, WINNER, Form, parse_points
-from rsrlm.records import Scored
+from rsrlm.records import Completion, Scored
 from rsrlm.settings.base import ConfigError
 
 RATING = Form(label="Rating", scale=(1, 10), prefix="Rating: ")
@@ -216,3 +219,14 @@ def test_any_response_leaves_the_pairwise_prompt_in_place(
     assert list(prompt[stop:]) == after
     assert prompt[:start] == without[:start]
     assert tokenizer.decode(prompt[start:stop], clean_up_tokenization_spaces=False) == as_read(response)
+
+
+def test_digits_are_read_on_the_scale_of_their_template(make_config: Any, encoder: ChatEncoder) -> None:
+    """One to five: the mean of all alike is 3."""
+    config = make_config(judge={"kind": "digits", "template": "buckets"})
+    judge = judge_of(config.judge, context_of(config, encoder))
+    said = Completion(
+        request_id="r", token_ids=(1,), text="3", finish_reason="length", weight_version="M0",
+        label_logprobs=(math.log(0.2),) * 5,
+    )  # fmt: skip
+    assert judge.read(said) == Scored(points=pytest.approx(3.0), variance=pytest.approx(2.0))

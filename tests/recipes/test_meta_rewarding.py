@@ -11,7 +11,8 @@ from scripted import Characters, Memory, Seeded, context_of, judge_pairs, model,
 from rsrlm.config import Config, resolve
 from rsrlm.engines import JUDGE_PRIORITY
 from rsrlm.meta_judging import EVEN, most_uncertain
-from rsrlm.recipes.meta_rewarding import MetaRewarding
+from rsrlm.recipes.meta_rewarding import MetaRewarding, decided
+from rsrlm.recipes.self_rewarding import in_training_order
 from rsrlm.records import Completion, Group, NoPair, PreferencePair, Prompt, Request, Scored, Task, Unparsed
 from rsrlm.run import Run
 
@@ -182,6 +183,7 @@ def test_a_batch_has_both_kinds_of_pairs_in_an_order_of_ids_and_seed() -> None:
     order = [pair.id for pair in batch.items]
     assert order != sorted(order)
     assert order == [pair.id for pair in recipe.items(1, groups[::-1]).items]
+    assert order == [pair.id for pair in in_training_order(list(batch.items), 5, 1)]
     assert order != [pair.id for pair in recipe.items(2, groups).items]
     assert batch.dropped == {}
     assert batch.groups == groups
@@ -189,11 +191,12 @@ def test_a_batch_has_both_kinds_of_pairs_in_an_order_of_ids_and_seed() -> None:
 
 def test_what_a_batch_says_about_its_comparisons() -> None:
     """Judgement 0 loses in both orders, and 1 and 2 are not told apart: four decided comparisons of six."""
-    batch = recipe_of(config()).items(1, compare(Opinionated(), prompts=PROMPTS))
+    prompts = [*PROMPTS, Prompt(id="milkshake", text="Say milkshake.")]
+    batch = recipe_of(config()).items(1, compare(Opinionated(), prompts=prompts))
     assert {kind: number for kind, number in batch.dropped.items() if kind.startswith("judge: ")} == {
-        "judge: no response with two readable judgements": 1
+        "judge: no response with two readable judgements": 2
     }
-    assert sum(batch.dropped.values()) == 1 + 5  # all responses to a prompt have the same mean
+    assert sum(batch.dropped.values()) == 2 + 6  # all responses to a prompt have the same mean
     assert batch.measures == {
         "meta": {
             "weights": "iteration",
@@ -203,6 +206,23 @@ def test_what_a_batch_says_about_its_comparisons() -> None:
             "first_position_wins": 0.5,
         }
     }
+
+
+def test_without_comparisons_nothing_is_said_of_positions() -> None:
+    assert decided([]) == {"comparisons_decided": 0, "comparisons_unreadable": 0, "first_position_wins": None}
+
+
+@pytest.mark.parametrize(("read", "tokens"), [("text", 300), ("letters", 1)])
+def test_what_a_plan_says(read: str, tokens: int) -> None:
+    """Three judgements of one response, in both orders: six comparisons. A judge's prompt has 400 tokens, and a pair of
+    judgements is about a response of 24."""
+    recipe = recipe_of(config(read=read))
+    demand = recipe.demand(10)
+    judged = recipe.judge.max_tokens
+    assert demand.requests == {"actor": (20, 24), "judge": (60, judged), "meta": (60, tokens)}
+    assert demand.items == 20
+    assert demand.item_tokens == 400 + 24 + 2 * judged
+    assert recipe.needs()["the meta-judge"] == recipe.meta.needs(24 + 2 * judged) > 0
 
 
 def test_a_resumed_run_asks_as_before() -> None:

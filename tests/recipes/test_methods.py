@@ -133,6 +133,7 @@ def test_scpo(make_config: Any, encoder: ChatEncoder) -> None:
     # Ale: two answers with two votes each, of which the first is looked at.
     assert batch.measures["votes"] == {"largest_share": 0.625, "majority_right": 0.0, "majority_known": 2}
     assert sorted(one.verdict.points for one in batch.groups[0].judgements) == [0.0, 0.25, 0.75, 0.75, 0.75, 0.75]
+    assert [one.id for one in batch.groups[0].judgements] == [f"01/tea/{index}#0" for index in range(6)]
 
 
 def test_scpo_takes_answers_that_are_known(make_config: Any, encoder: ChatEncoder) -> None:

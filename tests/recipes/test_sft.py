@@ -8,6 +8,7 @@ import pytest
 from scripted import Memory, Scripted, context_of, engines_of, model, run_of
 
 from rsrlm.chat import ChatEncoder
+from rsrlm.data.agreement import thin
 from rsrlm.data.examples import reply_as_response
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.data.seed_data import Parts
@@ -50,9 +51,16 @@ def test_ift_takes_the_best_reply(encoder: ChatEncoder) -> None:
     prompts = [ranked("b", 1, 0), ranked("a", 0, 1), ranked("c", None, None)]
     found, counts = ift(prompts, encoder, Data())
     assert [example.id for example in found] == ["ift/a-0", "ift/b-1"]
-    assert found[1].target_token_ids == encoder.target("reply 1")
+    assert found[1] == Example(
+        id="ift/b-1",
+        kind="ift",
+        prompt_token_ids=encoder.user("about b?"),
+        target_token_ids=encoder.target("reply 1"),
+    )
     assert counts["examples"] == 2
     assert [example.id for example in ift(prompts, encoder, Data(max_ift=1))[0]] == ["ift/a-0"]
+    other = RankedPrompt(id="0", text="?", replies=(Reply(id="z", text="z", rank=0), Reply(id="y", text="y", rank=1)))
+    assert [example.id for example in ift([*prompts, other], encoder, Data(max_ift=1))[0]] == ["ift/z"]
 
 
 def test_eft_keeps_what_agrees_with_people(judge: Text) -> None:
@@ -152,7 +160,7 @@ def test_weights_repeat_and_draw() -> None:
     assert mixed([("a", 0.5, a[::-1]), ("b", 2.25, b[::-1])], 2, 0, 0) == items
     assert mixed([("a", 0.5, a), ("b", 2.25, b)], 2, 0, 1) != items
     assert len(mixed([("a", 1.0, a[:2])], 2, 0, 0)) == 2  # as many as the minimum are enough
-    with pytest.raises(NoExamples, match=r"source c gave 1 examples, fewer than data.minimum=2"):
+    with pytest.raises(NoExamples, match=r"c gave 1 examples, fewer than data\.minimum=2; add data, or lower it$"):
         mixed([("c", 1.0, a[:1])], 2, 0, 0)
     with pytest.raises(NoExamples, match=r"iteration 3: the weights of sources leave no example"):
         mixed([("a", 0.01, a)], 2, 0, 3)
@@ -232,8 +240,11 @@ def iterate(make_config: Any, encoder: ChatEncoder) -> Any:
 def test_an_iteration_on_ift_asks_nobody(iterate: Any, encoder: ChatEncoder) -> None:
     batch, run, engine = iterate("ift")
     assert engine.requests == engine.holds == []
+    assert batch.items == mixed([("ift", 1.0, ift(PARTS.ift, encoder, Data())[0])], 1, 0, 2)
     assert {one.id for one in batch.items} == {f"ift/t{i}-0" for i in range(3)}
     assert batch.groups == []
+    said = f"iteration 2: source ift: {batch.measures['examples']['ift']}"
+    assert said in cast(Any, run.screen).lines
     counts = {"ift": {"examples": 3, "longer than engine.max_model_len": 0, "used": 3}}
     assert {name: batch.measures["examples"]["ift"][name] for name in counts["ift"]} == counts["ift"]
     assert cast(Any, run).events == [{"event": "examples", "iteration": 2, "sources": batch.measures["examples"]}]
@@ -257,6 +268,21 @@ def test_an_iteration_on_eft_imitates_the_model_that_it_starts_from(iterate: Any
     assert [tick[:2] for tick in cast(Any, run.screen).ticks] == [("judge", 1)] * 18
     again, _, engine = iterate("eft", log=log)
     assert (again, engine.requests) == (batch, [])
+
+
+def test_judgements_are_thinned_by_the_seed_of_the_run(iterate: Any) -> None:
+    """Of three judgements each that say 5 and 1, a quarter may say 5: one beside the other three."""
+    fives = [(f"02/ranked>t{i}/0#0", 5.0) for i in (3, 4, 5)]
+    found = set()
+    for seed in range(4):
+        changes = {"data": {"trees": "t.jsonl", "minimum": 1, "most_common": 0.25}, "seed": seed}
+        batch, _, _ = iterate("eft", **changes)
+        ones = {f"02/ranked>t{i}/1#0" for i in (3, 4, 5)}
+        (kept,) = {one.id for one in batch.items} - ones
+        ranked_ones = [(name, 1.0) for name in ones]
+        assert {kept} | ones == thin([*fives, *ranked_ones], 0.25, seed)
+        found.add(kept)
+    assert len(found) > 1
 
 
 def test_judgements_of_a_reply_go_to_one_replica_together(judge: Text, encoder: ChatEncoder) -> None:
