@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, first_line
 from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
 INDEX = "model.safetensors.index.json"
@@ -106,10 +106,9 @@ def _download(repo: str, more: list[str], key: str) -> Path:
     try:
         folder = Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean that the model is not here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{key}={repo}: not in the local cache and could not be downloaded ({reason}); check the id and the "
-            "network, log in with `hf auth login` for a gated model, or give the path of a folder"
+            f"{key}={repo}: not in the local cache and could not be downloaded ({first_line(error)}); check "
+            "the id and the network, log in with `hf auth login` for a gated model, or give the path of a folder"
         ) from None
     check_folder(folder, key)
     return folder
@@ -212,8 +211,7 @@ def _unusable(folder: Path, what: str, error: Exception, key: str) -> ConfigErro
             f"{section}.trust_remote_code=true" if section else "it as model.path, with model.trust_remote_code=true"
         )
         return ConfigError(f"{key}={folder}: the model brings Python code of its own; read it, then set {allow}")
-    reason = (str(error).strip() or "no reason given").splitlines()[0]
     return ConfigError(
-        f"{key}={folder}: {what} cannot be read ({type(error).__name__}: {reason}); download the model again, or "
-        "save it with save_pretrained"
+        f"{key}={folder}: {what} cannot be read ({type(error).__name__}: {first_line(error)}); download "
+        "the model again, or save it with save_pretrained"
     )

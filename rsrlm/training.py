@@ -168,6 +168,11 @@ class Progress:
         if isinstance(event, ReferenceBatch):
             self._up_to("reference", event.done)
         elif isinstance(event, Resumed):
+            if self._training.rule.packed and not event.packed:
+                self._screen.line(
+                    f"{self._training.name} is trained on padded rows: its layers take no mask that packs several "
+                    "texts into one; train.packed=false leaves the attempt out"
+                )
             self._up_to("reference", self._training.totals.get("reference", 0))
             self._up_to("steps", event.step)
         elif isinstance(event, StepTrained):

@@ -4,34 +4,19 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import psutil
+from waiting import free_port, until
 
 REPOSITORY = Path(__file__).parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START = ["--block", "--disable-usage-stats", "--object-store-memory=100000000"]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def until(happened: Callable[[], Any], within_s: float = 90.0) -> Any:
-    deadline = time.monotonic() + within_s
-    while not (found := happened()):
-        assert time.monotonic() < deadline, "nothing of this happened"
-        time.sleep(0.2)
-    return found
 
 
 class Head:

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hosts import Hosts, why_not
 from test_run import assert_same_as, summary
+from waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -131,15 +132,6 @@ def test_ranks_on_two_hosts_train_together(hosts: Hosts, config_file: Path) -> N
     found = summary(config_file.parent / "runs" / "two-ranks")["iterations"][0]
     assert found["pairs_trained"] == found["pairs"] > 0
     assert_no_transfer_files(hosts)
-
-
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any], seconds: float = 300) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert process.poll() is None, "\n".join(process.communicate())
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
 
 
 @pytest.mark.full

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heads import REPOSITORY, Head, until
+from heads import REPOSITORY, Head
+from waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.full, pytest.mark.timeout(400)]
 

@@ -4,14 +4,17 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted import Screen
 
 from rsrlm.jobs import ReferenceBatch, Replaying, Resumed, StepTrained, Trained, TrainJob, follow
 from rsrlm.runtime.mailbox import Failed, Finished, Mailbox
 from rsrlm.settings.train import Train
 from rsrlm.store.steps import StepLog
+from rsrlm.training import Progress
 
 DONE = Trained(steps=3, files="f", train_seconds=1.0, write_seconds=2.0, export_seconds=3.0)
 JOB = TrainJob(
@@ -96,3 +99,13 @@ def test_a_job_is_handed_out_until_it_is_finished(end: Any) -> None:
         assert await box.next(-1) == (second, JOB)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(("wanted", "packed", "said"), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_a_model_that_takes_no_packed_rows_says_so(wanted: bool, packed: bool, said: int) -> None:
+    training: Any = SimpleNamespace(iteration=0, name="M1", rule=SimpleNamespace(packed=wanted), totals={})
+    screen = Screen()
+    progress = Progress(training, SimpleNamespace(), screen, lambda *_: None)  # type: ignore[arg-type]
+    progress(Resumed(step=0, of=5, packed=packed, rows=[]))
+    assert len(screen.lines) == said
+    assert all(line.startswith("M1 is trained on padded rows: ") for line in screen.lines)

@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 from samples import PAIR
 from small_models import make_tiny
+from waiting import free_port
 
 from rsrlm.jobs import ReferenceBatch, Resumed, StepTrained, Trained, TrainJob
 from rsrlm.runtime import exits
@@ -41,12 +41,6 @@ OPTIONS = {"nll_scale": 0.5, "beta": 0.3}
 SFT = {"method": "sft"}
 LORA = {**OPTIONS, "lora": {"rank": 4, "alpha": 16, "targets": ["q_proj", "down_proj"]}}
 RULE = Train(lr=1e-3, pairs_per_step=1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

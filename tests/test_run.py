@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -270,15 +271,6 @@ def test_an_interrupted_run_says_how_to_go_on(
             row["optimizer_steps"] for row in summary(whole[0])["iterations"]
         ]
         assert all(row["pairs_trained"] == row["pairs"] for row in rows)
-
-
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + 240
-    while not (found := what()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path, str], config_file: Path) -> None:

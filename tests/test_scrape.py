@@ -12,8 +12,9 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
-from heads import Head, free_port, until
+from heads import Head
 from test_monitoring import FOLDER
+from waiting import free_port, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.full, pytest.mark.timeout(500)]
 

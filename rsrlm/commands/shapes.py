@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, first_line
 from rsrlm.settings.machine import BUILTIN_MODEL
 from rsrlm.settings.train import LoRA
 
@@ -86,10 +86,9 @@ def shape_of(path: str, key: str = "model.path") -> Shape:
     except ConfigError:
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{key}={path}: its config.json is not in the local cache and could not be fetched ({reason}); give a "
-            f"folder that holds it (plan needs no weights), {size}"
+            f"{key}={path}: its config.json is not in the local cache and could not be fetched "
+            f"({first_line(error)}); give a folder that holds it (plan needs no weights), {size}"
         ) from None
 
 

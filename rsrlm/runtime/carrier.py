@@ -13,6 +13,7 @@ from rsrlm.runtime.depot import Depot
 from rsrlm.runtime.mailbox import BroadcastJob, Listening
 from rsrlm.runtime.places import on_node
 from rsrlm.runtime.weights import WeightFile, WeightSet, remove
+from rsrlm.settings.base import last_line
 
 # Does a job of the learner's first rank, and tells where it listens.
 Broadcast = Callable[[BroadcastJob, Callable[[Listening], None]], Awaitable[None]]
@@ -45,8 +46,7 @@ class Carrier:
         return replace(weights, local={**weights.local, **copies})
 
     def _not_sent(self, version: str, node: str, error: BaseException) -> None:
-        reason = (str(error) or repr(error)).strip().splitlines()[-1][:300]
-        self._note("weights_not_sent", version=version, node=node, error=reason)
+        self._note("weights_not_sent", version=version, node=node, error=last_line(error))
 
     async def _over_gloo(
         self, version: str, files: tuple[WeightFile, ...], nodes: list[str]

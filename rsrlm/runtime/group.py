@@ -18,6 +18,7 @@ from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, Lea
 from rsrlm.runtime.places import on_node
 from rsrlm.runtime.rank import serve
 from rsrlm.runtime.room import wait_of
+from rsrlm.settings.base import last_line
 from rsrlm.store.steps import StepLog
 
 RESTARTS = 2  # of the group in one run, after a rank died
@@ -50,7 +51,7 @@ class LearnerGroup:
             try:
                 await ended
             except Exception as caught:
-                raise LearnerFailed(_last_line(caught)) from caught
+                raise LearnerFailed(last_line(caught)) from caught
 
         self._fit = asyncio.ensure_future(fit())
 
@@ -123,11 +124,6 @@ def train_settings(config: Config, environ: Mapping[str, str]) -> dict[str, str]
     settings = {name: value for name, value in environ.items() if name.startswith("RAY_TRAIN_")}
     settings.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{max(60.0, wait_of(config)):g}")
     return settings
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else repr(error)
 
 
 def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, first_line
 from rsrlm.settings.train import LoRA
 
 NAME = "default"  # peft's, of the one adapter of a layer
@@ -32,7 +32,7 @@ def add_adapters(model: Any, lora: LoRA, seed: int) -> None:
         try:
             inject_adapter_in_model(config, model)
         except ValueError as error:
-            raise ConfigError(f"train.lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"train.lora.targets={lora.targets}: {first_line(error)}") from None
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module, Linear):
             raise ConfigError(f"train.lora.targets={lora.targets}: {name} is no linear layer; leave it out")

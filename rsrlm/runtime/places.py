@@ -18,7 +18,7 @@ from rsrlm.model import weight_files
 from rsrlm.runtime.address import address_of
 from rsrlm.runtime.room import host_of, wanted_of
 from rsrlm.runtime.weights import remove_stale
-from rsrlm.settings.base import ConfigError
+from rsrlm.settings.base import ConfigError, last_line
 
 MARKER = ".seen"
 LOOK_WAIT_S = 60.0  # for a host to start a process and answer
@@ -112,8 +112,7 @@ def _heard(reference: Any, run: str, marker: str, own: Mapping[str, str], folder
     try:
         sight = ray.get(reference)
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        return f"cannot run rsrlm: {reason}; install the same version there"
+        return f"cannot run rsrlm: {last_line(error)}; install the same version there"
     return _problem(sight, run, marker, folders, own)
 
 

@@ -14,6 +14,7 @@ from rsrlm.engines import Model
 from rsrlm.records import Task
 from rsrlm.runtime.producer import Loan, Lost, Made, Producer
 from rsrlm.runtime.replicas import DEAD, MOST_RESTARTS, PoolFailed, Replica
+from rsrlm.settings.base import first_line
 from rsrlm.store.buffer import Receipt
 
 
@@ -99,8 +100,7 @@ class Producers:
             raise error.cause from None  # without the actor's stack trace
         except DEAD as error:
             if member.starts == starts:
-                reason = (str(error) or repr(error)).splitlines()[0][:300]
-                self._note("producer_lost", producer=member.number, error=reason)
+                self._note("producer_lost", producer=member.number, error=first_line(error))
                 if starts > MOST_RESTARTS:
                     raise PoolFailed(f"producer {member.number} died {starts} times; last: {error}") from error
                 self._start(member)

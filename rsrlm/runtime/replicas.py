@@ -19,6 +19,7 @@ from rsrlm.runtime.engine import EngineDead, RequestFailed, cpu_environment
 from rsrlm.runtime.engine_actor import EngineActor
 from rsrlm.runtime.logs import keep_log
 from rsrlm.runtime.weights import WeightSet
+from rsrlm.settings.base import first_line
 
 # Ways in which a replica is gone and can be replaced; Ray's memory monitor has one of its own.
 DEAD = (RayActorError, OutOfMemoryError, NodeDiedError)  # of any actor
@@ -166,8 +167,7 @@ class Replicas:
         replica.ready.clear()
         now = time.monotonic()
         self._restarts = [*(one for one in self._restarts if now - one < HOUR_S), now]
-        reason = (str(error) or repr(error)).splitlines()[0][:300]
-        self._note("engine_lost", pool=self.name, replica=replica.index, host=replica.host, error=reason)
+        self._note("engine_lost", pool=self.name, replica=replica.index, host=replica.host, error=first_line(error))
         log = self.config.folder / "logs" / f"{self.name}-{replica.index}-{replica.host}-{replica.pid}.err"
         self.spawn(self._keep_log(replica.index, replica.node, replica.pid, log))
         if len(self._restarts) > MOST_RESTARTS * len(self.all):
@@ -209,8 +209,7 @@ class Replicas:
                 ):
                     self.fail(error if isinstance(error, PoolFailed) else PoolFailed(repr(error)))
                     return
-                reason = (str(error) or repr(error)).splitlines()[0][:300]
-                self._note("engine_not_up", pool=self.name, replica=replica.index, error=reason)
+                self._note("engine_not_up", pool=self.name, replica=replica.index, error=first_line(error))
             with contextlib.suppress(Exception):
                 ray.kill(replica.actor)
             await asyncio.sleep(wait_s)

@@ -20,6 +20,16 @@ class NotYet(ConfigError):
     """What stands in the way may be gone when the same is tried again: a host that has not joined, another process."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what libraries write below it; its type where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
+
+
+def last_line(error: BaseException) -> str:
+    """The same of an error that came with a stack trace, as those of Ray's workers do."""
+    return (str(error).strip() or repr(error)).splitlines()[-1].strip()[:300]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
