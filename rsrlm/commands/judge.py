@@ -187,7 +187,7 @@ def rated(
     return RatedData(prompts=chosen, all=everything, source=source, part=part or "unseen")
 
 
-def eval_judge(
+def eval_judge(  # pragma: no mutate block
     config: Config, models: dict[str, Path], data: RatedData, out: Path, pairwise: bool, report: Report
 ) -> dict[str, Any]:
     """Measures of the config's judge with the weights of each model, or of another judge that the config names."""
@@ -236,7 +236,9 @@ def eval_judge(
     return found
 
 
-def _show(result: dict[str, Any], found: Mapping[str, Any], path: Path, pairwise: bool, report: Report) -> None:
+def _show(  # pragma: no mutate block
+    result: dict[str, Any], found: Mapping[str, Any], path: Path, pairwise: bool, report: Report
+) -> None:
     """Print the measures beside those of other models that were measured in the same way, and write them all."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = {key: before.get(key) for key in result} == result

@@ -15,6 +15,7 @@ from rsrlm.recipes.meta_rewarding import MetaRewarding, decided
 from rsrlm.recipes.self_rewarding import in_training_order
 from rsrlm.records import Completion, Group, NoPair, PreferencePair, Prompt, Request, Scored, Task, Unparsed
 from rsrlm.run import Run
+from rsrlm.settings.base import ConfigError
 
 PROMPTS = [Prompt(id=name, text=f"Say {name}.") for name in ("tea", "milk", "t", "1", "water")]
 
@@ -223,6 +224,11 @@ def test_what_a_plan_says(read: str, tokens: int) -> None:
     assert demand.items == 20
     assert demand.item_tokens == 400 + 24 + 2 * judged
     assert recipe.needs()["the meta-judge"] == recipe.meta.needs(24 + 2 * judged) > 0
+
+
+def test_a_template_that_is_not_there_is_named_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"^meta\.template='nowhere'"):
+        recipe_of(config(template="nowhere"))
 
 
 def test_a_resumed_run_asks_as_before() -> None:

@@ -112,6 +112,20 @@ def test_replies_that_nobody_ranked_or_judged() -> None:
     assert counts["prompts refused: a ranked reply without readable judgement"] == 1
 
 
+def test_what_is_dropped_is_counted() -> None:
+    """Two prompts that are refused for the same reason, and three judgements with one text."""
+    refused = [ranked(name, 0, 1) for name in ("a", "b")]
+    prompt = ranked("tea", 0, 1)
+    judgements = {
+        prompt.replies[0].id: judged(prompt, 0, 5.0, 5.0, 5.0),
+        prompt.replies[1].id: judged(prompt, 1, 1.0, 2.0, 0.0),
+    }
+    found, counts = accepted([*refused, prompt], judgements, Data(eft_per_reply=3, accept="pairs"), seed=0)
+    assert len(found) == 4
+    assert counts["repeated texts"] == 2
+    assert [number for reason, number in counts.items() if reason.startswith("prompts refused: ")] == [2]
+
+
 def test_one_text_is_one_example_of_a_reply() -> None:
     """The judge wrote "Score: 5" twice about the first reply, and "Score: 1" and "Score: 2" about the second."""
     prompt = ranked("tea", 0, 1)
