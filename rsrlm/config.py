@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, model_vali
 
 from rsrlm.settings.base import NAME, ConfigError, Section
 from rsrlm.settings.data import Data, SelfInstruct
-from rsrlm.settings.machine import Engine, ModelConfig, Ray, Wandb, Watched, Weights
+from rsrlm.settings.machine import Clock, Engine, ModelConfig, Ray, Wandb, Watched, Weights
 from rsrlm.settings.methods import (
     WHO_JUDGES,
     Evaluate,
@@ -58,6 +58,7 @@ class Config(Section):
     steps: list[dict[str, Any]] = Field(
         [], description="what each iteration does, in order; empty: all iterations are alike"
     )
+    clock: Clock = Clock()
     engine: Engine = Engine()
     weights: Weights = Weights()
     evaluate: Evaluate = Evaluate()
@@ -74,6 +75,8 @@ class Config(Section):
             return data
         if isinstance(data.get("model"), str):
             data = {**data, "model": {"path": data["model"]}}
+        if isinstance(data.get("clock"), str):
+            data = {**data, "clock": {"kind": data["clock"]}}
         if isinstance(data.get("steps"), list) and data["steps"] and "iterations" not in data:
             data = {**data, "iterations": len(data["steps"])}
         return data
@@ -112,6 +115,8 @@ class Config(Section):
             if section := getattr(step, name, None):
                 self._fits_engine(f"{name}.max_tokens", section.max_tokens)
         self._fits_engine("judge.max_tokens", step.judge.tokens)
+        if self.clock.kind == "online":
+            self._online_fits(step)
         if self.model.dtype == "bfloat16" and not step.train.zero_stage:
             raise ValueError(
                 "model.dtype=bfloat16 with train.zero_stage=0: weights that are bfloat16 alone lose what small steps "
@@ -129,6 +134,21 @@ class Config(Section):
                 f"{key}.endpoint compares in text: set evaluate.judge.read=text, or evaluate.duel=false and no "
                 "train.choose=duel"
             )
+
+    def _online_fits(self, step: Any) -> None:
+        train = step.train
+        wrong = {
+            "steps": bool(self.steps) and "online rounds are alike; leave it out",
+            "train.choose": train.choose != "last" and "candidates are for iterations; leave it out",
+            "train.start": train.start != "before" and "a round goes on from the one before it; leave it out",
+            "train.lora": train.lora is not None and "adapters do not go on from round to round yet; leave it out",
+            "train.zero_stage": train.zero_stage == 3
+            and self.clock.reference == "first"
+            and "weights that are divided cannot be exchanged for those of the first model; set clock.reference=before",
+        }
+        for key, why in wrong.items():
+            if why:
+                raise ValueError(f"{key} with clock.kind=online: {why}")
 
     @property
     def planned(self) -> list[Step]:

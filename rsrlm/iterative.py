@@ -115,6 +115,8 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
         with clock("produce"):
             batch = await one.recipe.iteration(run, number, before, one.tasks)
             made = await run.aside(keep, store, number, batch, run.prefix_cache_hit_share, one.recipe.trains)
+            if one.recipe.trains == "pairs" and not batch.items:
+                raise NoPairs(f"iteration {number} has no pairs: {dict(batch.dropped)}")
         trained, files = await train_and_choose(spine, number, one, before, batch.items, clock)
         with clock("publish"):
             after = await run.pools.model(one.name, files)
@@ -169,14 +171,12 @@ async def train_and_choose(
 
 
 def keep(store: RunFolder, iteration: int, batch: Batch, cache_share: float | None, trains: str) -> dict[str, Any]:
-    """Write the records of an iteration; returns what they come to. Raises NoPairs."""
+    """Write the records of an iteration; returns what they come to."""
     pairs = pairs_in(batch, trains)
     store.write_groups(iteration, batch.groups)
     store.write_pairs(iteration, pairs)
     if trains == "examples":
         store.write_examples(iteration, batch.items)  # type: ignore[arg-type]
-    elif not pairs:
-        raise NoPairs(f"iteration {iteration} has no pairs: {dict(batch.dropped)}")
     reasons = {"no_pair_reasons": dict(batch.dropped)} if trains == "pairs" else {}
     return {
         **summary_of(batch.groups, pairs),

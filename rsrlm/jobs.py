@@ -9,12 +9,28 @@ from rsrlm.store.steps import StepLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """A training that goes on with the optimizer of the one before it, on items of its own.
+
+    `after` is the name of the model that the one before trained, empty for the first. The learning rate is that of step
+    `step` of `of` where it begins. `reference` is the folder of the model whose log-probabilities are the reference;
+    empty: the model that it begins with.
+    """
+
+    after: str
+    step: int
+    of: int
+    reference: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
     """The training of the model `name` from the one in the folder `model`, to `output`, by the iteration's own rules.
 
     `items` is the file of `rsrlm.store.items` that holds what is trained on, in training order, and `digest` that of
     what it holds. With `until`, the job goes to that optimizer step of the whole training: the model is exported as a
-    candidate, `output`@`until`, and another job of this name takes the training up from there.
+    candidate, `output`@`until`, and another job of this name takes the training up from there. With `course`, its
+    optimizer is kept for the training that goes on from it.
     """
 
     run: str
@@ -27,6 +43,7 @@ class TrainJob:
     items: str
     digest: str
     until: int | None = None
+    course: Course | None = None
 
     def continues(self, other: "TrainJob") -> bool:
         """Whether both are parts of the same training."""

@@ -174,8 +174,8 @@ class Run:
         """What was made in the iteration is in its tables and trained on."""
         shutil.rmtree(self._segments / f"{iteration:02d}", ignore_errors=True)
 
-    def begin(self, recipe: MakesGroups, trainer: Trainer) -> None:
-        """The recipe of the iteration that follows, and what `train` does in it."""
+    def begin(self, recipe: MakesGroups, trainer: Trainer | None = None) -> None:
+        """The recipe of the iteration that follows, and what `train` does in it, if anything."""
         self._recipe, self._trainer = recipe, trainer
 
     async def train(self, start: Model, items: Sequence[Any], rule: Any, name: str) -> Model:

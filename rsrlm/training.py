@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rsrlm.engines import Model
-from rsrlm.jobs import Event, ReferenceBatch, Replaying, Resumed, StepTrained, Trained, TrainJob
+from rsrlm.jobs import Course, Event, ReferenceBatch, Replaying, Resumed, StepTrained, Trained, TrainJob
 from rsrlm.recipes.base import Item
 from rsrlm.run import Screen
 from rsrlm.settings.train import DPO, TrainRule
@@ -46,6 +46,7 @@ class Training:
     folder: Path
     seed: int
     workers: int
+    course: Course | None = None
 
     @property
     def what(self) -> str:
@@ -113,7 +114,8 @@ async def train(
         },
     }
     store.write_json(folder / FINISHED, {"items": digest, **trained})
-    store.drop_checkpoints()  # the next iteration starts from the exported model
+    # The next iteration starts from the exported model, and on a course with the optimizer too.
+    store.drop_checkpoints(but=f"{name}-end" if training.course else "")
     written.unlink()  # its items are in the Parquet files
     (folder / BEGUN).unlink()
     return {**trained, "files": done[-1].files if done else None}
@@ -130,7 +132,7 @@ def _begin_anew(store: RunFolder, training: Training) -> None:
         (training.folder / name_of).unlink(missing_ok=True)
     for candidate in store.candidates(training.name)[:-1]:
         shutil.rmtree(store.model(candidate), ignore_errors=True)
-    store.drop_checkpoints()
+    store.drop_checkpoints(but=f"{training.course.after}-end" if training.course else "")
 
 
 def _jobs(store: RunFolder, training: Training, items: Path, digest: str) -> Iterator[TrainJob]:
@@ -147,6 +149,7 @@ def _jobs(store: RunFolder, training: Training, items: Path, digest: str) -> Ite
             items=str(items),
             digest=digest,
             until=None if stop == training.stops[-1] else stop,
+            course=training.course,
         )
 
 

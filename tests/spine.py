@@ -18,6 +18,7 @@ from rsrlm.evaluate import Evaluation
 from rsrlm.iterative import Iteration, Spine, run_iterations
 from rsrlm.jobs import ReferenceBatch, Resumed, StepTrained, Trained, TrainJob, follow
 from rsrlm.judges.base import judge_of
+from rsrlm.online import run_rounds
 from rsrlm.recipes.sft import SFT
 from rsrlm.records import Completion, Prompt, Request, Task
 from rsrlm.run import Run
@@ -111,7 +112,13 @@ class Learner:
         source, rule = next(name for name in self.world.names if str(self.world.folder(name)) == job.model), job.train
         self.world.jobs.append(
             SimpleNamespace(
-                iteration=job.iteration, source=source, version=job.name, rule=rule, items=items, until=job.until
+                iteration=job.iteration,
+                source=source,
+                version=job.name,
+                rule=rule,
+                items=items,
+                until=job.until,
+                course=job.course,
             )
         )
         weights = (Path(job.model) / "weights").read_text()
@@ -210,7 +217,8 @@ class World:
             endpoints=lambda: self.endpoints, log=self.logged.append,
         )  # fmt: skip
         try:
-            return await run_iterations(spine, self._iterations(context))
+            clock = run_rounds if config.clock.kind == "online" else run_iterations
+            return await clock(spine, self._iterations(context))
         finally:
             log.close()
 

@@ -31,6 +31,11 @@ def reference_path(job: TrainJob) -> Path:
     return _place(job, "reference")
 
 
+def end_path(run: str, name: str) -> Path:
+    """The optimizer at the end of the training of a model, for one that goes on from it."""
+    return Path(run) / "checkpoints" / f"{name}-end"
+
+
 def newest_checkpoint(job: TrainJob) -> tuple[Path, int] | None:
     """The newest whole checkpoint of a training that is not beyond the end of the job, and the number of optimizer
     steps before it."""
@@ -41,10 +46,10 @@ def newest_checkpoint(job: TrainJob) -> tuple[Path, int] | None:
     return (checkpoint_path(job, max(steps)), max(steps)) if steps else None
 
 
-def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]]) -> None:
+def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]], path: Path | None = None) -> None:
     """It has its name when every rank has written its part; then older ones of this model go. `rows` are the metrics of
     the steps before it."""
-    path = checkpoint_path(job, len(rows))
+    path = path or checkpoint_path(job, len(rows))
     scratch = path.with_name(path.name + ".tmp")
     engine.save_checkpoint(
         str(scratch),

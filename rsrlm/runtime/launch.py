@@ -8,6 +8,7 @@ from typing import Any
 
 from rsrlm.engines import Answers
 from rsrlm.iterative import Spine, run_iterations
+from rsrlm.online import run_rounds
 from rsrlm.report import tables
 from rsrlm.report.progress import Report
 from rsrlm.report.tracker import tracker
@@ -44,15 +45,17 @@ async def _run(
     pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator, note)
     watcher.follow(pools, asyncio.get_running_loop())
     # Resuming after an iteration's training: the engines come up with its result.
-    done = len(store.metrics())
-    trained = (store.iteration(done) / "training.json").exists() and store.model(config.model_name(done + 1)).exists()
+    rows = store.metrics()
+    done, next_model = len(rows), config.model_name(len(rows) + 1)
+    trained = (store.iteration(done) / "training.json").exists() and store.model(next_model).exists()
+    newest = next_model if trained else rows[-1]["weight_version"] if rows else config.model_name(0)
     answers = Journals(store.folder)
     try:
         with report.busy("starting engines and learner"):
             await group.start()
             if config.engine.producers:
                 pools.producers = Producers(config, prepared.drawn, pools, store.event, config.engine.producers)
-            await pools.start(config.model_name(done + trained))
+            await pools.start(newest)
         if len(answers):
             report.line(f"{len(answers)} answers are known already")
         first, screen = await pools.model(config.model_name(0)), Counting(report, meters)
@@ -67,7 +70,8 @@ async def _run(
             log=log,
             config=config,
         )
-        return await run_iterations(spine, prepared.iterations)
+        clock = run_rounds if config.clock.kind == "online" else run_iterations
+        return await clock(spine, prepared.iterations)
     finally:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(asyncio.gather(group.close(), pools.close()), 25)

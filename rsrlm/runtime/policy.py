@@ -3,16 +3,19 @@
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from rsrlm.losses import packing
 from rsrlm.losses.base import loss_for
+from rsrlm.model import weight_files
 from rsrlm.runtime.checkpoints import TrainingFailed
 from rsrlm.runtime.dropout import set_dropout
 from rsrlm.runtime.lora import add_adapters, weights, whole
@@ -87,8 +90,7 @@ class Policy:
     def __init__(self, model: Any, train: TrainRule, dtype: str, items: ItemFile[Any]) -> None:
         import deepspeed
 
-        self.train, self.model, self._items = train, model, items
-        self.loss = loss_for(items.kind, train)
+        self.train, self.model = train, model
         pad = model.config.pad_token_id
         self._pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -104,8 +106,31 @@ class Policy:
             raise ConfigError(str(error)) from None
         # In a list: ZeRO's hooks know no bare bool.
         self.packed = train.packed and self.engine(lambda whole: [packing.supports_packing(whole)])[0]
+        self.take(items)
+
+    def take(self, items: ItemFile[Any]) -> None:
+        """Learn from these items from now on."""
+        self._items = items
+        self.loss = loss_for(items.kind, self.train)
         self._most_chunks = self._num_chunks(self.outline(range(len(items))).response_tokens)
         self.reference: Reference | None = None  # wanted where loss.needs_reference
+
+    @contextmanager
+    def holding(self, folder: str) -> Iterator[None]:
+        """The weights of a model folder for a while, without ZeRO 3."""
+        files = [load_file(path) for path in weight_files(Path(folder))]
+        found = {name: tensor for file in files for name, tensor in file.items()}
+        own = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        self._fill(found)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[name])
 
     def outline(self, places: Sequence[int]) -> Outline:
         return outline(self._items, places, self.loss.responses)

@@ -8,6 +8,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rsrlm.jobs import ReferenceBatch, Resumed, Said, StepTrained, Trained, Trai
 from rsrlm.losses.schedule import lr_at
 from rsrlm.records import seed_of
 from rsrlm.runtime import weights
-from rsrlm.runtime.checkpoints import load_checkpoint, newest_checkpoint, reference_path, save_checkpoint
+from rsrlm.runtime.checkpoints import end_path, load_checkpoint, newest_checkpoint, reference_path, save_checkpoint
 from rsrlm.runtime.export import export, send
 from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob
 from rsrlm.runtime.policy import Policy, load_policy
@@ -71,11 +72,13 @@ class Desk:
     def _train(self, job: TrainJob, say: Say) -> None:
         keep = False
         try:
-            if self._session is None or not self._session.can_do(job):
+            if self._session and self._session.ends_before(job):
+                self._session.take(job, say)
+            elif self._session is None or not self._session.can_do(job):
                 self.forget()
                 self._session = Session(job, self._model, say, self._place.node)
             self._session.do(job, say)
-            keep = job.until is not None
+            keep = job.until is not None or job.course is not None
         finally:
             if not keep:
                 self.forget()
@@ -91,42 +94,63 @@ class Session:
     """A training in memory: the policy after as many optimizer steps as there are rows of metrics."""
 
     def __init__(self, job: TrainJob, model: ModelConfig, say: Callable[[Said], None], node: str = "") -> None:
-        self._job, self._model, self._node = job, model, node
+        self._model, self._node = model, node
         self._root = dist.get_rank() == 0
         items: ItemFile[Any] = ItemFile(Path(job.items))
-        self._steps = steps_of(len(items), job.train, job.seed, job.iteration)
-        self._last = job.train.steps(len(items))
         adapters = seed_of(job.seed, job.iteration, "adapters", "learner", job.name)
         policy = load_policy(job.model, model, job.train, adapters)
         self._policy = Policy(policy, job.train, model.dtype, items)
-        self._rows: list[dict[str, Any]] = []
-        self._saved = 0  # optimizer steps before the newest checkpoint
         try:
-            if self._policy.loss.needs_reference:
-                self._policy.reference = self._reference(len(items), say)
-            found = agreed(newest_checkpoint(job))
-            if found:
-                path, self._saved = found
-                self._rows = load_checkpoint(self._policy.engine, path, job.train)
+            if job.course and job.course.after:
+                load_checkpoint(self._policy.engine, end_path(job.run, job.course.after), job.train)
+            self._begin(job, len(items), say)
         except BaseException:
             self.close()
             raise
 
+    def take(self, job: TrainJob, say: Callable[[Said], None]) -> None:
+        """Begin another training with the model and the optimizer as they are."""
+        items: ItemFile[Any] = ItemFile(Path(job.items))
+        self._policy.take(items)
+        self._begin(job, len(items), say)
+
+    def _begin(self, job: TrainJob, items: int, say: Callable[[Said], None]) -> None:
+        self._job = job
+        self._steps = steps_of(items, job.train, job.seed, job.iteration)
+        self._last = job.train.steps(items)
+        self._rows: list[dict[str, Any]] = []
+        self._saved = 0  # optimizer steps before the newest checkpoint
+        if self._policy.loss.needs_reference:
+            self._policy.reference = self._reference(items, say)
+        found = agreed(newest_checkpoint(job))
+        if found:
+            path, self._saved = found
+            self._rows = load_checkpoint(self._policy.engine, path, job.train)
+
     def _reference(self, items: int, say: Callable[[Said], None]) -> Reference:
-        """Of the model that the training starts from: before a checkpoint is loaded."""
+        """Of the model that the training starts from, before a checkpoint is loaded; or of another."""
+        course = self._job.course
         folder = reference_path(self._job)
         if not agreed(folder.exists()):
             scratch = folder.with_name(folder.name + ".tmp")
             if self._root:
                 shutil.rmtree(scratch, ignore_errors=True)
             dist.barrier()
-            self._policy.write_reference(scratch, lambda done, of: say(ReferenceBatch(done=done, of=of)))
+            other = self._policy.holding(course.reference) if course and course.reference else nullcontext()
+            with other:
+                self._policy.write_reference(scratch, lambda done, of: say(ReferenceBatch(done=done, of=of)))
             dist.barrier()
             if self._root:
                 sync_files(scratch)
                 scratch.rename(folder)
             dist.barrier()
         return Reference(folder, self._policy.outline(range(items)).response_tokens)
+
+    def ends_before(self, job: TrainJob) -> bool:
+        """Whether the job goes on from this training, which is at its end."""
+        before, course = self._job, job.course
+        at_end = before.until is None and len(self._rows) == self._last
+        return course is not None and course.after == before.name and at_end and job.train == before.train
 
     def can_do(self, job: TrainJob) -> bool:
         """Whether the job takes this training up from where it is, or further on."""
@@ -145,6 +169,8 @@ class Session:
                 self._save(job)
         if job.until is not None and self._saved < end:
             self._save(job)  # before the export: who finds the candidate can go on from here
+        if job.course:
+            save_checkpoint(policy.engine, job, rows, end_path(job.run, job.name))
         trained = time.perf_counter()
         state = policy.state()
         if self._root:
@@ -165,9 +191,10 @@ class Session:
 
     def _step(self, number: int) -> dict[str, Any]:
         job, train = self._job, self._job.train
+        begun, of = (job.course.step, job.course.of) if job.course else (0, len(self._steps))
         lr = lr_at(
-            number,
-            len(self._steps),
+            begun + number,
+            of,
             lr=train.lr,
             lr_final=train.lr_final,
             warmup_steps=train.warmup_steps,

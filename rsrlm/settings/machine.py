@@ -30,6 +30,26 @@ class Endpoint(Section):
     max_cost: Number | None = Field(None, ge=0, description="no request is sent once it has cost this much")
 
 
+class Clock(Section):
+    """When the engines get new weights."""
+
+    kind: Literal["iterative", "online"] = Field(
+        "iterative",
+        description="iterative: each iteration trains a model anew on what the one before it has made; online: each is "
+        "a round of one long training, which keeps its optimizer and its learning rate's schedule, and the engines go "
+        "on with the next prompts meanwhile",
+    )
+    lag: int = Field(
+        1, ge=0, le=1, description="online: rounds by which the weights that answer may be behind those that learn"
+    )
+    reference: Literal["first", "before"] = Field(
+        "first",
+        description="online: whose log-probabilities are the reference: those of the model that the run starts from, "
+        "or of the one that a round starts from",
+    )
+    evaluate_every: int = Field(10, gt=0, description="online: rounds between two evaluations on held-out prompts")
+
+
 class Watched(Section):
     """A sign of trouble of an iteration: beyond `warn` the run says so, beyond `stop` it ends."""
 

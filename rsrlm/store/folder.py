@@ -181,8 +181,11 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         self.write_json(self.folder / "summary.json", summary)
 
-    def drop_checkpoints(self) -> None:
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+    def drop_checkpoints(self, but: str = "") -> None:
+        """All, but for the one with this name."""
+        for path in self.checkpoints.glob("*"):
+            if path.name != but:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"

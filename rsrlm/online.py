@@ -1,0 +1,121 @@
+"""The online clock: one long training over rounds of prompts. While the learner trains on a round, the engines answer
+the prompts of the next with the weights that the round began with; then they get the new ones.
+
+A round is an iteration of the run folder, and every line is durable, as in `rsrlm.iterative`. Which weights answer a
+round is fixed beforehand, so a run that was killed and goes on has the same answers, pairs and weights.
+"""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rsrlm.evaluate import evaluate
+from rsrlm.iterative import Clock, Iteration, Spine, heed, keep, signs_of
+from rsrlm.jobs import Course
+from rsrlm.recipes.base import Batch
+from rsrlm.report import alarms
+
+
+async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str, Any]]:
+    """All rounds that are not finished yet; returns the metrics of all. Raises NoItems and Stopped."""
+    run, store, rule = spine.run, spine.store, spine.config.clock
+    rows = store.metrics()
+    run.names = [run.first.name, *(row["weight_version"] for row in rows)]
+    if not rows:
+        store.fix("heldout_first", await evaluate(run, spine.heldout, run.first, None))
+    ahead: asyncio.Task[tuple[Batch, dict[str, Any]]] | None = None
+    try:
+        for number, one in enumerate(rounds[len(rows) :], start=len(rows)):
+            clock = Clock()
+            with clock("produce"):
+                batch, made = await (ahead or produce(spine, rounds, number))
+            ahead = (
+                asyncio.create_task(produce(spine, rounds, number + 1)) if rule.lag and one is not rounds[-1] else None
+            )
+            with clock("train"):
+                trained, files = await learn(spine, rounds, number, batch)
+            with clock("wait for answers"):
+                if ahead:
+                    await asyncio.wait({ahead})  # weights move between two rounds alone
+            with clock("publish"):
+                after = await run.pools.model(trained["weight_version"], files)
+                published = await run.publish(after)
+            run.names.append(after.name)
+            with clock("evaluate"):
+                due = (number + 1) % rule.evaluate_every == 0 or number + 1 == len(rounds)
+                heldout = await evaluate(run, spine.heldout, after, await earlier(spine, number)) if due else {}
+            row = {
+                "iteration": number,
+                **made,
+                **trained,
+                "seconds": round(time.perf_counter() - clock.started, 3),
+                "stage_seconds": clock.seconds,
+                "published": published,
+                "heldout": heldout,
+                "signs": await run.aside(signs_of, number, batch, rows, heldout, one, store) if batch.items else {},
+                **({"endpoints": usage} if (usage := spine.endpoints()) else {}),
+            }
+            store.write_metrics(number, row)
+            store.event("iteration_finished", iteration=number)
+            run.finished(number)
+            spine.log(row)
+            rows.append(row)
+            forget_models(spine, number)
+            heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run)
+    finally:
+        if ahead:
+            ahead.cancel()
+    return rows
+
+
+async def produce(spine: Spine, rounds: Sequence[Iteration], number: int) -> tuple[Batch, dict[str, Any]]:
+    """The pairs of a round, by the weights that are `lag` rounds behind those that will learn from them."""
+    run, one = spine.run, rounds[number]
+    actor = await run.model_at(max(0, number - spine.config.clock.lag))
+    run.begin(one.recipe)
+    batch = await one.recipe.iteration(run, number, actor, one.tasks)
+    made = await run.aside(keep, spine.store, number, batch, run.prefix_cache_hit_share, one.recipe.trains)
+    return batch, {**made, "actor": actor.name}
+
+
+async def learn(spine: Spine, rounds: Sequence[Iteration], number: int, batch: Batch) -> tuple[dict[str, Any], Any]:
+    """Train on the pairs of a round; what is said of it, and the transfer files of the weights, None where there was
+    nothing to learn from."""
+    run, one = spine.run, rounds[number]
+    before = await run.model_at(number)
+    if not batch.items:
+        return {"weight_version": before.name, "pairs_trained": 0}, None
+    planned = [each.rule.steps(each.recipe.demand(len(each.tasks)).items) for each in rounds]
+    training = spine.training(
+        iteration=number,
+        source=before,
+        name=one.name,
+        rule=one.rule,
+        items=batch.items,
+        folder=spine.store.iteration(number),
+        course=Course(
+            after="" if before.name == run.first.name else before.name,
+            step=sum(planned[:number]),
+            of=sum(planned),
+            reference=str(run.first.folder) if spine.config.clock.reference == "first" else "",
+        ),
+    )
+    trained = await spine.train(training)
+    files = trained.pop("files", None)
+    return {**trained, "weight_version": one.name}, files
+
+
+async def earlier(spine: Spine, number: int) -> Any:
+    """The model of the evaluation before that of a round."""
+    rule = spine.config.clock
+    return await spine.run.model_at(number // rule.evaluate_every * rule.evaluate_every)
+
+
+def forget_models(spine: Spine, number: int) -> None:
+    """Remove exported models that no round to come starts from, answers with, or is compared with."""
+    names, every = spine.run.names, spine.config.clock.evaluate_every
+    kept = {*names[::every], *names[-2:]}
+    for name in set(names) - kept:
+        shutil.rmtree(spine.store.model(name), ignore_errors=True)
