@@ -2,7 +2,8 @@
 pickled to RUN/said.
 
 `python session_rank.py MODEL RUN JOBS` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; JOBS is JSON: a list of
-the options of `train`, beside which `until` and `name` are those of the job.
+the options of `train`, beside which `until` and `name` are those of the job, and so is `course`, without `after`: that
+is the job before it, as M1 is before M2.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from learner_rank import make_pairs
 
-from rsrlm.jobs import TrainJob
+from rsrlm.jobs import Course, TrainJob
 from rsrlm.runtime.session import Desk, Place
 from rsrlm.settings.machine import ModelConfig
 from rsrlm.settings.train import Train
@@ -32,15 +33,24 @@ def main() -> None:
     desk = Desk(ModelConfig(path=folder, dtype="float32"), Place(node=f"node of rank {dist.get_rank()}"))
     said: list[list[Any]] = []
     for options in jobs:
-        until, name = options.pop("until", None), options.pop("name", "M1")
+        until, name, course = options.pop("until", None), options.pop("name", "M1"), options.pop("course", None)
+        after = f"M{int(name[1:]) - 1}" if course and name != "M1" else ""
         digest = write_items(run / "items", make_pairs()) if dist.get_rank() == 0 else ""
         box = [digest]
         dist.broadcast_object_list(box, src=0)
         job = TrainJob(
-            run=str(run), iteration=0, seed=5, model=folder, output=str(run / "models" / name), name=name,
+            run=str(run),
+            iteration=0,
+            seed=5,
+            model=str(run / "models" / after) if after else folder,
+            output=str(run / "models" / name),
+            name=name,
             train=Train(**{"lr": 1e-2, "pairs_per_step": 2, "checkpoint_every_steps": 5, **options}),
-            items=str(run / "items"), digest=box[0], until=until,
-        )  # fmt: skip
+            items=str(run / "items"),
+            digest=box[0],
+            until=until,
+            course=Course(after=after, **course) if course else None,
+        )
         said.append([])
         desk.do(job, said[-1].append)
     if dist.get_rank() == 0:

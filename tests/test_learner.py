@@ -399,6 +399,40 @@ def test_a_training_in_parts_is_the_training_in_one(
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.full)])
+def test_a_training_goes_on_with_its_optimizer(
+    tiny_model: Path, tmp_path: Path, world_size: int, zero_stage: int
+) -> None:
+    """Three rounds of three steps, by one group or by three: the same steps and weights. The reference stays with the
+    first model, or moves with the rounds."""
+    rule = {"zero_stage": zero_stage, "schedule": "linear", "checkpoint_every_steps": 2}
+
+    def rounds(reference: str) -> list[dict[str, Any]]:
+        course = {"of": 9, "reference": reference}
+        return [{**rule, "name": f"M{n}", "course": {**course, "step": 3 * (n - 1)}} for n in (1, 2, 3)]
+
+    whole, parts, moving = (tmp_path / way for way in ("whole", "parts", "moving"))
+    together = [steps_in(said) for said in run_sessions(tiny_model, whole, world_size, rounds(str(tiny_model)))]
+    for one, rows in zip(rounds(str(tiny_model)), together, strict=True):
+        (again,) = run_sessions(tiny_model, parts, world_size, [one])
+        for row, other in zip(rows, steps_in(again), strict=True):
+            exact = [name for name in row if name not in ("seconds", "tokens_per_s", "memory_gib")]
+            assert {name: row[name] for name in exact} == {name: other[name] for name in exact}
+    for path in (whole / "models").rglob("*.safetensors"):
+        assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
+    assert sorted(path.name for path in (parts / "checkpoints").glob("*-end")) == ["M1-end", "M2-end", "M3-end"]
+    rates = [row["lr"] for rows in together for row in rows]
+    assert rates == pytest.approx([1e-2 * (1 - step / 8) for step in range(9)])
+    moved = [steps_in(said) for said in run_sessions(tiny_model, moving, world_size, rounds("")[:2])]
+    for found, at_reference in ((together, [True, False, False]), (moved, [True, True])):
+        assert [abs(rows[0]["dpo_loss"] - math.log(2)) < 1e-5 for rows in found] == at_reference
+
+
+def steps_in(said: list[Any]) -> list[dict[str, Any]]:
+    return [event.row for event in said if isinstance(event, StepTrained)]
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.full)])
 def test_adapters_are_added_to_the_weights(tiny_model: Path, tmp_path: Path, world_size: int, zero_stage: int) -> None:
     """What comes out of a training in two processes is that of one, and differs from what went in by rank 4 where there
