@@ -96,10 +96,10 @@ class Evaluation:
 
     async def outcomes(
         self, engines: Engines, by: str, new: Sequence[Response], old: Sequence[Response]
-    ) -> list[verdicts.Preferred | Unparsed]:
+    ) -> list[verdicts.Decided | Unparsed]:
         """Which answer to each prompt is better, "first" being the new one; orders that disagree are a tie."""
 
-        async def one(prompt: Prompt, a: Response, b: Response) -> verdicts.Preferred | Unparsed:
+        async def one(prompt: Prompt, a: Response, b: Response) -> verdicts.Decided | Unparsed:
             if a.token_ids == b.token_ids:
                 engines.count("duel", 2)
                 return "tie"
@@ -202,7 +202,7 @@ def gain_of_scores(
     ]
 
 
-def gain_of_duels(outcomes: Sequence[verdicts.Preferred | Unparsed]) -> list[float]:
+def gain_of_duels(outcomes: Sequence[verdicts.Decided | Unparsed]) -> list[float]:
     """1 for a prompt that the new answer wins, 0 for a tie, -1 for a loss; unreadable ones are left out."""
     worth = {"first": 1.0, "tie": 0.0, "second": -1.0}
     return [worth[outcome] for outcome in outcomes if not isinstance(outcome, Unparsed)]

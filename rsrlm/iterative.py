@@ -211,9 +211,11 @@ def signs_of(
     )
 
 
-def heed(iteration: int, found: Mapping[str, float | None], limits: Mapping[str, alarms.Limit], run: Run) -> None:
-    """Say which signs are beyond their limits. Raises Stopped where one is beyond that at which the run ends."""
-    raised = alarms.check(found, limits) if found else []
+def heed(
+    iteration: int, found: Mapping[str, float | None], limits: Mapping[str, alarms.Limit], run: Run, warn: bool = True
+) -> None:
+    """Say which signs are beyond their limits; without `warn`, only those that end the run. Raises Stopped for one."""
+    raised = [alarm for alarm in alarms.check(found, limits) if warn or alarm.action == "stop"] if found else []
     for alarm in raised:
         run.say(f"iteration {iteration}: {alarm.message}")
         run.event("alarm", iteration=iteration, sign=alarm.sign, value=alarm.value, action=alarm.action)

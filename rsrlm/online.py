@@ -63,10 +63,11 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
             spine.log(row)
             rows.append(row)
             forget_models(spine, number)
-            heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run)
+            heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run, warn=due)
     finally:
         if ahead:
             ahead.cancel()
+    store.drop_checkpoints()
     return rows
 
 

@@ -116,9 +116,16 @@ Winner = Literal["A", "B", "tie"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferred:
-    """The verdict of a pairwise judge: the text shown first (A), the one shown second (B), or neither."""
+    """The verdict of a pairwise judge: the text shown first (A), the one shown second (B), or neither. `share` is the
+    probability of A beside B, where the judge's letters are read."""
 
     winner: Winner
+    share: float | None = None
+
+    @property
+    def first(self) -> float:
+        """How far the text shown first is preferred, from 0 to 1."""
+        return {"A": 1.0, "tie": 0.5, "B": 0.0}[self.winner] if self.share is None else self.share
 
 
 Verdict = Scored | Preferred | Unparsed

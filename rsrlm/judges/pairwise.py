@@ -83,9 +83,8 @@ class Pairwise:
 
     def read(self, completion: Completion) -> Verdict:
         if self._letters:
-            winner = verdicts.winner_from_distribution(completion.label_logprobs)
-        else:
-            winner = verdicts.parse_winner(completion.text, completion.finish_reason, self._form)
+            return verdicts.preferred_from_distribution(completion.label_logprobs)
+        winner = verdicts.parse_winner(completion.text, completion.finish_reason, self._form)
         return winner if isinstance(winner, Unparsed) else Preferred(winner=winner)
 
     async def __call__(self, engines: Engines, matches: Sequence[Match]) -> tuple[Judgement, ...]:

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt
 
-from rsrlm.records import FinishReason, Scored, Unparsed, Verdict
+from rsrlm.records import FinishReason, Preferred, Scored, Unparsed, Verdict
 from rsrlm.settings.base import ConfigError
 
 Winner = Literal["A", "B", "tie"]
-Preferred = Literal["first", "second", "tie"]
+Decided = Literal["first", "second", "tie"]
 
 NO_SCORE = Unparsed(reason="no score line")
 OUT_OF_RANGE = Unparsed(reason="score out of range")
@@ -235,18 +235,18 @@ def parse_winner(text: str, finish_reason: FinishReason, form: Form = WINNER) ->
     return "A" if match[1] == form.sides[0] else "B"
 
 
-def winner_from_distribution(label_logprobs: Sequence[float], min_mass: float = LEAST_MASS) -> Winner | Unparsed:
-    """The likelier of the two sides; equally likely ones tie. Unparsed if both have less than `min_mass`."""
+def preferred_from_distribution(label_logprobs: Sequence[float], min_mass: float = LEAST_MASS) -> Preferred | Unparsed:
+    """The likelier of the two sides, equally likely ones tie; and the share of the first in the probability of both.
+    Unparsed if both have less than `min_mass`."""
     shares = _shares(label_logprobs, 2, min_mass, LITTLE_LETTER_MASS)
     if isinstance(shares, Unparsed):
         return shares
     first, second = label_logprobs
-    if first == second:
-        return "tie"
-    return "A" if first > second else "B"
+    winner: Winner = "tie" if first == second else "A" if first > second else "B"
+    return Preferred(winner=winner, share=shares[0])
 
 
-def combine_orders(first: Winner | Unparsed, second: Winner | Unparsed) -> Preferred | Unparsed:
+def combine_orders(first: Winner | Unparsed, second: Winner | Unparsed) -> Decided | Unparsed:
     """The verdict over both orders; where they disagree, a tie (2401.10020v3's head-to-head).
 
     One unreadable order leaves no verdict.

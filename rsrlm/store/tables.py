@@ -171,7 +171,7 @@ def _verdict(judgement: Judgement) -> tuple[float | None, float | None, str | No
     """Points, variance, and the reason why there are none."""
     verdict = judgement.verdict
     if isinstance(verdict, Preferred):  # the share that the text shown first wins
-        return {"A": 1.0, "tie": 0.5, "B": 0.0}[verdict.winner], None, None
+        return verdict.first, None, None
     if isinstance(verdict, Scored):
         return verdict.points, verdict.variance, None
     return None, None, verdict.reason

@@ -25,6 +25,9 @@ def verdicts(judge: Pairwise, engine: Any, *matches: Match) -> tuple[Judgement, 
     return asyncio.run(judge(engines_of(engine), matches))
 
 
+SHARES = {"A": pytest.approx(7 / 9), "B": pytest.approx(2 / 9)}  # of what `Scripted` gives the letters
+
+
 def likes_good(shown: dict[str, str], request: Request, held: str) -> str:
     side = "A" if shown["response A"] == "good" else "B"
     return side if request.label_ids else f"Because.\nWinner: {side}"
@@ -47,7 +50,7 @@ def test_the_record_of_a_verdict(make_config: Any, encoder: ChatEncoder, read: s
             id=match.id, prompt_id="tea", response_id="M1/tea/0", index=4, role="duel", judge=template,
             text=likes_good({"response A": match.fields["response_a"]}, request, "M0"), token_ids=judgement.token_ids,
             finish_reason="stop", weight_version="M0", sampling=request.sampling,
-            verdict=Preferred(winner=winner),  # type: ignore[arg-type]
+            verdict=Preferred(winner=winner, share=SHARES[winner] if read == "letters" else None),  # type: ignore
         )  # fmt: skip
         assert winner_of(judgement) == winner
     assert encoder.tokenizer.decode(first.token_ids[:-1]) == first.text
@@ -61,7 +64,7 @@ def test_what_cannot_be_read_is_said(make_config: Any, encoder: ChatEncoder) -> 
     letters = make_config()
     judge = duel_judge(letters, context_of(letters, encoder))
     (found,) = verdicts(judge, Scripted(encoder.tokenizer, lambda *_: "tie"), MATCH)
-    assert found.verdict == Preferred(winner="tie")
+    assert found.verdict == Preferred(winner="tie", share=0.5)
 
 
 def test_only_what_fits_is_asked(make_config: Any, encoder: ChatEncoder) -> None:
@@ -73,9 +76,7 @@ def test_only_what_fits_is_asked(make_config: Any, encoder: ChatEncoder) -> None
     found = verdicts(judge, engine, MATCH, long, SWAPPED)
     assert [request.id for request in engine.requests] == ["a>b", "b>a"]
     assert [one.id for one in found] == ["a>b", "long", "b>a"]
-    assert [one.verdict for one in found] == [
-        Preferred(winner="A"), Unparsed(reason="judge prompt too long"), Preferred(winner="B"),
-    ]  # fmt: skip
+    assert [winner_of(one) for one in found] == ["A", Unparsed(reason="judge prompt too long"), "B"]
     assert (found[1].weight_version, found[1].text, found[1].token_ids) == ("", "", ())
     engine = Scripted(encoder.tokenizer, likes_good)
     assert [one.verdict for one in verdicts(judge, engine, long)] == [Unparsed(reason="judge prompt too long")]
@@ -110,7 +111,7 @@ def test_a_structured_judge_sends_its_regex_and_others_none(make_config: Any, en
         engine = Scripted(encoder.tokenizer, lambda _, request, __: "A" if request.label_ids else "Winner: A")
         judge = meta_judge(Meta(read=read, max_tokens=30), context)  # type: ignore[arg-type]
         (found,) = verdicts(judge, engine, match)
-        assert found.verdict == Preferred(winner="A")
+        assert winner_of(found) == "A"
         (request,) = engine.requests
         assert (request.regex is not None, len(request.label_ids), request.role) == (regex, labels, "meta")
         assert request.sampling.max_tokens == (1 if labels else 30)

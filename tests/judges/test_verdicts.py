@@ -25,10 +25,10 @@ from rsrlm.judges.verdicts import (
     parse_points,
     parse_winner,
     points_regex,
+    preferred_from_distribution,
     read_distribution,
-    winner_from_distribution,
 )
-from rsrlm.records import FinishReason, Scored, Unparsed, Verdict
+from rsrlm.records import FinishReason, Preferred, Scored, Unparsed, Verdict
 from rsrlm.settings.base import ConfigError
 
 INF = math.inf
@@ -504,19 +504,19 @@ def test_the_sides_are_the_forms(text: str, winner: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "winner"),
+    ("values", "found"),
     [
-        (logs(0.6, 0.3), "A"),
-        (logs(0.2, 0.3), "B"),
-        (logs(0.4, 0.4), "tie"),
-        ([-INF, -1.0], "B"),
+        (logs(0.6, 0.3), Preferred(winner="A", share=pytest.approx(2 / 3))),  # type: ignore[arg-type]
+        (logs(0.2, 0.3), Preferred(winner="B", share=pytest.approx(0.4))),  # type: ignore[arg-type]
+        (logs(0.4, 0.4), Preferred(winner="tie", share=0.5)),
+        ([-INF, -1.0], Preferred(winner="B", share=0.0)),
         (logs(0.02, 0.01), Unparsed(reason="little mass on letters")),
         ([-INF, -INF], Unparsed(reason="little mass on letters")),
         ([math.nan, -1.0], Unparsed(reason="log-probabilities are not numbers")),
     ],
 )
-def test_winner_from_distribution(values: list[float], winner: Any) -> None:
-    assert winner_from_distribution(values, 0.05) == winner
+def test_what_a_distribution_prefers(values: list[float], found: Any) -> None:
+    assert preferred_from_distribution(values, 0.05) == found
 
 
 @pytest.mark.parametrize(

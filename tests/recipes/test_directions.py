@@ -11,11 +11,11 @@ from scripted import Scripted, context_of, groups_of, judge_pairs, recipe_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.evaluate import Evaluation
 from rsrlm.judges.base import judge_of
-from rsrlm.judges.pairwise import duel_judge, meta_judge
+from rsrlm.judges.pairwise import duel_judge, meta_judge, winner_of
 from rsrlm.judges.verdicts import META_WINNER
 from rsrlm.meta_judging import EVEN, PositionWeights, bradley_terry
 from rsrlm.recipes.meta_rewarding import Meta
-from rsrlm.records import Completion, Group, NoPair, Preferred, Prompt, Request, Unparsed
+from rsrlm.records import Completion, Group, NoPair, Prompt, Request, Unparsed
 
 PROMPTS = [Prompt(id="content", text="Which view is right?"), Prompt(id="position", text="Which view comes first?")]
 POINTS = {0: (1, 1, 1), 1: (5, 5, 5), 2: (2, 3, 4)}  # of each response, its three judgements; of 2 they differ most
@@ -94,7 +94,7 @@ def test_the_better_judgement_is_chosen(groups: Callable[..., Any], encoder: Cha
     for one in made[0].comparisons:
         first, second = (int(name) for name in one.id.rpartition("#")[2].split("~"))
         better = [1, 0, 2].index(first) < [1, 0, 2].index(second)
-        assert one.verdict == Preferred(winner="A" if better else "B")
+        assert winner_of(one) == ("A" if better else "B")
 
 
 @pytest.mark.parametrize(
