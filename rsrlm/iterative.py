@@ -85,7 +85,7 @@ class Spine:
 
 
 @dataclass
-class Clock:
+class Stages:
     """Seconds of each stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -106,7 +106,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
     rows = store.metrics()
     run.names = [run.first.name, *(one.name for one in iterations)]
     for number, one in enumerate(iterations[len(rows) :], start=len(rows)):
-        clock = Clock()
+        clock = Stages()
         run.begin(one.recipe, partial(spine.train_aside, number))
         before = await run.model_at(number)
         if number == 0:
@@ -145,7 +145,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
 
 
 async def train_and_choose(
-    spine: Spine, number: int, one: Iteration, before: Model, items: Sequence[Item], clock: Clock
+    spine: Spine, number: int, one: Iteration, before: Model, items: Sequence[Item], clock: Stages
 ) -> tuple[dict[str, Any], Any]:
     """What is said of the training, and the learner's transfer files of the model where it is the last candidate."""
     run, store = spine.run, spine.store

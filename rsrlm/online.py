@@ -11,11 +11,28 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from rsrlm.config import Config
 from rsrlm.evaluate import evaluate
-from rsrlm.iterative import Clock, Iteration, Spine, heed, keep, signs_of
+from rsrlm.iterative import Iteration, Spine, Stages, heed, keep, signs_of
 from rsrlm.jobs import Course
 from rsrlm.recipes.base import Batch
 from rsrlm.report import alarms
+
+
+def intervals(config: Config, steps: int) -> list[str]:
+    """When weights move on this clock, a sentence each; `steps` are the optimizer steps of a round at most."""
+    clock = config.clock
+    if clock.kind != "online":
+        return []
+    behind = "by the weights that the round before it began with, while the learner trains on that one"
+    return [
+        f"the engines, judges included, get new weights after each round of {config.prompts.per_iteration} prompts: "
+        f"{steps} optimizer steps at most",
+        f"a round is answered {behind if clock.lag else 'by the newest weights, while the learner waits'}",
+        "the reference is the first model for the whole run"
+        if clock.reference == "first"
+        else "the reference is the model that a round starts from",
+    ]
 
 
 async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str, Any]]:
@@ -28,12 +45,11 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
     ahead: asyncio.Task[tuple[Batch, dict[str, Any]]] | None = None
     try:
         for number, one in enumerate(rounds[len(rows) :], start=len(rows)):
-            clock = Clock()
+            clock = Stages()
             with clock("produce"):
                 batch, made = await (ahead or produce(spine, rounds, number))
-            ahead = (
-                asyncio.create_task(produce(spine, rounds, number + 1)) if rule.lag and one is not rounds[-1] else None
-            )
+            more = rule.lag and one is not rounds[-1]
+            ahead = asyncio.create_task(produce(spine, rounds, number + 1)) if more else None
             with clock("train"):
                 trained, files = await learn(spine, rounds, number, batch)
             with clock("wait for answers"):

@@ -218,7 +218,7 @@ class Example:
 class Group:
     """A prompt with everything made for it. `no_pair_reason` says why there are no pairs, if there are none.
 
-    `comparisons` are the meta-judge's verdicts on judgements of one of the responses.
+    `comparisons` are pairwise verdicts: the meta-judge's on judgements of one of the responses, or on the responses.
     """
 
     id: str

@@ -19,7 +19,7 @@ LAYERS = (
     {"run"},
     {"judges", "data", "pairing"},
     {"report"},
-    {"meta_judging", "recipes", "evaluate", "candidates", "training", "iterative"},
+    {"meta_judging", "recipes", "evaluate", "candidates", "training", "iterative", "online"},
     {"runtime"},
     {"commands"},
     {"cli"},

@@ -123,7 +123,7 @@ def test_a_config_cannot_be_changed(small: Path) -> None:
 
 
 def test_unknown_keys_are_named_with_the_known_ones(small: Path) -> None:
-    assert "trian: unknown key; known here: data, engine, evaluate," in refused(small, "trian.lr=1.0")
+    assert "trian: unknown key; known here: clock, data, engine, evaluate," in refused(small, "trian.lr=1.0")
     message = refused(small, "judge.jugements=2")
     assert "judge.jugements: unknown key" in message
     assert "judgements" in message.split("known here:")[1]
@@ -463,7 +463,7 @@ def test_a_recipe_and_a_judge_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
         ("steps=[{name: M.tmp}, {}]", "not end in .tmp or .old"),
         ("steps=[{sources: [a]}, {}]", "step 0: sources: recipe self_rewarding has no such key"),
         ("steps=[{meta: {read: text}}, {}]", "step 0: meta: recipe self_rewarding has no such key"),
-        ("meta={read: text}", "meta: unknown key; known here: data,"),
+        ("meta={read: text}", "meta: unknown key; known here: clock, data,"),
         ("steps=[{recipe: sft, sources: [a], train: {beta: 0.2}}, {}]", "step 0: train.beta: unknown key; known h"),
         (
             "'steps=[{recipe: sft, sources: [a]}, {recipe: sft, sources: [a]}]' train.beta=0.2",
@@ -471,7 +471,7 @@ def test_a_recipe_and_a_judge_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             "recipe=dpo",
-            "recipe='dpo': known here: sft, self_rewarding, meta_rewarding, irpo, scpo, temporal, cream, or",
+            "recipe='dpo': known here: sft, self_rewarding, meta_rewarding, irpo, scpo, temporal, cream, oaif, or",
         ),
         ("recipe=no.such:Class", "recipe='no.such:Class': No module named 'no'"),
         ("recipe=json:nothing", "recipe='json:nothing': module 'json' has no attribute 'nothing'"),

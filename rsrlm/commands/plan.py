@@ -14,7 +14,9 @@ import psutil
 from rsrlm.commands.shapes import shape_of
 from rsrlm.config import Config, dump
 from rsrlm.model import num_parameters, weight_files
+from rsrlm.online import intervals
 from rsrlm.recipes.base import Demand
+from rsrlm.records import Role
 from rsrlm.report.progress import Report
 from rsrlm.runtime.address import address_of
 from rsrlm.runtime.setup import Prepared
@@ -23,7 +25,7 @@ from rsrlm.settings.methods import JudgeSection
 from rsrlm.settings.train import TrainRule
 
 GIB = 2**30
-LABELS = {"actor": "responses", "judge": "judgements"}
+LABELS: dict[Role, str] = {"actor": "responses", "judge": "judgements", "meta": "comparisons", "duel": "comparisons"}
 BYTES = {"float32": 4, "bfloat16": 2}
 # Resident memory of a process that has imported its libraries and started, without weights and caches.
 ENGINE_BASE = 1.15 * GIB
@@ -110,9 +112,9 @@ def _iteration(config: Config, rule: TrainRule, demand: Demand, first: bool) -> 
     """Requests of one iteration at most, and the tokens that each may generate; nothing longer than the context is
     ever sent. Before the first one begins, M0 answers too and judges itself."""
     # A judge of no tokens asks no engine.
-    asked = {LABELS[role]: entry if entry[1] else (0, 0) for role, entry in demand.requests.items() if role != "meta"}
-    compared = demand.requests.get("meta", (0, 0))
-    return {**asked, "comparisons": compared, **_held_out(config, first), **_validation(config, rule, demand)}
+    none = dict.fromkeys(LABELS.values(), (0, 0))
+    asked = {name: entry for role, name in LABELS.items() if (entry := demand.requests.get(role, (0, 0)))[1]}
+    return none | asked | _held_out(config, first) | _validation(config, rule, demand)
 
 
 def _held_out(config: Config, first: bool) -> dict[str, tuple[int, int]]:
@@ -307,6 +309,8 @@ def show_bounds(planned: Bounds, config: Config, report: Report) -> None:
         ],
         {"what": "", "n": "number"},
     )
+    for line in intervals(config, planned.optimizer_steps):
+        report.line(line)
 
 
 def show(planned: Plan, config: Config, report: Report) -> None:

@@ -116,7 +116,7 @@ def work_of(config: Config, step: Step, demand: Demand) -> Work:
     answer = ANSWER * most
     judged, judge_most = requests.get("judge", (0, 0))
     judgement = _length(JUDGEMENT, judge_most)
-    compared, meta_most = requests.get("meta", (0, 0))
+    compared, meta_most = requests.get("meta", requests.get("duel", (0, 0)))
     shown = JUDGE_PROMPT + QUESTION + answer  # what all judgements of a response share
     pair = QUESTION + 2 * answer
     if "meta" in requests:  # as many pairs of judgements as of responses
@@ -128,7 +128,8 @@ def work_of(config: Config, step: Step, demand: Demand) -> Work:
         generated=responses * answer + judged * judgement + compared * _length(COMPARISON, meta_most),
         prefilled=responses * QUESTION
         + judged / max(1, config.judge.per_response) * shown
-        + compared * (judgement + 50),  # the second judgement, and the words around it
+        # The second judgement and the words around it; or both answers and all.
+        + compared * (JUDGE_PROMPT + QUESTION + 2 * answer if "duel" in requests else judgement + 50),
         trained=trains * (rule.stop_after_epoch or rule.epochs),
         reference=0.0 if issubclass(step.recipe, SFT) else trains,
     )

@@ -6,6 +6,7 @@ import signal
 from concurrent.futures import Future
 from typing import Any
 
+from rsrlm.config import Config
 from rsrlm.engines import Answers
 from rsrlm.iterative import Spine, run_iterations
 from rsrlm.online import run_rounds
@@ -44,18 +45,13 @@ async def _run(
 
     pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator, note)
     watcher.follow(pools, asyncio.get_running_loop())
-    # Resuming after an iteration's training: the engines come up with its result.
-    rows = store.metrics()
-    done, next_model = len(rows), config.model_name(len(rows) + 1)
-    trained = (store.iteration(done) / "training.json").exists() and store.model(next_model).exists()
-    newest = next_model if trained else rows[-1]["weight_version"] if rows else config.model_name(0)
     answers = Journals(store.folder)
     try:
         with report.busy("starting engines and learner"):
             await group.start()
             if config.engine.producers:
                 pools.producers = Producers(config, prepared.drawn, pools, store.event, config.engine.producers)
-            await pools.start(newest)
+            await pools.start(newest_model(config, store))
         if len(answers):
             report.line(f"{len(answers)} answers are known already")
         first, screen = await pools.model(config.model_name(0)), Counting(report, meters)
@@ -76,6 +72,15 @@ async def _run(
         with contextlib.suppress(Exception):
             await asyncio.wait_for(asyncio.gather(group.close(), pools.close()), 25)
         answers.close()
+
+
+def newest_model(config: Config, store: RunFolder) -> str:
+    """The name of the model that the engines come up with: after an iteration's training its result."""
+    rows = store.metrics()
+    next_model = config.model_name(len(rows) + 1)
+    if (store.iteration(len(rows)) / "training.json").exists() and store.model(next_model).exists():
+        return next_model
+    return str(rows[-1]["weight_version"]) if rows else config.model_name(0)
 
 
 def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[Any] | None = None) -> int:

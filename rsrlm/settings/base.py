@@ -64,6 +64,7 @@ RECIPES = {
     "scpo": "rsrlm.recipes.scpo:Scpo",
     "temporal": "rsrlm.recipes.temporal:Temporal",
     "cream": "rsrlm.recipes.cream:Cream",
+    "oaif": "rsrlm.recipes.oaif:Oaif",
 }
 
 
