@@ -118,12 +118,14 @@ class Evidence:
 
 
 def _decided(group: Group) -> Iterator[tuple[float, bool]]:
-    """The comparisons with a winner: points of the judgement shown first less the other's, and whether it won."""
+    """The comparisons with a winner: points of the judgement shown first less the other's, and whether it won.
+    Responses that are compared have no points."""
     points = {one.id: one.verdict.points for one in group.judgements if isinstance(one.verdict, Scored)}
     for one in group.comparisons:
         first, _, second = one.id.rpartition("~")
         if (first_won := _first_won(one.verdict)) is not None:
-            yield points[first] - points[f"{one.response_id}#{second}"], first_won
+            other = f"{one.response_id}#{second}"
+            yield points[first] - points[other] if one.role == "meta" else 0.0, first_won
 
 
 def _first_won(verdict: Verdict) -> bool | None:

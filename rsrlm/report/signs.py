@@ -177,7 +177,7 @@ def kl_to_first(it: Evidence) -> float | None:
 
 @sign("above", 0.65, SPARE_JUDGE, over="decided")
 def first_position_wins(it: Evidence) -> float | None:
-    """Share of the decided meta-judgements that the judgement shown first wins."""
+    """Share of the decided comparisons, of judgements or of responses, that what is shown first wins."""
     return mean(it.decided)
 
 

@@ -227,6 +227,18 @@ def test_meta_judge() -> None:
     assert (measured["higher_score_wins"], measured["n_decided_apart"]) == (pytest.approx(2 / 3), 3)
 
 
+def test_responses_that_are_compared() -> None:
+    """They have no points: only the position may say something."""
+    first, second = Preferred(winner="A", share=0.9), Preferred(winner="B", share=0.2)
+    one, verdicts = group("tea", ("a", None), ("b", None))
+    orders = [
+        replace(compared(index, 1 - index, verdict), id=f"01/tea/{index}~{1 - index}", role="duel")
+        for index, verdict in enumerate((first, second))
+    ]
+    measured = found([(replace(one, judgements=(), comparisons=tuple(orders)), verdicts)])
+    assert (measured["first_position_wins"], measured["n_decided"], measured["n_decided_apart"]) == (0.5, 2, 0)
+
+
 def test_alarms_of_an_iteration_that_went_wrong() -> None:
     text = "word " * 600  # 3,000 characters, the same words again and again
     made = found(
