@@ -205,6 +205,7 @@ def eval_judge(
 ) -> None:
     from rsrlm.commands import engines as commands_engines
     from rsrlm.commands import judge as commands_judge
+    from rsrlm.commands import judge_measures
     from rsrlm.report.progress import Report
 
     if part not in (None, "all", "ift", "eft", "evaluation"):
@@ -215,8 +216,8 @@ def eval_judge(
     folder = commands_engines.check_out(out or default, folder=True)
 
     def work() -> None:
-        seen = commands_judge.trained_on(resolved, store)
-        prompts = commands_judge.rated(resolved, source, part, limit, seen, report)
+        seen = judge_measures.trained_on(resolved, store)
+        prompts = judge_measures.rated(resolved, source, part, limit, seen, report)
         commands_judge.eval_judge(resolved, models, prompts, folder, pairwise, report)
         report.line(f"written to {folder}")
 

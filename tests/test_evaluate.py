@@ -537,6 +537,8 @@ def test_samples_for_the_kl_come_from_the_whole_distribution(evaluation: Callabl
     assert {(one.sampling, one.priority) for one in scored} == {
         (Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=0), SAMPLE_PRIORITY)
     }
-    assert made.needs()["evaluate.max_tokens"] == len(made.context.encoder.user("")) + 7
+    needs = made.needs()
+    assert list(needs)[:2] == ["evaluate.max_tokens", "the judge of a held-out answer"]
+    assert needs["evaluate.max_tokens"] == len(made.context.encoder.user("")) + 7
     full = replace(drawn[0], prompt_token_ids=(1,) * (room - 2), token_ids=(8, 9))
     assert run(by(engines).logprobs([full], room)) == [(-0.8,)]

@@ -115,6 +115,8 @@ def test_each_model_makes_what_trains_the_next(world: Callable[..., World]) -> N
         assert trained == [pair["id"] for pair in pairs]
     assert made.happened.count("write training.json") == 2
     assert made.logged == rows
+    # Four held-out prompts: an answer each and one more for the KL, and two judgements.
+    assert ("held-out M1", {"respond": 8, "judge": 8}) in made.screen.totals
     assert made.pools.engine.held in ("M0", "M2")
 
 

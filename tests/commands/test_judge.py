@@ -1,22 +1,28 @@
 """Judges against people, with a judge that is a function and one that is scripted."""
 
 import asyncio
+import json
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted import Memory, engines_of, model
+from scripted import Memory, Screen, engines_of, model
 from scripted import context_of as context
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.commands.judge import comparable, scores, verdicts
+from rsrlm.commands import judge_measures
+from rsrlm.commands.judge_measures import comparable, rated, scores, trained_on, verdicts
 from rsrlm.config import Config
 from rsrlm.data.ranked import RankedPrompt, Reply
+from rsrlm.data.seed_data import Parts, TrainedOn
 from rsrlm.engines import SAMPLE_PRIORITY, Answers, Engines
 from rsrlm.judges.base import Judge, judge_of
 from rsrlm.judges.pairwise import Pairwise, duel_judge
-from rsrlm.records import Completion, Request
+from rsrlm.records import Completion, Request, wording
 from rsrlm.report import metrics
+from rsrlm.settings.base import ConfigError
 
 FUNCTION = {"kind": "function", "function": "test_judge:longer"}
 
@@ -197,3 +203,77 @@ def test_what_is_measured_is_what_people_and_judge_said(
     rated, options = figures[-1]
     assert options == {"readable": 3, "judgements": 3, "points": [4.0, 4.0, 4.0], "seed": 7}
     assert rated == [metrics.Rated(id="p", ranks=(0.0, 0.0, 1.0), scores=(4.0, 4.0, 4.0), lengths=(4, 4, 4))]
+
+
+# -- what is measured on -----------------------------------------------------------------------------------------------
+
+PARTS = Parts(
+    ift=(ranked("ift", ("a", 0), ("b", 1)),),
+    eft=(ranked("eft", ("a", 0), ("b", 1)), ranked("one", ("a", 0))),
+    evaluation=(ranked("new", ("a", 0), ("b", 1)), ranked("old", ("a", 0), ("b", 1), ("c", 2))),
+    counts={"without ranks": 7},
+)
+
+
+@pytest.fixture
+def divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranked data that is read from nowhere. The wording of `old` was trained on in another file."""
+
+    def divide(data: Any, key: str = "data.trees") -> Parts:
+        assert (data.trees, key) == ("trees.jsonl", "--data")
+        return PARTS
+
+    monkeypatch.setattr(judge_measures.seed_data, "divide", divide)
+
+
+SEEN = TrainedOn(ids=frozenset(["ift", "eft"]), wordings=frozenset([wording("about old?")]))
+
+
+@pytest.mark.parametrize(
+    ("part", "names", "said"),
+    [
+        (None, ["new"], "3 prompts are trained on and left out"),
+        ("ift", ["ift"], "1 prompts are trained on and measured on all the same"),
+        ("eft", ["eft"], "1 prompts are trained on and measured on all the same"),
+        ("evaluation", ["new", "old"], "1 prompts are trained on and measured on all the same"),
+        ("all", ["eft", "ift", "new", "old"], "3 prompts are trained on and measured on all the same"),
+    ],
+)
+def test_what_was_trained_on_is_left_out(
+    divided: None, make_config: Any, part: str | None, names: list[str], said: str
+) -> None:
+    """By ids and by wording; and so is what has one ranked reply alone."""
+    screen: Any = Screen()
+    found = rated(make_config(), "trees.jsonl", part, None, SEEN, screen)
+    assert sorted(prompt.id for prompt in found.prompts) == names
+    assert [prompt.id for prompt in found.all] == ["eft", "ift", "new", "old"]
+    assert (found.source, found.part) == ("trees.jsonl", part or "unseen")
+    replies = sum(len(prompt.replies) for prompt in found.prompts)
+    assert screen.lines == [
+        "         7  without ranks",
+        said,
+        f"{len(names)} of {len(names)} prompts of part {part or 'unseen'} with {replies} ranked replies",
+    ]
+
+
+def test_a_limit_takes_some_by_seed(divided: None, make_config: Any) -> None:
+    screen: Any = Screen()
+    taken = [
+        tuple(one.id for one in rated(make_config(seed=seed), "trees.jsonl", "all", 2, SEEN, screen).prompts)
+        for seed in (0, *range(6))
+    ]
+    assert taken[0] == taken[1]
+    assert len(set(taken)) > 1
+    assert {len(one) for one in taken} == {2}
+    said = r"^--data trees\.jsonl: no prompt with two .* at data\.language and data\.max_chars$"
+    everything = TrainedOn(ids=frozenset(["ift", "eft", "new", "old"]))
+    with pytest.raises(ConfigError, match=said):
+        rated(make_config(), "trees.jsonl", None, None, everything, screen)
+
+
+def test_what_a_run_trained_on_is_what_it_noted(make_config: Any, tmp_path: Path) -> None:
+    noted = tmp_path / "trained_on.json"
+    run: Any = SimpleNamespace(trained_on=noted)
+    assert trained_on(make_config(), run) == trained_on(make_config(), None) == TrainedOn()
+    noted.write_text(json.dumps({"ids": ["a"], "wordings": ["b"]}))
+    assert trained_on(make_config(), run) == TrainedOn(ids=frozenset(["a"]), wordings=frozenset(["b"]))

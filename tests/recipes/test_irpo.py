@@ -101,11 +101,11 @@ def test_a_function_that_scores_nothing_readable_makes_no_pair() -> None:
 
 def test_a_solution_that_came_with_the_prompt_is_a_winner_more() -> None:
     assert GOLD.complete
-    assert Response(
+    assert given(Task(iteration=1, prompt=ASKED), "3 + 4 = 7", (1, 9), (77, 2)) == Response(
         id="01/tea/g", prompt_id="tea", index=-1, role="data", text="3 + 4 = 7", token_ids=(77, 2),
         prompt_token_ids=(1, 9), finish_reason="stop", weight_version="",
         sampling=Sampling(temperature=0.0, top_p=1.0, max_tokens=0, seed=0),
-    ) == GOLD  # fmt: skip
+    )  # fmt: skip
     assert paired(answers("8", "9"), solution=GOLD) == ["g>0", "g>1"]
     assert paired(answers("7", "8", "9"), solution=GOLD) == ["0>1", "g>2"]
     assert paired(answers("7", "7"), solution=GOLD) == "no wrong answer"

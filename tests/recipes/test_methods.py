@@ -82,6 +82,17 @@ def ids(batch: Any) -> list[str]:
     return [pair.id for pair in batch.items]
 
 
+def test_what_a_response_and_its_judge_need(make_config: Any, encoder: ChatEncoder) -> None:
+    recipe = recipe_of(make_config(), encoder)
+    needs = {"sample.max_tokens": len(encoder.user("")) + 24, "the judge of a response": recipe.judge.needs(24)}
+    assert recipe.needs() == needs
+    assert needs["the judge of a response"] > 24
+    server = {"kind": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "x"}}
+    assert (
+        recipe_of(make_config(judge=server, evaluate={"duel": False}), encoder).judge.needs(24) == 0
+    )  # it has a context of its own
+
+
 def test_irpo(make_config: Any, encoder: ChatEncoder) -> None:
     """Tea: right at 0 and 3 of 4. Ale: never. The likelihood of the chosen is trained by default."""
     config = make_config(recipe="irpo", judge=ANSWER, sample={"responses": 4}, pairs=3)
@@ -219,6 +230,7 @@ def test_temporal(future: bool, make_config: Any, encoder: ChatEncoder) -> None:
     assert [(one["g"], one["pairs"], one["reason"]) for one in first_told] == [
         (f"01/{name}", [f"01/{name}/1>2"], None) for name in ("tea", "ale")
     ]
+    assert [one["reason"] for one in run.events if one["event"] == "group"] == [None] * len(run.events)
     shown = [("M0 answers", {"respond": 4}), ("M1 judges", {"judge": 4})]
     if future:
         shown += [("M1.ahead answers", {"respond": 4}), ("M1 judges", {"judge": 4})]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -14,11 +15,12 @@ from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.data.seed_data import Parts
 from rsrlm.judges.base import Origin
 from rsrlm.judges.rubric import Structured, Text
-from rsrlm.recipes.base import Batch
+from rsrlm.recipes.base import Batch, Demand
 from rsrlm.recipes.eft import accepted, eft, judge_replies, points_of
 from rsrlm.recipes.sft import SFT, NoExamples, ift, length, mixed, positive
 from rsrlm.records import Example, Group, Judgement, Prompt, Request, Response, Sampling, Scored, Task, Unparsed
 from rsrlm.run import Run
+from rsrlm.settings.base import ConfigError
 from rsrlm.settings.data import Data
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=9, seed=1)
@@ -249,6 +251,49 @@ def iterate(make_config: Any, encoder: ChatEncoder) -> Any:
         return asyncio.run(recipe.iteration(run, 2, model("M2"), of)), run, engine
 
     return make
+
+
+def demand_of(make_config: Any, encoder: ChatEncoder, *sources: Any, files: Any = None, **data: Any) -> Demand:
+    config = make_config(
+        judge={"kind": "structured", "judgements": 2, "max_tokens": 60},
+        data={"trees": "t.jsonl", "minimum": 1, **data},
+        steps=[{"recipe": "sft", "sources": list(sources)}],
+        engine={"max_model_len": 1024},
+    )
+    context = context_of(config, encoder)
+    return SFT(config.planned[0].config, context, context, PARTS, files).demand(10)
+
+
+def test_what_a_plan_says(make_config: Any, encoder: ChatEncoder) -> None:
+    """Ten prompts with two responses of 24 tokens, two judgements each; 3 questions with a best reply, and 6 replies to
+    be judged, three times each."""
+    half = {"path": "eft", "weight": 0.5}
+    everything = demand_of(make_config, encoder, "ift", half, {"path": "positive", "weight": 2.0})
+    assert everything.requests == {"actor": (20, 24), "judge": (40 + 18, 60)}
+    assert everything.items == 3 + 3 + 40
+    assert everything.item_tokens == 400 + 1024 + 60  # a judge's prompt with a reply that fills the engine
+    ranked_data = demand_of(make_config, encoder, "ift", half, max_chars=2002, max_ift=2, eft_per_reply=2)
+    assert ranked_data.requests == {"actor": (0, 24), "judge": (18, 60)}
+    assert (ranked_data.items, ranked_data.item_tokens) == (2 + 6, 400 + 500 + 60)
+    assert demand_of(make_config, encoder, "eft", max_eft=4).items == 4
+    best = demand_of(make_config, encoder, "ift")
+    assert (best.requests, best.items) == ({"actor": (0, 24), "judge": (0, 60)}, 3)
+    files = demand_of(make_config, encoder, {"path": "x.jsonl", "weight": 1.5}, files={"x.jsonl": [example("a")] * 5})
+    assert files.items == 8
+
+
+def test_a_template_that_prints_data_is_for_no_replies(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    template = tmp_path / "with.jinja"
+    template.write_text("{{ instruction }} {{ data.answer }} {{ response }} {{ fence }}\nScore: <0-5>")
+    config = make_config(
+        judge={"kind": "text", "template": str(template)},
+        data={"trees": "t.jsonl"},
+        steps=[{"recipe": "sft", "sources": ["ift", "eft"]}],
+    )
+    context = context_of(config, encoder)
+    with pytest.raises(ConfigError, match=r"data\.answer .*cannot be judged with it; use a template without it$"):
+        SFT(config.planned[0].config, context, context, PARTS)
+    SFT(config.planned[0].config.model_copy(update={"sources": config.planned[0].config.sources[:1]}), context, context)
 
 
 def test_an_iteration_on_ift_asks_nobody(iterate: Any, encoder: ChatEncoder) -> None:
