@@ -143,6 +143,8 @@ def test_wherever_it_is_killed_the_run_is_the_same(lag: int, world: Callable[...
         ({"train": {"lora": {"rank": 2}}}, "train.lora"),
         ({"train": {"zero_stage": 3}}, "train.zero_stage"),
         ({"steps": [{}], "iterations": 1}, "steps"),
+        ({"recipe": "temporal"}, "recipe=temporal"),
+        ({"recipe": "cream"}, "recipe=cream"),
     ],
 )
 def test_what_the_online_clock_cannot_do_is_refused(changes: dict[str, Any], said: str, make_config: Any) -> None:

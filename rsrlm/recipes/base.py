@@ -70,6 +70,11 @@ class Recipe:
         """`items` in a thread: it may be long, and an interruption must be heard meanwhile."""
         return await run.aside(self.items, number, groups)
 
+    @classmethod
+    def asks_one_model(cls) -> bool:
+        """Whether an iteration asks one model alone, and trains none: the online clock takes no other recipe."""
+        return cls.iteration is Recipe.iteration
+
     @property
     def width(self) -> int:
         """Requests that one group makes at once."""

@@ -49,6 +49,11 @@ def resolved(config: Any, raw: Mapping[str, Any], source: str) -> list[Step]:
             config.step_fits(step.config)
         except ValueError as error:
             raise ConfigError(f"{source}: {error}") from None
+        if config.clock.kind == "online" and not step.recipe.asks_one_model():
+            raise ConfigError(
+                f"{source}: recipe={dotted(step.recipe)} with clock.kind=online: an iteration of it may train, or ask "
+                "several models; leave out clock"
+            )
     return made
 
 
