@@ -204,7 +204,9 @@ def test_the_same_tokens_are_a_tie_that_nobody_is_asked_about(evaluation: Callab
     with answers.counted(lambda *tick: ticks.append(tick)):
         found = run(evaluation().duel(engines_of(engines, answers=answers), "M0", new, old))
     assert sorted(engines.asked) == ["M1/water/0>M2/water/0@M0", "M2/water/0>M1/water/0@M0"]
-    assert sum(items for _, items, _ in ticks) == 8  # both orders of all four: the bar comes to its end
+    # Both orders of all four: the bar comes to its end.
+    assert sum(items for role, items, _ in ticks if role == "duel") == 8
+    assert found["judge"] == "pairwise (letters) by M0, both orders"
     assert (found["n"], found["unreadable"]) == (4, 0)
     assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.75, 0.0)
 

@@ -89,6 +89,34 @@ def start(world: World, seed: int = 0) -> bool:
     return True
 
 
+def stages(model: str, respond: int, compare: int) -> list[tuple[str, dict[str, int]]]:
+    compared = {"compare": compare} if compare else {}
+    return [
+        (f"held-out {model}", {"respond": respond, "judge": 8}),
+        (f"held-out {model} by M0", {"judge": 8, **compared}),
+    ]
+
+
+# Four held-out prompts: an answer to each and one more for the KL, two judgements of each by itself, and by M0, which
+# compares it with the answer of the model before in both orders.
+HELDOUT_STAGES = {
+    "M0": stages("M0", 4, 0)[:1],
+    "M1": stages("M1", 8, 8),
+    "M2": stages("M2", 8, 8),
+}
+
+
+@pytest.mark.parametrize(("duel", "kl"), [(False, False), (True, False), (False, True)])
+def test_what_an_evaluation_shows(world: Callable[..., World], duel: bool, kl: bool) -> None:
+    made = world(iterations=1, evaluate={"duel": duel, "kl": kl})
+    (row,) = made.start()
+    heldout = [(title, totals) for title, totals in made.screen.totals if title.startswith("held-out")]
+    assert heldout == stages("M0", 4, 0)[:1] + stages("M1", 8 if kl else 4, 8 if duel else 0)
+    assert ("duel_with_M0" in row["heldout"], "kl_to_first" in row["heldout"]) == (duel, kl)
+    asked = {one.role for _, one in made.asked}
+    assert ("duel" in asked) == duel
+
+
 # -- the chain of models -----------------------------------------------------------------------------------------------
 
 
@@ -115,8 +143,12 @@ def test_each_model_makes_what_trains_the_next(world: Callable[..., World]) -> N
         assert trained == [pair["id"] for pair in pairs]
     assert made.happened.count("write training.json") == 2
     assert made.logged == rows
-    # Four held-out prompts: an answer each and one more for the KL, and two judgements.
-    assert ("held-out M1", {"respond": 8, "judge": 8}) in made.screen.totals
+    heldout = [(title, totals) for title, totals in made.screen.totals if title.startswith("held-out")]
+    assert heldout == HELDOUT_STAGES["M0"] + HELDOUT_STAGES["M1"] + HELDOUT_STAGES["M2"]
+    told = [json.loads(line) for line in (made.store.folder / "events.jsonl").open()]
+    evaluated = [event for event in told if event["event"] == "evaluated"]
+    assert [one["model"] for one in evaluated] == ["M0", "M1", "M2"]
+    assert all(evaluated[1][name] == value for name, value in rows[0]["heldout"].items())
     assert made.pools.engine.held in ("M0", "M2")
 
 

@@ -10,6 +10,7 @@ from hostile import HOSTILE, as_read
 from scripted import Scripted, context_of, engines_of
 
 from rsrlm.chat import ChatEncoder
+from rsrlm.evaluate import Evaluation
 from rsrlm.judges.base import Origin, judge_of
 from rsrlm.judges.pairwise import Match, duel_judge
 from rsrlm.judges.templates import check_data, data_names, load_template
@@ -107,6 +108,20 @@ def test_two_texts_are_compared_with_it(make_config: Any, encoder: ChatEncoder, 
     )) + 1  # fmt: skip
     with pytest.raises(ConfigError, match="prompt 'tea' has no 'reference'"):
         asyncio.run(judge(engines_of(engine), [replace(match, data={})]))
+
+
+def test_an_evaluation_compares_with_it(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jinja"
+    path.write_text(PAIRWISE)
+    config = make_config(evaluate={"judge": {"template": str(path)}})
+    context = context_of(config, encoder)
+    judge = judge_of(config.judge, context)
+    evaluation = Evaluation(config, context, judge, judge, context, [PROMPT])
+    engine = Scripted(encoder.tokenizer, lambda *_: "A")
+    other = replace(RESPONSE, id="M1/tea/0", token_ids=(6,))
+    asyncio.run(evaluation.duel(engines_of(engine), "M0", [RESPONSE], [other]))
+    shown = [encoder.tokenizer.decode(request.prompt_token_ids) for request in engine.requests]
+    assert ["What is tea? A drink." in text for text in shown] == [True, True]
 
 
 def test_a_prompt_that_lacks_it_is_refused(make_config: Any, encoder: ChatEncoder, template: str) -> None:

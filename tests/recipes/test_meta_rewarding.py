@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -224,6 +225,19 @@ def test_what_a_plan_says(read: str, tokens: int) -> None:
     assert demand.items == 20
     assert demand.item_tokens == 400 + 24 + 2 * judged
     assert recipe.needs()["the meta-judge"] == recipe.meta.needs(24 + 2 * judged) > 0
+
+
+def test_a_template_may_print_what_the_prompt_carries(tmp_path: Path) -> None:
+    template = tmp_path / "meta.jinja"
+    fields = ("instruction", "response", "judgement_a", "judgement_b", "fence", "data.reference")
+    template.write_text(" ".join(f"{{{{ {name} }}}}" for name in fields))
+    made_by = config(template=str(template))
+    carries = [replace(prompt, data={"reference": "A drink."}) for prompt in PROMPTS[:1]]
+    (group,) = compare(Seeded(), prompts=carries, made_by=made_by)
+    assert group.comparisons
+    with pytest.raises(ExceptionGroup) as caught:
+        compare(Seeded(), prompts=PROMPTS[:1], made_by=made_by)
+    assert "prompt 'tea' has no 'reference'" in str(caught.value.exceptions[0])
 
 
 def test_a_template_that_is_not_there_is_named_by_its_key() -> None:
