@@ -115,6 +115,8 @@ class Config(Section):
             if section := getattr(step, name, None):
                 self._fits_engine(f"{name}.max_tokens", section.max_tokens)
         self._fits_engine("judge.max_tokens", step.judge.tokens)
+        if (compare := getattr(step, "compare", None)) and compare.read != "letters":
+            self._fits_engine("compare.max_tokens", compare.max_tokens)
         if self.clock.kind == "online":
             self._online_fits(step)
         if self.model.dtype == "bfloat16" and not step.train.zero_stage:
@@ -157,6 +159,13 @@ class Config(Section):
             return self._steps
         alike = self._steps[0]
         return [replace(alike, name=f"M{number}") for number in range(1, self.iterations + 1)]
+
+    @property
+    def models_kept(self) -> int:
+        """Exported models in the run folder at its end, at most."""
+        if self.clock.kind == "iterative":
+            return self.iterations
+        return min(self.iterations, -(-self.iterations // self.clock.evaluate_every) + 2)
 
     @property
     def validator(self) -> JudgeSection | Validator:

@@ -140,7 +140,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
         run.finished(number)
         spine.log(row)
         rows.append(row)
-        heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run)
+        heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.scale), run)
     return rows
 
 

@@ -54,7 +54,7 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
                 trained, files = await learn(spine, rounds, number, batch)
             with clock("wait for answers"):
                 if ahead:
-                    await asyncio.wait({ahead})  # weights move between two rounds alone
+                    await ahead  # weights move between two rounds alone
             with clock("publish"):
                 after = await run.pools.model(trained["weight_version"], files)
                 published = await run.publish(after)
@@ -78,8 +78,8 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
             run.finished(number)
             spine.log(row)
             rows.append(row)
-            forget_models(spine, number)
-            heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.judge.form.scale), run, warn=due)
+            forget(spine, number)
+            heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.scale), run, warn=due)
     finally:
         if ahead:
             ahead.cancel()
@@ -130,9 +130,11 @@ async def earlier(spine: Spine, number: int) -> Any:
     return await spine.run.model_at(number // rule.evaluate_every * rule.evaluate_every)
 
 
-def forget_models(spine: Spine, number: int) -> None:
-    """Remove exported models that no round to come starts from, answers with, or is compared with."""
+def forget(spine: Spine, number: int) -> None:
+    """Remove the optimizers before this round, and exported models that no round to come starts from, answers with, or
+    is compared with."""
     names, every = spine.run.names, spine.config.clock.evaluate_every
+    spine.store.drop_checkpoints(but={f"{names[-1]}-end"})
     kept = {*names[::every], *names[-2:]}
     for name in set(names) - kept:
         shutil.rmtree(spine.store.model(name), ignore_errors=True)

@@ -53,6 +53,11 @@ class Training:
         return "pairs" if isinstance(self.rule, DPO) else "examples"
 
     @property
+    def ends(self) -> tuple[str, ...]:
+        """Names of the checkpoints that keep the optimizer before and after a training on a course."""
+        return (f"{self.course.after}-end", f"{self.name}-end") if self.course else ()
+
+    @property
     def loss(self) -> str:
         """Key of the loss without additional terms, in the metrics of a step."""
         return "dpo_loss" if isinstance(self.rule, DPO) else "sft_loss"
@@ -115,7 +120,7 @@ async def train(
     }
     store.write_json(folder / FINISHED, {"items": digest, **trained})
     # The next iteration starts from the exported model, and on a course with the optimizer too.
-    store.drop_checkpoints(but=f"{name}-end" if training.course else "")
+    store.drop_checkpoints(but=training.ends)
     written.unlink()  # its items are in the Parquet files
     (folder / BEGUN).unlink()
     return {**trained, "files": done[-1].files if done else None}
@@ -132,7 +137,7 @@ def _begin_anew(store: RunFolder, training: Training) -> None:
         (training.folder / name_of).unlink(missing_ok=True)
     for candidate in store.candidates(training.name)[:-1]:
         shutil.rmtree(store.model(candidate), ignore_errors=True)
-    store.drop_checkpoints(but=f"{training.course.after}-end" if training.course else "")
+    store.drop_checkpoints(but=training.ends)
 
 
 def _jobs(store: RunFolder, training: Training, items: Path, digest: str) -> Iterator[TrainJob]:

@@ -126,6 +126,8 @@ class Learner:
         steps = [ids[at : at + rule.pairs_per_step] for at in range(0, len(ids), rule.pairs_per_step)] * rule.epochs
         checkpoint = self.store.checkpoints / f"{job.name}-{job.digest}.json"
         rows = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
+        if job.course and job.course.after:
+            assert (self.store.checkpoints / f"{job.course.after}-end").exists(), "the optimizer before is gone"
         if not rows and isinstance(rule, DPO):
             yield self._tell("reference", ReferenceBatch(done=1, of=1))
         last = rule.steps(len(items))
@@ -137,6 +139,9 @@ class Learner:
             if ((number + 1) % rule.checkpoint_every_steps == 0 and number + 1 < end) or number + 1 == job.until:
                 self.store.checkpoints.mkdir(exist_ok=True)
                 checkpoint.write_text(json.dumps(rows))
+        if job.course:
+            self.store.checkpoints.mkdir(exist_ok=True)
+            (self.store.checkpoints / f"{job.name}-end").write_text("the optimizer")
         self._export(Path(f"{job.output}@{end}" if job.until else job.output), f"{weights}+{end}")
         seconds = dict.fromkeys(("train_seconds", "write_seconds", "export_seconds"), 1.0)
         files = None if job.until else f"files of {job.name}"

@@ -314,6 +314,8 @@ def test_a_disk_that_gives_all_files_to_one_user(tmp_path: Path, monkeypatch: py
     with pytest.raises(TrainingFailed, match="belongs to another user"):
         load_checkpoint(engine, path, RULE)
     os.chown(path, 65534, 65534)
+    with pytest.raises(TrainingFailed, match="M0-end is gone, and with it the optimizer"):
+        load_checkpoint(engine, tmp_path / "M0-end", RULE)
     assert load_checkpoint(engine, path, RULE) == [{"step": 0}]
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 

@@ -380,3 +380,10 @@ def test_bounds_of_steps(make_config: Any, model: Path) -> None:
     assert planned.optimizer_steps == 44
     # first: 4 answers of 96 and 24 judgements of 60; second: 8 * 24 + 32 * 60 + 48 * 70 + 2 * 96 + 16 * 60
     assert planned.generated_tokens == 6624
+
+
+@pytest.mark.parametrize(("rounds", "kept"), [(1, 1), (2, 2), (10, 3), (200, 22)])
+def test_models_that_online_rounds_leave(rounds: int, kept: int, make_config: Any) -> None:
+    """Those of evaluations, every tenth round, and the last two."""
+    assert make_config(clock="online", iterations=rounds).models_kept == kept
+    assert make_config(iterations=rounds).models_kept == rounds

@@ -127,7 +127,7 @@ def disk(shape: Shape, config: Config, demands: Sequence[Demand]) -> dict[str, f
         for role, (number, _) in demand.requests.items()
     )
     return {
-        "models": float(config.iterations * shape.parameters * size),
+        "models": float(config.models_kept * shape.parameters * size),
         "checkpoint": float(max(checkpoint_bytes(shape, step.config.train, size) for step in config.planned)),
         "records": float(records),
     }

@@ -253,7 +253,7 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
     the optimizer steps of each iteration."""
     weights = num_parameters(model) * BYTES[config.model.dtype]
     others = sum(file.stat().st_size for file in model.iterdir() if file.is_file() and file not in weight_files(model))
-    found = {"models": float(config.iterations * (weights + others))}
+    found = {"models": float(config.models_kept * (weights + others))}
     candidates = [
         -(-number // every) - 1
         for number, step in zip(steps, config.planned, strict=True)
@@ -261,7 +261,7 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
     ]
     if candidates and max(candidates) > 0:  # they go when one of them is chosen
         found["candidates"] = float(max(candidates) * (weights + others))
-    if max(steps) > config.train.checkpoint_every_steps:
+    if max(steps) > config.train.checkpoint_every_steps or config.clock.kind == "online":
         found["checkpoint"] = 3.0 * _learning(config, model)
     found["records"] = sum(
         float(RECORD_ON_DISK[role == "actor"] * number)

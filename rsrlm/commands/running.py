@@ -35,6 +35,7 @@ def resume(store: RunFolder, config: Config, report: Report) -> int:
         from rsrlm.runtime.exits import write_summary
 
         write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
+        store.drop_checkpoints()
         report.line(f"{store.folder} is finished: {config.iterations} iterations, see {store.folder / 'summary.json'}")
         return 0
     from rsrlm.runtime import alive

@@ -70,6 +70,11 @@ class Recipe:
         """`items` in a thread: it may be long, and an interruption must be heard meanwhile."""
         return await run.aside(self.items, number, groups)
 
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Of the scores on its pairs."""
+        return self.judge.form.scale
+
     @classmethod
     def asks_one_model(cls) -> bool:
         """Whether an iteration asks one model alone, and trains none: the online clock takes no other recipe."""

@@ -51,8 +51,10 @@ class Oaif(SelfRewarding):
         def _two_are_compared(self) -> Self:
             if self.sample.responses != 2:
                 raise ValueError(f"sample.responses={self.sample.responses} with recipe oaif, which compares 2; set it")
-            if self.judge.endpoint and self.compare.read == "letters":
-                raise ValueError("compare.read=letters: judge.endpoint compares in text; set compare.read=text")
+            if self.judge.endpoint and self.compare.read != "text":
+                raise ValueError(
+                    f"compare.read={self.compare.read}: judge.endpoint compares in text; set compare.read=text"
+                )
             return self
 
     def __init__(self, config: Any, context: Context, judge_context: Context) -> None:
@@ -96,6 +98,10 @@ class Oaif(SelfRewarding):
             items=prompts,
             item_tokens=2 * config.sample.max_tokens + 64,  # with a prompt of usual length
         )
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        return (0, 1)
 
     def needs(self) -> dict[str, int]:
         answer = self.config.sample.max_tokens

@@ -68,6 +68,12 @@ def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]], path
     dist.barrier()
 
 
+def _instead(path: Path) -> str:
+    if path.name.endswith("-end"):
+        return "begin the run anew under another name, from the newest model in models/ (model.path)"
+    return "delete the checkpoint to start the iteration's training again"
+
+
 def owner_in(folder: Path) -> int:
     """The user that a new file in a folder belongs to: us, or on many a network disk somebody whom we all become."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".owner-") as file:
@@ -76,19 +82,24 @@ def owner_in(folder: Path) -> int:
 
 def load_checkpoint(engine: Any, path: Path, train: TrainRule) -> list[dict[str, Any]]:
     """Restore weights and optimizer; returns the metrics of the steps before. Raises TrainingFailed."""
+    if not path.exists():
+        raise TrainingFailed(
+            f"checkpoint {path} is gone, and with it the optimizer that this training goes on with; begin the run anew "
+            "under another name, from the newest model in models/ (model.path)"
+        )
     own = owner_in(path.parent)
     # lstat as well: a link of one's own may lead to a file of another's.
     for file in (path, *path.rglob("*")):
         if {file.stat().st_uid, file.lstat().st_uid} != {own}:
             raise TrainingFailed(
                 f"checkpoint {path}: {file.name} belongs to another user, and is not read since DeepSpeed's format can "
-                "run code; delete the checkpoint to start the iteration's training again"
+                f"run code; {_instead(path)}"
             )
     ranks = len(list((path / "state").glob("*optim_states.pt"))) or 1
     if train.zero_stage and ranks != dist.get_world_size():
         raise TrainingFailed(
             f"checkpoint {path} was written by {ranks} ranks and cannot be read by {dist.get_world_size()}; resume "
-            f"with train.workers={ranks}, or delete it to start the iteration's training again"
+            f"with train.workers={ranks}, or {_instead(path)}"
         )
     _, client = engine.load_checkpoint(str(path), tag="state", load_module_strict=train.lora is None)
     rows: list[dict[str, Any]] = client["rsrlm_rows"]

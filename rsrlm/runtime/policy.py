@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from rsrlm.losses import packing
 from rsrlm.losses.base import loss_for
-from rsrlm.model import weight_files
 from rsrlm.runtime.checkpoints import TrainingFailed
 from rsrlm.runtime.dropout import set_dropout
 from rsrlm.runtime.lora import add_adapters, weights, whole
@@ -116,10 +114,13 @@ class Policy:
         self.reference: Reference | None = None  # wanted where loss.needs_reference
 
     @contextmanager
-    def holding(self, folder: str) -> Iterator[None]:
-        """The weights of a model folder for a while, without ZeRO 3."""
-        files = [load_file(path) for path in weight_files(Path(folder))]
-        found = {name: tensor for file in files for name, tensor in file.items()}
+    def holding(self, folder: str, model: ModelConfig) -> Iterator[None]:
+        """The weights of a model folder for a while, without ZeRO 3; its own are kept beside them."""
+        from transformers import AutoModelForCausalLM
+
+        dtype, code = getattr(torch, model.dtype), model.trust_remote_code
+        other = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=code)
+        found = {name: parameter.detach() for name, parameter in other.named_parameters()}
         own = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         self._fill(found)
         try:

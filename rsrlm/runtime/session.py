@@ -136,8 +136,9 @@ class Session:
             if self._root:
                 shutil.rmtree(scratch, ignore_errors=True)
             dist.barrier()
-            other = self._policy.holding(course.reference) if course and course.reference else nullcontext()
-            with other:
+            # At the beginning of a course the model is the first one.
+            other = course.reference if course and course.after else ""
+            with self._policy.holding(other, self._model) if other else nullcontext():
                 self._policy.write_reference(scratch, lambda done, of: say(ReferenceBatch(done=done, of=of)))
             dist.barrier()
             if self._root:
@@ -171,6 +172,7 @@ class Session:
             self._save(job)  # before the export: who finds the candidate can go on from here
         if job.course:
             save_checkpoint(policy.engine, job, rows, end_path(job.run, job.name))
+            policy.reference = None  # its files go before this session does
         trained = time.perf_counter()
         state = policy.state()
         if self._root:

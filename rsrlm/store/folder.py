@@ -8,7 +8,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -181,11 +181,11 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         self.write_json(self.folder / "summary.json", summary)
 
-    def drop_checkpoints(self, but: str = "") -> None:
-        """All, but for the one with this name."""
+    def drop_checkpoints(self, but: Collection[str] = ()) -> None:
+        """All, but for those with these names. What another process still reads may stay until the next time."""
         for path in self.checkpoints.glob("*"):
-            if path.name != but:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name not in but:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
     def summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"

@@ -139,7 +139,11 @@ def test_what_it_cannot_do_is_refused(make_config: Any, encoder: ChatEncoder) ->
     with pytest.raises(ConfigError, match=r"sample\.responses=3 with recipe oaif, which compares 2; set it"):
         make_config(recipe="oaif", sample={"responses": 3})
     server = {"kind": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "x"}}
-    with pytest.raises(ConfigError, match=r"compare\.read=letters: judge\.endpoint compares in text; set compare"):
-        make_config(recipe="oaif", judge=server)
+    for read in ("letters", "structured"):
+        with pytest.raises(ConfigError, match=rf"compare\.read={read}: judge\.endpoint compares in text; set compare"):
+            make_config(recipe="oaif", judge=server, compare={"read": read})
+    with pytest.raises(ConfigError, match=r"compare\.max_tokens=512 leaves no room for a prompt"):
+        make_config(recipe="oaif", compare={"read": "text", "max_tokens": 512})
+    make_config(recipe="oaif", compare={"max_tokens": 512})  # letters take one token
     with pytest.raises(ConfigError, match=r"^compare\.template='nowhere'"):
         recipe_of(make_config(recipe="oaif", compare={"template": "nowhere"}), encoder)
