@@ -70,7 +70,7 @@ def test_the_reference_may_move_with_the_rounds(world: Callable[..., World]) -> 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_engines_answer_while_the_learner_trains(lag: int, world: Callable[..., World]) -> None:
-    """Of round 1, with the weights that round 0 began with; then they get those that it gave. Without a lag they wait."""
+    """Of round 1, with the weights that round 0 began with; then they get what it gave. Without a lag they wait."""
     made = world(clock={"lag": lag})
     made.start()
     asked = [n for n, what in enumerate(made.happened) if what.startswith("ask actor 01/")]
