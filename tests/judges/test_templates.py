@@ -1,18 +1,22 @@
 """What judges are asked: the project's templates and those of users, and texts that try to leave their place in one."""
 
+import asyncio
 import math
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hostile import HOSTILE, as_read
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import context_of
+from made import response
+from scripted import Scripted, context_of, engines_of
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.judges.base import judge_of
+from rsrlm.judges.base import Origin, judge_of, sampling_of
+from rsrlm.judges.pairwise import duel_judge
 from rsrlm.judges.templates import (
     ADDITIVE_VARIABLES,
     META_VARIABLES,
@@ -22,7 +26,7 @@ from rsrlm.judges.templates import (
     load_template,
 )
 from rsrlm.judges.verdicts import META_WINNER, NO_SCORE, SCORE, WINNER, Form, parse_points
-from rsrlm.records import Completion, Scored
+from rsrlm.records import Completion, Preferred, Prompt, Sampling, Scored
 from rsrlm.settings.base import ConfigError
 
 RATING = Form(label="Rating", scale=(1, 10), prefix="Rating: ")
@@ -230,3 +234,55 @@ def test_digits_are_read_on_the_scale_of_their_template(make_config: Any, encode
         label_logprobs=(math.log(0.2),) * 5,
     )  # fmt: skip
     assert judge.read(said) == Scored(points=pytest.approx(3.0), variance=pytest.approx(2.0))
+
+
+def said(text: str) -> Completion:
+    return Completion(request_id="r", token_ids=(1,), text=text, finish_reason="stop", weight_version="M0")
+
+
+def test_written_verdicts_are_read_as_their_template_says(
+    make_config: Any, encoder: ChatEncoder, tmp_path: Path
+) -> None:
+    rating, better = tmp_path / "rating.jinja", tmp_path / "better.jinja"
+    rating.write_text("{# verdict: {label: Rating, scale: [1, 10]} #}\n{{ instruction }} {{ response }} {{ fence }}")
+    better.write_text(
+        "{# verdict: {label: Better, sides: [m, M]} #}\n{{ instruction }} {{ response_a }} {{ response_b }} {{ fence }}"
+    )
+    config = make_config(
+        judge={"kind": "text", "template": str(rating)},
+        evaluate={"judge": {"read": "text", "template": str(better), "max_tokens": 30}},
+    )
+    context = context_of(config, encoder)
+    judge, pairwise = judge_of(config.judge, context), duel_judge(config, context)
+    assert judge.read(said("Good.\nRating: 7")) == Scored(points=7.0)
+    assert judge.read(said("Good.\nScore: 3")) == NO_SCORE
+    assert pairwise.read(said("Better: m")) == Preferred(winner="A")
+    wrong = tmp_path / "wrong.jinja"
+    wrong.write_text("{# verdict: {scale: [5, 5]} #}\n{{ instruction }} {{ response }}")
+    with pytest.raises(ConfigError, match=rf"judge\.template='{re.escape(str(wrong))}'.*lowest, highest"):
+        judge_of(config.judge.model_copy(update={"template": str(wrong)}), context)
+
+
+def test_a_judge_behind_a_server_is_asked_in_text(make_config: Any, encoder: ChatEncoder) -> None:
+    server = {"kind": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "x"}}
+    config = make_config(judge=server, evaluate={"duel": False})
+    engine = Scripted(encoder.tokenizer, lambda *_: "Score: 4")
+    judge = judge_of(config.judge, context_of(config, encoder))
+    asked = Prompt(id="tea", text="What is tea?")
+    (found, *_) = asyncio.run(judge(engines_of(engine), asked, response(3, "A plant."), Origin(iteration=1, name="n")))
+    assert (found.prompt_id, found.response_id) == ("tea", "01/tea/3")
+    assert "A plant." in engine.requests[0].text
+    assert "What is tea?" in engine.requests[0].text
+
+
+def test_stop_strings_of_a_section_are_asked_for() -> None:
+    section: Any = SimpleNamespace(temperature=0.5, top_p=0.9, max_tokens=7, stop=["\n\n"])
+    assert sampling_of(section, 3) == Sampling(temperature=0.5, top_p=0.9, max_tokens=7, seed=3, stop=("\n\n",))
+    del section.stop
+    assert sampling_of(section, 3).stop == ()
+
+
+def test_an_unknown_judge_is_named_by_its_key() -> None:
+    section, context = cast(Any, SimpleNamespace(kind="oracle")), cast(Any, None)
+    with pytest.raises(ConfigError, match=r"^judge\.kind='oracle': known here: text"):
+        judge_of(section, context)
