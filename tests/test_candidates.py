@@ -157,6 +157,7 @@ def test_a_gain_within_its_interval_is_none(scene: Callable[..., Any], way: str)
     made = scene(2, 2, 2, 2, worth=lambda m, p, x: x + (m != "M0") * (1 if p < 34 else -1), choose=way)
     found = best_of(made, NAMES[:1])
     assert found[0] == "M1@2"
+    assert {key: found[1]["M1@2"][key] for key in ("over", "by", "judge")} == {"over": "M0", "by": way, "judge": "M0"}
     assert re.fullmatch(rf"M1@2 over M0 by M0 \({way}\): gain 0.700 \(0\.\d+ to 0\.\d+, n=40\)", made.said[0])
     figure = found[1]["M1@2"]
     assert (figure["value"], figure["n"], figure["over"], figure["by"]) == (pytest.approx(0.7), 40, "M0", way)

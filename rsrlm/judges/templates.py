@@ -35,7 +35,7 @@ def form_of(source: str, default: Form, key: str = "template") -> Form:
         named = yaml.safe_load(header[1])
         if not isinstance(named, dict) or named.keys() - keys.keys():
             raise ValueError(f"a mapping of {_listed(keys)}")
-        if "label" in named and "prefix" not in named and default == SCORE:
+        if "label" in named and default == SCORE:  # a prefix that is named counts all the same
             keys["prefix"] = f"{named['label']}: "
         form = _FORM.validate_python({**keys, **named})
         if form.scale[0] < 0 or form.scale[0] >= form.scale[1] or form.sides[0] == form.sides[1]:

@@ -50,8 +50,8 @@ class Recipe:
     judge: Judge
 
     def __init__(self, config: Any, context: Context, judge_context: Context) -> None:
-        """`judge_context` is that of who judges: another model has another tokenizer."""
-        self.config, self.context, self.judge_context = config, context, judge_context
+        """`judge_context` is that of who judges, for recipes that have a judge: another model has another tokenizer."""
+        self.config, self.context = config, context
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise ConfigError for a prompt that it cannot use."""
