@@ -106,6 +106,7 @@ def test_an_iteration(make_config: Any, encoder: ChatEncoder) -> None:
     assert (made.id, made.target) == ("01/tea/1>0", pytest.approx(7 / 9))
     assert batch.dropped == {"same text": 1}
     tea, ale = batch.groups
+    assert [one.id for one in tea.responses] == ["01/tea/0", "01/tea/1"]
     assert [(one.id, one.response_id, one.index) for one in tea.comparisons] == [
         ("01/tea/0~1", "01/tea/0", 0),
         ("01/tea/1~0", "01/tea/1", 1),
@@ -142,6 +143,8 @@ def test_what_it_cannot_do_is_refused(make_config: Any, encoder: ChatEncoder) ->
     for read in ("letters", "structured"):
         with pytest.raises(ConfigError, match=rf"compare\.read={read}: judge\.endpoint compares in text; set compare"):
             make_config(recipe="oaif", judge=server, compare={"read": read})
+    behind = make_config(recipe="oaif", judge=server, compare={"read": "text"}, evaluate={"duel": False})
+    assert recipe_of(behind, encoder).needs()["the judge of two responses"] == 0  # a server has a context of its own
     with pytest.raises(ConfigError, match=r"compare\.max_tokens=512 leaves no room for a prompt"):
         make_config(recipe="oaif", compare={"read": "text", "max_tokens": 512})
     make_config(recipe="oaif", compare={"max_tokens": 512})  # letters take one token
