@@ -123,25 +123,36 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
             published = await run.publish(after)
         with clock("evaluate"):
             heldout = await evaluate(run, spine.heldout, after, before)
-        row = {
-            "iteration": number,
-            **made,
-            **trained,
-            "weight_version": one.name,
-            "seconds": round(time.perf_counter() - clock.started, 3),
-            "stage_seconds": clock.seconds,
-            "published": published,
-            "heldout": heldout,
-            "signs": await run.aside(signs_of, number, batch, rows, heldout, one, store) if batch.groups else {},
-            **({"endpoints": usage} if (usage := spine.endpoints()) else {}),
-        }
-        store.write_metrics(number, row)
-        store.event("iteration_finished", iteration=number)
-        run.finished(number)
-        spine.log(row)
-        rows.append(row)
-        heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.scale), run)
+        found = {**made, **trained, "weight_version": one.name, "published": published, "heldout": heldout}
+        await finish(spine, one, number, batch, rows, found, clock)
+        heed(number, rows[-1]["signs"], alarms.limits_of(spine.config, one.recipe.scale), run)
     return rows
+
+
+async def finish(
+    spine: Spine,
+    one: Iteration,
+    number: int,
+    batch: Batch,
+    rows: list[dict[str, Any]],
+    found: Mapping[str, Any],
+    clock: Stages,
+) -> None:
+    """Add the metrics of an iteration to those before it, `rows`, and write them: with them it is finished."""
+    run, store, seen = spine.run, spine.store, bool(batch.groups and batch.items)
+    row = {
+        "iteration": number,
+        **found,
+        "seconds": round(time.perf_counter() - clock.started, 3),
+        "stage_seconds": clock.seconds,
+        "signs": await run.aside(signs_of, number, batch, rows, found["heldout"], one, store) if seen else {},
+        **({"endpoints": usage} if (usage := spine.endpoints()) else {}),
+    }
+    store.write_metrics(number, row)
+    store.event("iteration_finished", iteration=number)
+    run.finished(number)
+    spine.log(row)
+    rows.append(row)
 
 
 async def train_and_choose(

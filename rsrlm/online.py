@@ -7,13 +7,12 @@ round is fixed beforehand, so a run that was killed and goes on has the same ans
 
 import asyncio
 import shutil
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from rsrlm.config import Config
 from rsrlm.evaluate import evaluate
-from rsrlm.iterative import Iteration, Spine, Stages, heed, keep, signs_of
+from rsrlm.iterative import Iteration, Spine, Stages, finish, heed, keep
 from rsrlm.jobs import Course
 from rsrlm.recipes.base import Batch
 from rsrlm.report import alarms
@@ -62,24 +61,10 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
             with clock("evaluate"):
                 due = (number + 1) % rule.evaluate_every == 0 or number + 1 == len(rounds)
                 heldout = await evaluate(run, spine.heldout, after, await earlier(spine, number)) if due else {}
-            row = {
-                "iteration": number,
-                **made,
-                **trained,
-                "seconds": round(time.perf_counter() - clock.started, 3),
-                "stage_seconds": clock.seconds,
-                "published": published,
-                "heldout": heldout,
-                "signs": await run.aside(signs_of, number, batch, rows, heldout, one, store) if batch.items else {},
-                **({"endpoints": usage} if (usage := spine.endpoints()) else {}),
-            }
-            store.write_metrics(number, row)
-            store.event("iteration_finished", iteration=number)
-            run.finished(number)
-            spine.log(row)
-            rows.append(row)
-            forget(spine, number)
-            heed(number, row["signs"], alarms.limits_of(spine.config, one.recipe.scale), run, warn=due)
+            found = {**made, **trained, "published": published, "heldout": heldout}
+            await finish(spine, one, number, batch, rows, found, clock)
+            forget(spine)
+            heed(number, rows[-1]["signs"], alarms.limits_of(spine.config, one.recipe.scale), run, warn=due)
     finally:
         if ahead:
             ahead.cancel()
@@ -130,9 +115,9 @@ async def earlier(spine: Spine, number: int) -> Any:
     return await spine.run.model_at(number // rule.evaluate_every * rule.evaluate_every)
 
 
-def forget(spine: Spine, number: int) -> None:
-    """Remove the optimizers before this round, and exported models that no round to come starts from, answers with, or
-    is compared with."""
+def forget(spine: Spine) -> None:
+    """Remove the optimizers before the last round, and exported models that no round to come starts from, answers with,
+    or is compared with."""
     names, every = spine.run.names, spine.config.clock.evaluate_every
     spine.store.drop_checkpoints(but={f"{names[-1]}-end"})
     kept = {*names[::every], *names[-2:]}

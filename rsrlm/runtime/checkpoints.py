@@ -19,6 +19,9 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says why and names the items."""
 
 
+ANEW = "begin the run anew under another name, from the newest model in models/ (model.path)"
+
+
 def _place(job: TrainJob, name: str) -> Path:
     return Path(job.run) / "checkpoints" / f"{job.name}-{job.digest[:8]}-{name}"
 
@@ -69,8 +72,9 @@ def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]], path
 
 
 def _instead(path: Path) -> str:
+    """What to do without a checkpoint. One with an optimizer that is gone on with is no loss of steps alone."""
     if path.name.endswith("-end"):
-        return "begin the run anew under another name, from the newest model in models/ (model.path)"
+        return ANEW
     return "delete the checkpoint to start the iteration's training again"
 
 
@@ -84,8 +88,7 @@ def load_checkpoint(engine: Any, path: Path, train: TrainRule) -> list[dict[str,
     """Restore weights and optimizer; returns the metrics of the steps before. Raises TrainingFailed."""
     if not path.exists():
         raise TrainingFailed(
-            f"checkpoint {path} is gone, and with it the optimizer that this training goes on with; begin the run anew "
-            "under another name, from the newest model in models/ (model.path)"
+            f"checkpoint {path} is gone, and with it the optimizer that this training goes on with; {ANEW}"
         )
     own = owner_in(path.parent)
     # lstat as well: a link of one's own may lead to a file of another's.
