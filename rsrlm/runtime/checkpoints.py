@@ -72,7 +72,7 @@ def save_checkpoint(engine: Any, job: TrainJob, rows: list[dict[str, Any]], path
 
 
 def _instead(path: Path) -> str:
-    """What to do without a checkpoint. One with an optimizer that is gone on with is no loss of steps alone."""
+    """What to do without a checkpoint: the optimizer of a course cannot be made again."""
     if path.name.endswith("-end"):
         return ANEW
     return "delete the checkpoint to start the iteration's training again"
