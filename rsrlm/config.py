@@ -29,6 +29,7 @@ from rsrlm.settings.methods import (
 )
 from rsrlm.settings.source import message_of, override_key, parse
 from rsrlm.settings.steps import RANKS, Step, dotted, refuse_moved, resolved, unknown_keys
+from rsrlm.settings.together import fits_online, shares_gpus
 from rsrlm.settings.train import Train
 
 LEAST_VALIDATION = 30  # prompts below which report.metrics estimates nothing
@@ -93,6 +94,8 @@ class Config(Section):
                 f"engine.producers={self.engine.producers} with a judge behind an API, whose requests and cost are "
                 "counted in one place: set engine.producers=0"
             )
+        if self.ray.share_gpus:
+            shares_gpus(self)
         if self.train.gpus == 0 and self.engine.gpus == 0 and self.model.dtype == "bfloat16":
             raise ValueError("model.dtype=bfloat16 without GPUs is slow and untested; use model.dtype=float32")
         self._fits_engine("evaluate.max_tokens", self.evaluate.max_tokens)
@@ -100,6 +103,15 @@ class Config(Section):
         if self.evaluate.judge.read == "text":
             self._fits_engine("evaluate.judge.max_tokens", self.evaluate.judge.max_tokens)
         return self
+
+    @property
+    def gpus_of_engine(self) -> float:
+        """Of Ray's GPUs. Two engines, or two ranks beside an engine, do not fit on one that is shared."""
+        return 0.6 if self.ray.share_gpus else self.engine.gpus
+
+    @property
+    def gpus_of_rank(self) -> float:
+        return 0.4 if self.ray.share_gpus else self.train.gpus
 
     def _fits_engine(self, key: str, tokens: int) -> None:
         if tokens >= self.engine.max_model_len:
@@ -118,7 +130,12 @@ class Config(Section):
         if (compare := getattr(step, "compare", None)) and compare.read != "letters":
             self._fits_engine("compare.max_tokens", compare.max_tokens)
         if self.clock.kind == "online":
-            self._online_fits(step)
+            fits_online(self, step)
+        if self.ray.share_gpus and step.train.early_stop:
+            raise ValueError(
+                "train.early_stop=true with ray.share_gpus=true: candidates are judged while the learner keeps its "
+                "memory; set one of them to false"
+            )
         if self.model.dtype == "bfloat16" and not step.train.zero_stage:
             raise ValueError(
                 "model.dtype=bfloat16 with train.zero_stage=0: weights that are bfloat16 alone lose what small steps "
@@ -136,21 +153,6 @@ class Config(Section):
                 f"{key}.endpoint compares in text: set evaluate.judge.read=text, or evaluate.duel=false and no "
                 "train.choose=duel"
             )
-
-    def _online_fits(self, step: Any) -> None:
-        train = step.train
-        wrong = {
-            "steps": bool(self.steps) and "online rounds are alike; leave it out",
-            "train.choose": train.choose != "last" and "candidates are for iterations; leave it out",
-            "train.start": train.start != "before" and "a round goes on from the one before it; leave it out",
-            "train.lora": train.lora is not None and "adapters do not go on from round to round yet; leave it out",
-            "train.zero_stage": train.zero_stage == 3
-            and self.clock.reference == "first"
-            and "weights that are divided cannot be exchanged for those of the first model; set clock.reference=before",
-        }
-        for key, why in wrong.items():
-            if why:
-                raise ValueError(f"{key} with clock.kind=online: {why}")
 
     @property
     def planned(self) -> list[Step]:

@@ -62,6 +62,7 @@ class Spine:
     log: Callable[[dict[str, Any]], None]
 
     async def train(self, training: Training, go_on: GoesOn | None = None) -> dict[str, Any]:
+        await self.run.pools.rest()
         return await train(self.learner, self.store, self.run.screen, training, go_on)
 
     def training(self, **what: Any) -> Training:

@@ -50,6 +50,11 @@ class Pools(Protocol):
         replica."""
         ...
 
+    async def rest(self) -> None:
+        """The learner is about to train: where it shares GPUs with the engines, they give them up until they are
+        asked again."""
+        ...
+
     def discard(self, files: Any) -> None:
         """Remove transfer files of weights that nobody wants."""
         ...

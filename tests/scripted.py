@@ -169,6 +169,7 @@ class Pools:
     ) -> None:
         self.engine, self.other_judge, self.validator, self._folder = engine, judge, validator, folder
         self.discarded: list[Any] = []
+        self.resting = False  # the learner was about to train, and nothing was asked since
         self.producers: Any = None
         self._held: Model | None = None
 
@@ -179,10 +180,14 @@ class Pools:
         return Model(name=name, digest=(folder / "weights").read_text(), folder=folder)
 
     async def hold(self, model: Model) -> dict[str, Any]:
+        self.resting = False
         if self._held != model:
             await self.engine.hold(model.name)
             self._held, self.engine.weights = model, model.digest
         return {"version": model.name}
+
+    async def rest(self) -> None:
+        self.resting = True
 
     def discard(self, files: Any) -> None:
         self.discarded.append(files)

@@ -121,6 +121,8 @@ class Learner:
                 course=job.course,
             )
         )
+        early = rule.early_stop or job.course  # candidates are judged in between, or engines never rest
+        assert early or self.world.pools.resting, "the engines have the GPUs that this may share with them"
         weights = (Path(job.model) / "weights").read_text()
         ids = [item.id for item in items]
         steps = [ids[at : at + rule.pairs_per_step] for at in range(0, len(ids), rule.pairs_per_step)] * rule.epochs

@@ -186,6 +186,9 @@ def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None
     assert f"{key}=inf" in refused(small, f"{key}={value}")
 
 
+SHARED = "ray.share_gpus=true engine.gpus=1 train.gpus=1"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -207,6 +210,14 @@ def test_infinite_numbers_are_refused(small: Path, key: str, value: str) -> None
         (
             "model.dtype=bfloat16 train.gpus=1",
             ["model.dtype=bfloat16", "train.zero_stage=0", "set train.zero_stage=1, 2 or 3"],
+        ),
+        (f"{SHARED} engine.gpus=2 engine.kind=async", ["engine.gpus=2 with ray.share_gpus=true", "set it to 1"]),
+        (f"{SHARED} train.gpus=0", ["train.gpus=0 with ray.share_gpus=true", "set it to 1"]),
+        (f"{SHARED} clock.kind=online", ["clock.kind=online with ray.share_gpus=true", "leave out"]),
+        (f"{SHARED} train.workers=2", ["train.workers=2 with ray.share_gpus=true", "there are 1", "raise engine.rep"]),
+        (
+            f"{SHARED} train.candidate_every_steps=1 train.choose=score train.early_stop=true prompts.validation=30",
+            ["train.early_stop=true with ray.share_gpus=true", "set one of them to false"],
         ),
         ("train.deepspeed.bf16.enabled=true", ["train.deepspeed.bf16", "not yours to set"]),
         ("train.deepspeed.zero_optimization.stage=1", ["train.deepspeed.zero_optimization.stage", "not yours to set"]),
@@ -231,6 +242,7 @@ def test_impossible_combinations_name_keys_values_and_remedy(small: Path, overri
         "sample.max_tokens=511",
         "model.dtype=bfloat16 engine.gpus=1 train.zero_stage=1",
         "model.dtype=bfloat16 train.gpus=1 train.zero_stage=3",
+        f"{SHARED} engine.replicas=2 train.workers=2",
         'train.deepspeed={"zero_optimization":{"offload_optimizer":{"device":"cpu"}}}',
     ],
 )

@@ -57,6 +57,7 @@ class Actor:
         self.killed = asyncio.Event()
         self.steps: Callable[[], int] = lambda: 0
         self.calls: list[list[str]] = []  # the requests of each call
+        self.asleep = False
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(self._call(method, *arguments)))
@@ -98,6 +99,12 @@ class Actor:
 
     async def do_progress(self) -> int:
         return self.steps()
+
+    async def do_sleep(self) -> None:
+        self.asleep = True
+
+    async def do_wake(self) -> None:
+        self.asleep = False
 
     async def do_close(self) -> None:
         pass
@@ -363,6 +370,53 @@ def test_replicas_join_as_their_hosts_do(make_config: Any, monkeypatch: pytest.M
     joining = functools.partial(make_config, engine={"replicas": 4, "min_replicas": 2})
     faults(work, joining, monkeypatch, note=lambda kind, **fields: notes.append((kind, fields["replica"])), number=4)
     assert sorted(index for kind, index in notes if kind == "engine_up") == [0, 1, 2, 3]
+
+
+def test_an_engine_that_dies_asleep_is_replaced_when_the_others_wake(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner has the memory of its GPU meanwhile."""
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        await pool.replicas.sleep()
+        slept = [actor.asleep for actor in ray.made]
+        replica = pool.replicas.all[0]
+        pool.replicas.lost(replica, replica.generation, EngineDead("killed in its sleep"))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        while_asleep = len(ray.made)
+        await pool.replicas.awake()
+        while not replica.ready.is_set():
+            await asyncio.sleep(0)
+        return slept, while_asleep, [actor.asleep for actor in ray.made[1:]], (await pool.generate(request("a"))).text
+
+    assert faults(work, make_config, monkeypatch) == ([True, True], 2, [False, False], "a")
+
+
+def test_an_engine_that_is_up_late_sleeps_with_the_others(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def place(actor: Actor) -> tuple[str, str, int]:
+        if len(actor.ray.made) == 3:
+            begun.set()
+            await go_on.wait()
+        return f"node {actor.replica}", "host", 1
+
+    monkeypatch.setattr(Actor, "do_place", place)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        replica = pool.replicas.all[0]
+        pool.replicas.lost(replica, replica.generation, EngineDead("killed"))
+        await begun.wait()
+        await pool.replicas.sleep()
+        go_on.set()
+        while not replica.ready.is_set():
+            await asyncio.sleep(0)
+        asleep = [actor.asleep for actor in ray.made[1:]]
+        await pool.replicas.awake()
+        return asleep, [actor.asleep for actor in ray.made[1:]]
+
+    assert faults(work, make_config, monkeypatch) == ([True, True], [False, False])
 
 
 def test_deaths_count_for_an_hour(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,16 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted import Memory
 
+from rsrlm.engines import Answers, Model, nothing
+from rsrlm.records import Completion, Request, Sampling
 from rsrlm.runtime import carrier, pools, weights
 from rsrlm.runtime.pools import EnginePools
 from rsrlm.runtime.replicas import PoolFailed
@@ -18,6 +21,10 @@ from rsrlm.runtime.weights import Transfer
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
 
+REQUEST = Request(
+    id="r", prompt_token_ids=(1,), sampling=Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=0), priority=0
+)
+ANSWER: dict[str, Any] = {"token_ids": (1,), "text": "a", "finish_reason": "stop"}
 LEARNER, SAMPLER = "a" * 56, "b" * 56
 
 
@@ -106,6 +113,49 @@ def test_the_learners_file_goes_whatever_becomes_of_its_weights(way: str, held: 
     held.run(work)
     assert not held.written.exists()
     assert held.export.exists()
+
+
+def test_shared_gpus_are_given_up_until_something_is_asked(make_config: Any) -> None:
+    """By all pools, those that do not follow the training too."""
+    config = make_config(engine={"gpus": 1}, train={"gpus": 1}, ray={"share_gpus": True})
+    happened: list[str] = []
+
+    class Sleepers:
+        def __init__(self, name: str) -> None:
+            self.name, self.replicas, self.slots = name, self, 1
+
+        async def sleep(self) -> None:
+            happened.append(f"{self.name} sleeps")
+
+        async def awake(self) -> None:
+            happened.append(f"{self.name} awake")
+
+        async def generate_all(self, requests: Sequence[Request]) -> list[Completion]:
+            happened.append(f"{self.name} asked")
+            return [Completion(request_id=one.id, weight_version="judge", **ANSWER) for one in requests]
+
+    async def work() -> None:
+        made = EnginePools(config, RunFolder(config.folder), {})
+        made._following, made._frozen = [Sleepers("engines")], [Sleepers("judges")]  # type: ignore[list-item]
+        own = Model(name="judge", digest="d")
+        for kind in ("_judges", "_validators"):
+            setattr(made, kind, (made._frozen[0], own))
+        await made.rest()
+        happened.append("--")
+        judges = made.engines(Model(name="M0", digest="e"), Answers(Memory()), nothing).judges
+        validators = made.validators(Answers(Memory()))
+        assert validators
+        for asked in (judges, validators):
+            await asked.complete(REQUEST)
+
+    asyncio.run(work())
+    woken = ["engines awake", "judges awake", "judges asked"]
+    assert happened == ["engines sleeps", "judges sleeps", "--", *woken, *woken]
+
+
+def test_gpus_that_are_not_shared_are_kept(held: Held) -> None:
+    """The engines of this run cannot sleep."""
+    held.run(lambda pools: pools.rest())
 
 
 def test_a_model_that_is_seen_late_is_waited_for(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def check_memory(available: int, headroom: int | None, needed: int) -> Finding:
 def check_accelerator(config: Config, present: int, installed: Mapping[str, str]) -> Finding:
     """`present`: GPUs that this process may use; `installed` as for check_versions."""
     engine, train = config.engine, config.train
-    asked = engine.gpus * engines_of(config) + train.gpus * train.workers
+    asked = engine.gpus * engines_of(config) + train.gpus * train.workers * (not config.ray.share_gpus)
     if asked and not present:
         why = f"the config asks for {asked} GPU and this process sees none"
         mend = "run where `nvidia-smi -L` lists one and CUDA_VISIBLE_DEVICES does not hide it, or set engine.gpus=0 "
@@ -107,7 +107,10 @@ def check_accelerator(config: Config, present: int, installed: Mapping[str, str]
         return Finding("accelerator", "fail", why, GPU_SETUP)
     if asked > present:
         why = f"engines and ranks ask for {asked} GPU together, {present} is here: Ray waits for the rest"
-        mend = "lower engine.gpus, engine.replicas, judge.replicas, train.gpus or train.workers, or join a cluster"
+        mend = (
+            "lower engine.gpus, engine.replicas, judge.replicas, train.gpus or train.workers, join a cluster, or let "
+        )
+        mend += "them take turns (ray.share_gpus=true)"
         return Finding("accelerator", "warn", why, mend)
     if not engine.gpus and "vllm" in installed:
         why = "engine.gpus=0, and the installed vllm is the CUDA build, which has no CPU kernels"

@@ -48,7 +48,7 @@ def pools(config: Config) -> list[GpuPool]:
 def gpus_of(config: Config) -> int:
     """Of all engines and ranks."""
     engines = sum(pool.replicas for pool in pools(config)) * config.engine.gpus
-    return engines + config.train.gpus * config.train.workers
+    return engines + config.train.gpus * config.train.workers * (not config.ray.share_gpus)
 
 
 def engine_memory(shape: Shape, config: Config, gpu: float) -> dict[str, float]:
@@ -109,7 +109,9 @@ def host_memory(shape: Shape, config: Config) -> list[plan.Process]:
         if on_the_host(step.config.train)
     ]
     return [
-        plan.Process("engine", sum(pool.replicas for pool in pools(config)), float(ENGINE_HOST)),
+        plan.Process(
+            "engine", sum(pool.replicas for pool in pools(config)), ENGINE_HOST + weights * config.ray.share_gpus
+        ),
         plan.Process("learner rank", train.workers, RANK_HOST + whole + max(moved, default=0.0)),
         plan.Process("first rank's copies for a publish", 1, 2 * weights),
         plan.Process("/dev/shm", 1, 2 * weights),  # a version, while the next one is written

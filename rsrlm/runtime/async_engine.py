@@ -99,6 +99,12 @@ class AsyncEngine:
 
         return counters(get_metrics_snapshot())
 
+    async def sleep(self) -> None:
+        await (await self._named()).sleep()
+
+    async def wake(self) -> None:
+        await (await self._named()).wake_up()
+
     def progress(self) -> int:
         from vllm.v1.metrics.reader import get_metrics_snapshot
 

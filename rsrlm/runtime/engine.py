@@ -48,6 +48,13 @@ class ServingEngine(Protocol):
         """Grows with every step of the engine."""
         ...
 
+    async def sleep(self) -> None:
+        """Give up its GPU until `wake`: the weights go to the memory of the host, the cache is dropped. Only where
+        GPUs are shared, and with no request in flight."""
+        ...
+
+    async def wake(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -91,6 +98,7 @@ def engine_arguments(config: Config, folder: str) -> dict[str, Any]:
     arguments["gpu_memory_utilization"] = engine.gpu_share
     # vLLM would pick Ray inside a placement group; a replica is one node here, and one GPU needs no further process.
     arguments["distributed_executor_backend"] = "mp" if engine.gpus > 1 else "uni"
+    arguments["enable_sleep_mode"] = config.ray.share_gpus
     if engine.kv_cache_gib:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
     return arguments

@@ -39,6 +39,12 @@ class EngineActor:
         seconds = await self._engine.update(update_info, version)
         return {**seconds, "total": time.perf_counter() - started}
 
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
     async def version(self) -> str:
         return await self._engine.version()
 

@@ -135,7 +135,7 @@ def _trainer(config: Config, mailbox: Any, storage: Path) -> Any:
     train = config.train
     resources: dict[str, float] = {"CPU": train.cpus}
     if train.gpus:
-        resources["GPU"] = train.gpus
+        resources["GPU"] = config.gpus_of_rank
     environment = {"OMP_NUM_THREADS": str(train.threads), "DS_ACCELERATOR": "cuda" if train.gpus else "cpu"}
     return TorchTrainer(
         serve,

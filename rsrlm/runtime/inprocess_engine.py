@@ -141,6 +141,12 @@ class InProcessEngine:
     async def stats(self) -> dict[str, float]:
         return counters(await self._between_steps(self._engine.get_metrics))
 
+    async def sleep(self) -> None:
+        await self._between_steps(self._engine.sleep)
+
+    async def wake(self) -> None:
+        await self._between_steps(self._engine.wake_up)
+
     def progress(self) -> int:
         return self._steps
 

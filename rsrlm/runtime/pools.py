@@ -58,6 +58,7 @@ class EnginePools:
         self._judges: tuple[Any, Model | None] = (None, None)  # who judges apart, and with which weights of its own
         self._validators: tuple[Any, Model] | None = None
         self.producers: Producers | None = None
+        self._turn = asyncio.Lock()
 
     @property
     def all(self) -> list[EnginePool]:
@@ -134,16 +135,28 @@ class EnginePools:
         judges = None
         pool, own = self._judges
         if pool is not None:
-            judges = Engines(pool, own, answers) if own else Engines(pool, model, answers, hold)
+            judges = Engines(pool, own, answers, self._wake) if own else Engines(pool, model, answers, hold)
         return Engines(self.samplers, model, answers, hold, judges)
 
     def validators(self, answers: Answers) -> Engines | None:
-        return Engines(*self._validators, answers) if self._validators else None
+        return Engines(*self._validators, answers, self._wake) if self._validators else None
+
+    async def rest(self) -> None:
+        """Where GPUs are shared, the engines give them up until something is asked of them or loaded."""
+        if self._config.ray.share_gpus:
+            async with self._turn:
+                await asyncio.gather(*(pool.replicas.sleep() for pool in self.all))
+
+    async def _wake(self, model: Model | None = None) -> None:
+        if self._config.ray.share_gpus:
+            async with self._turn:
+                await asyncio.gather(*(pool.replicas.awake() for pool in self.all))
 
     async def hold(self, model: Model) -> dict[str, Any]:
         """Every engine that follows the training holds this model when it returns; the seconds of each replica."""
         reports: list[Any] = []
         started = time.perf_counter()
+        await self._wake()
         _, weights = self._known[model.name]
         transfer = self._transfer.pop(model.digest, None)
         if self._held != model:

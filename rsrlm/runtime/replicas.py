@@ -28,6 +28,7 @@ MOST_RESTARTS = 5  # of a replica in an hour; of a producer in a run
 HOUR_S = 3600.0
 RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 60.0  # between attempts to replace a replica
 LOOK_EVERY_S = 15.0
+SLEEP_S = 120.0  # to move the weights of an engine to the memory of its host, or back
 SILENCE_S = 60.0  # without an answer, or a step, before a replica that has work is suspect
 
 
@@ -71,6 +72,8 @@ class Replicas:
         self._freed = asyncio.Condition()
         self._restarts: list[float] = []  # when replicas were replaced, in the last hour
         self._health_checks = 0
+        self._awake = asyncio.Event()
+        self._awake.set()
 
     @property
     def ready(self) -> list[Replica]:
@@ -103,10 +106,11 @@ class Replicas:
         task.add_done_callback(self._tasks.discard)
 
     async def _bring_up(self, replica: Replica) -> None:
+        await self._awake.wait()  # while the others sleep, the learner has the GPUs
         config, weights = self.config, self.weights
         actor_class = ray.remote(EngineActor).options(
             num_cpus=config.engine.cpus,
-            num_gpus=config.engine.gpus,
+            num_gpus=config.gpus_of_engine,
             label_selector=config.ray.hosts.of(self.name),
             scheduling_strategy="SPREAD" if config.ray.spread else "DEFAULT",
             max_concurrency=100_000,
@@ -130,6 +134,8 @@ class Replicas:
         if weights is not self.weights:  # published while it came up: once more, from the new folder
             ray.kill(replica.actor)
             return await self._bring_up(replica)
+        if not self._awake.is_set():  # the others went to sleep meanwhile
+            await replica.actor.sleep.remote()
         replica.outstanding = 0
         replica.last_answer = time.monotonic()
         replica.ready.set()
@@ -260,6 +266,17 @@ class Replicas:
             else:
                 good.append(answer)
         return good
+
+    async def sleep(self) -> None:
+        """The ready replicas give up their GPUs until `awake`."""
+        self._awake.clear()
+        await self.ask("sleep", SLEEP_S)
+
+    async def awake(self) -> None:
+        """Every replica that sleeps has its GPU again."""
+        if not self._awake.is_set():
+            await self.ask("wake", SLEEP_S)
+            self._awake.set()
 
     async def close(self) -> None:
         self.failure = PoolFailed("the pool is closed")

@@ -91,7 +91,8 @@ def wanted_of(config: Config, ranks: int) -> list[Wanted]:
         alike[tuple(sorted(hosts.of(pool).items()))] += config.engine.least(number)
     found = [Wanted(what="engine", number=n, each=engine, labels=dict(labels)) for labels, n in alike.items() if n]
     if ranks:
-        rank = _each({"CPU": config.train.cpus, "GPU": config.train.gpus})
+        # One that shares its GPU has room wherever an engine has.
+        rank = _each({"CPU": config.train.cpus, "GPU": 0 if config.ray.share_gpus else config.train.gpus})
         found.append(Wanted(what="rank", number=ranks, each=rank, labels=hosts.learner))
     return found
 

@@ -88,6 +88,8 @@ class Desk:
             self._session.close()
         self._session = None
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # who shares this GPU is about to fill it
 
 
 class Session:

@@ -153,4 +153,9 @@ class Ray(Section):
     )
     hosts: Hosts = Hosts()
     spread: bool = Field(False, description="engines over as many hosts as there are; otherwise hosts fill up in turn")
+    share_gpus: bool = Field(
+        False,
+        description="engines and ranks take turns on the same GPUs: engines sleep, their weights in the memory of the "
+        "host, while the learner trains",
+    )
     object_store_mib: int = Field(200, ge=80, description="of a cluster that is started here")
