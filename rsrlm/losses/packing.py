@@ -10,7 +10,7 @@ positions go through the output embedding, in checkpointed chunks, so logits of 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class TokenBatch:
 
     input_ids: [B, T] token ids; B is 1 packed and S padded.
     position_ids: [B, T] packed; None padded, where the model's own positions are right.
-    attention_mask: bool [1, 1, T, T] packed (True: the query, third, sees the key, last); int64 [B, T] padded.
+    owner_2T: [2, T] packed: the item of each token, and its branch there; None padded.
+    padding_BT: int64 [B, T] padded (0: padding); None packed.
     predict_R: index into the hidden states, flattened to [B * T, H], that predicts each response token.
     target_R: id of each response token.
     segment_R: the sequence that each response token belongs to, 0..S-1, ascending.
@@ -39,24 +40,27 @@ class TokenBatch:
 
     input_ids: Tensor
     position_ids: Tensor | None
-    attention_mask: Tensor
+    owner_2T: Tensor | None
+    padding_BT: Tensor | None
     predict_R: Tensor
     target_R: Tensor
     segment_R: Tensor
     length_S: Tensor
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=positions,
-            attention_mask=self.attention_mask.to(device),
-            predict_R=self.predict_R.to(device),
-            target_R=self.target_R.to(device),
-            segment_R=self.segment_R.to(device),
-            length_S=self.length_S.to(device),
-        )
+        own = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: value.to(device) for name, value in own if value is not None})
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """Bool [1, 1, T, T] packed (True: the query, third, sees the key, last); int64 [B, T] padded.
+
+        Made where the batch is: of 8,000 tokens it has 64 million entries, which a GPU fills in a moment.
+        """
+        if self.owner_2T is not None:
+            return packed_mask(*self.owner_2T)[None, None]
+        assert self.padding_BT is not None
+        return self.padding_BT
 
 
 def pack(items: Sequence[ItemIds]) -> TokenBatch:
@@ -80,13 +84,13 @@ def pack(items: Sequence[ItemIds]) -> TokenBatch:
             positions += range(begin, begin + len(tokens))
             item += [number] * len(tokens)
             branch += [place] * len(tokens)
-    mask_TT = packed_mask(torch.tensor(item), torch.tensor(branch))
-    return _batch(items, torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None], predict)
+    owner_2T = torch.tensor([item, branch])
+    return _batch(items, torch.tensor([ids]), torch.tensor([positions]), predict, owner_2T=owner_2T)
 
 
 def packed_mask(item_T: Tensor, branch_T: Tensor) -> Tensor:
     """Bool [T, T], query by key: same item, not later in the row, and the key is prompt or of the query's branch."""
-    causal_TT = torch.ones(len(item_T), len(item_T), dtype=torch.bool).tril()
+    causal_TT = torch.ones(len(item_T), len(item_T), dtype=torch.bool, device=item_T.device).tril()
     same_item_TT = item_T[:, None] == item_T[None]
     visible_TT = (branch_T[None] == PROMPT) | (branch_T[:, None] == branch_T[None])
     return causal_TT & same_item_TT & visible_TT
@@ -101,15 +105,16 @@ def pad(items: Sequence[ItemIds], pad_id: int) -> TokenBatch:
     predict: list[int] = []
     for s, (row, first) in enumerate(rows):
         predict += range(s * width + first - 1, s * width + len(row) - 1)
-    return _batch(items, torch.tensor(ids), None, torch.tensor(mask), predict)
+    return _batch(items, torch.tensor(ids), None, predict, padding_BT=torch.tensor(mask))
 
 
 def _batch(
     items: Sequence[ItemIds],
     input_ids: Tensor,
     position_ids: Tensor | None,
-    mask: Tensor,
     predict: list[int],
+    owner_2T: Tensor | None = None,
+    padding_BT: Tensor | None = None,
 ) -> TokenBatch:
     if not all(len(part) for item in items for part in item):
         raise ValueError("a prompt and each response to it need at least one token")
@@ -118,7 +123,8 @@ def _batch(
     return TokenBatch(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=mask,
+        owner_2T=owner_2T,
+        padding_BT=padding_BT,
         predict_R=torch.tensor(predict),
         target_R=torch.tensor([token for response in responses for token in response]),
         segment_R=torch.arange(len(responses)).repeat_interleave(length_S),
