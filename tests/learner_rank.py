@@ -5,6 +5,7 @@ list of [zero_stage, micro_batch, options]. With method "sft" in the options the
 of both kinds; "dtype" is the model's; the others are keys of `train`.
 """
 
+import gc
 import json
 import os
 import random
@@ -59,6 +60,13 @@ def make_examples() -> list[Example]:
     ]
 
 
+def live_bytes() -> int:
+    """Of all tensors of this process."""
+    gc.collect()
+    tensors = (thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
 def main() -> None:
     folder, output, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
@@ -98,6 +106,8 @@ def main() -> None:
         facts = {"packed": policy.packed, "held": held, "optimizer": type(policy.engine.optimizer).__name__}
         found.append({"first": first, "summed": summed, "gradients": gradients, **facts})
         policy.close()
+        del policy, model, parameter, gradient
+        found[-1]["left"] = live_bytes() - sum(one.nbytes for case in found for one in case["gradients"].values())
     if dist.get_rank() == 0:
         torch.save(found, output)
     dist.barrier()

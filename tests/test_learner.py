@@ -30,8 +30,10 @@ from rsrlm.runtime.group import LearnerFailed
 from rsrlm.runtime.mailbox import Failed, Stop
 from rsrlm.runtime.rank import serve
 from rsrlm.runtime.reference import Reference, write_share
+from rsrlm.runtime.session import Desk, Place
 from rsrlm.runtime.shares import Outline, micro_batches, outline, share_of, steps_of
 from rsrlm.runtime.weights import stale_files
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.settings.train import Train
 from rsrlm.store.items import ItemFile, write_items
 
@@ -185,6 +187,7 @@ def test_precision_checkpointing_and_divided_weights(smollm2: Path, tmp_path: Pa
     whole = 2 * 49200 * 256
     for case, other in zip(exact + rounded, found, strict=True):
         assert (other["held"] < whole / 2) == (case[0] == 3)  # what DeepSpeed leaves whole is small
+        assert abs(other["left"]) < 4 * whole / 100  # nothing stays when a training is given up
         assert other["packed"]
     for other in found[: len(exact)]:
         assert_same_step(other, reference)
@@ -527,6 +530,21 @@ def serve_one(folder: Path, work: Callable[[], Any], monkeypatch: pytest.MonkeyP
     train = Train(lr=1e-3, pairs_per_step=1)
     serve({"model": None, "train": train, "mailbox": SimpleNamespace(**remote), "folder": str(folder)})
     return events
+
+
+@pytest.mark.parametrize("until", [None, 1])
+def test_the_end_is_told_when_the_memory_is_free(until: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that share the GPUs of all ranks wake with it. What another job goes on from is kept."""
+    happened: list[str] = []
+    trained = Trained(steps=1, files=None, train_seconds=0.0, write_seconds=0.0, export_seconds=0.0)
+    made = SimpleNamespace(
+        do=lambda job, say: trained, close=lambda: happened.append("given up"), ends_before=lambda job: False
+    )
+    monkeypatch.setattr("rsrlm.runtime.session.Session", lambda *_: made)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: happened.append("all ranks"))
+    job = replace(job_of(Path()), until=until)
+    Desk(ModelConfig(path="x"), Place()).do(job, lambda said: happened.append(type(said).__name__))
+    assert happened == [*(["given up"] if until is None else []), "all ranks", "Trained"]
 
 
 def test_what_the_user_must_mend_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -393,6 +393,30 @@ def test_an_engine_that_dies_asleep_is_replaced_when_the_others_wake(
     assert faults(work, make_config, monkeypatch) == ([True, True], 2, [False, False], "a")
 
 
+@pytest.mark.parametrize("method", ["do_sleep", "do_wake"])
+def test_an_engine_that_cannot_sleep_or_wake_is_replaced(
+    method: str, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = getattr(Actor, method)
+
+    async def fails(actor: Actor) -> None:
+        if actor.replica == 0:
+            raise RuntimeError("CUDA Error: out of memory")
+        await done(actor)
+
+    monkeypatch.setattr(Actor, method, fails)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        await pool.replicas.sleep()
+        await pool.replicas.awake()
+        while len(pool.replicas.ready) < 2:
+            await asyncio.sleep(0)
+        answers = [await pool.generate(request(name)) for name in "ab"]
+        return [actor.killed.is_set() for actor in ray.made], [answer.text for answer in answers]
+
+    assert faults(work, make_config, monkeypatch) == ([True, False, False], ["a", "a"])
+
+
 def test_an_engine_that_is_up_late_sleeps_with_the_others(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 

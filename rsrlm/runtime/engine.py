@@ -59,21 +59,20 @@ class ServingEngine(Protocol):
 
 
 def cpu_environment(config: EngineConfig) -> dict[str, str]:
-    """Environment of a process with one CPU engine, to be set before vLLM is imported.
+    """Environment of a process with one engine, to be set before vLLM is imported; of GPUs it says little.
 
     Cores are not pinned: vLLM's own choice gives every replica of a host the same ones, less a reserved one.
     """
+    own_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.kind == "inprocess" else {}
     if config.gpus:
-        return {}
-    environment = {
+        return own_process
+    return {
+        **own_process,
         "OMP_NUM_THREADS": str(config.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.cpu_cache_gib))),
         "VLLM_CPU_CI_ENV": "0",
     }
-    if config.kind == "inprocess":
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return environment
 
 
 def engine_arguments(config: Config, folder: str) -> dict[str, Any]:

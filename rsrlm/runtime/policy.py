@@ -272,7 +272,15 @@ class Policy:
         return found
 
     def close(self) -> None:
+        """Give up all that is in memory. Under ZeRO 3 DeepSpeed 0.19 keeps the model in caches of its own, and with it
+        the optimizer: nothing is left in them."""
+        parameters, optimizer = list(self.model.parameters()), self.engine.optimizer
         self.engine.destroy()
+        for parameter in parameters:
+            parameter.data, parameter.grad = torch.empty(0, dtype=parameter.dtype), None
+            vars(parameter).clear()
+        for holder in (optimizer, self.engine):
+            vars(holder).clear()
 
 
 def memory_gib(device: Any) -> float:

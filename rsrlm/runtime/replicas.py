@@ -248,9 +248,11 @@ class Replicas:
         if after == before and replica.outstanding and replica.generation == generation:
             self.lost(replica, generation, EngineDead(f"no step in {patience_s} s with requests in flight"))
 
-    async def ask(self, method: str, timeout_s: float = 30.0) -> list[Any]:
-        """Answers of the ready replicas to a method of EngineActor. One that is gone or silent is replaced, and its
-        answer left out."""
+    async def ask(
+        self, method: str, timeout_s: float = 30.0, replaced: tuple[type[Exception], ...] = (*GONE, TimeoutError)
+    ) -> list[Any]:
+        """Answers of the ready replicas to a method of EngineActor. One that is gone or silent, or fails in another way
+        of `replaced`, is replaced, and its answer left out."""
         ready = self.ready
         generations = [replica.generation for replica in ready]
         answers = await asyncio.gather(
@@ -259,7 +261,7 @@ class Replicas:
         )
         good = []
         for replica, generation, answer in zip(ready, generations, answers, strict=True):
-            if isinstance(answer, (*GONE, TimeoutError)):
+            if isinstance(answer, replaced):
                 self.lost(replica, generation, answer)
             elif isinstance(answer, BaseException):
                 raise answer
@@ -270,12 +272,12 @@ class Replicas:
     async def sleep(self) -> None:
         """The ready replicas give up their GPUs until `awake`."""
         self._awake.clear()
-        await self.ask("sleep", SLEEP_S)
+        await self.ask("sleep", SLEEP_S, (Exception,))
 
     async def awake(self) -> None:
         """Every replica that sleeps has its GPU again."""
         if not self._awake.is_set():
-            await self.ask("wake", SLEEP_S)
+            await self.ask("wake", SLEEP_S, (Exception,))
             self._awake.set()
 
     async def close(self) -> None:

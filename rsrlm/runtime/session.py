@@ -77,11 +77,14 @@ class Desk:
             elif self._session is None or not self._session.can_do(job):
                 self.forget()
                 self._session = Session(job, self._model, say, self._place.node)
-            self._session.do(job, say)
+            trained = self._session.do(job, say)
             keep = job.until is not None or job.course is not None
         finally:
             if not keep:
                 self.forget()
+        dist.barrier()  # who hears of the end may use the memory of all ranks
+        if trained:
+            say(trained)
 
     def forget(self) -> None:
         if self._session:
@@ -159,8 +162,8 @@ class Session:
         """Whether the job takes this training up from where it is, or further on."""
         return self._job.continues(job) and len(self._rows) <= (self._last if job.until is None else job.until)
 
-    def do(self, job: TrainJob, say: Callable[[Said], None]) -> None:
-        """Train to the end of the job and export the model."""
+    def do(self, job: TrainJob, say: Callable[[Said], None]) -> Trained | None:
+        """Train to the end of the job and export the model. On the first rank, what is to be said of it."""
         started = time.perf_counter()
         policy, rows = self._policy, self._rows
         say(Resumed(step=len(rows), of=self._last, packed=policy.packed, rows=list(rows)))
@@ -177,21 +180,19 @@ class Session:
             policy.reference = None  # its files go before this session does
         trained = time.perf_counter()
         state = policy.state()
-        if self._root:
-            files = weights.write(state, Path(job.run), job.name) if job.until is None else None
-            written = time.perf_counter()
-            output = Path(job.output) if job.until is None else candidate_path(job.output, job.until)
-            export(policy.model, state, job, self._model, output)
-            say(
-                Trained(
-                    steps=end,
-                    files=Transfer(node=self._node, files=files) if files else None,
-                    train_seconds=trained - started,
-                    write_seconds=written - trained,
-                    export_seconds=time.perf_counter() - written,
-                )
-            )
-        dist.barrier()
+        if not self._root:
+            return None
+        files = weights.write(state, Path(job.run), job.name) if job.until is None else None
+        written = time.perf_counter()
+        output = Path(job.output) if job.until is None else candidate_path(job.output, job.until)
+        export(policy.model, state, job, self._model, output)
+        return Trained(
+            steps=end,
+            files=Transfer(node=self._node, files=files) if files else None,
+            train_seconds=trained - started,
+            write_seconds=written - trained,
+            export_seconds=time.perf_counter() - written,
+        )
 
     def _step(self, number: int) -> dict[str, Any]:
         job, train = self._job, self._job.train
