@@ -3,7 +3,7 @@
     python benchmarks/endurance.py [--kills 200] [--seed 0]
 
 A run of two iterations of a tiny model: an engine that samples, one that judges, a producer, a rank. Again and again
-one of its processes is killed, chosen by the seed, after a time of which the mean is five seconds: in the start,
+one of its processes is killed, chosen by the seed, after a time of which the mean is four seconds: in the start,
 between two bytes of a journal, in a step, in a publish. Where the run ends with that, it is resumed. After the kills
 of a run it is let be, and its end is held against that of an undisturbed one: every prompt once, the same responses,
 pairs and order of training, the same weights; no process, and nothing in /dev/shm. Then comes the next run.
@@ -32,7 +32,8 @@ from common import RESULTS, head, write
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RSRLM_ENDURANCE"
-PER_RUN, MEAN_S, HANGS_AFTER_S, LEFT_AFTER_S = 20, 5.0, 180.0, 30.0
+ENGINES = 2
+PER_RUN, MEAN_S, IN_START, HANGS_AFTER_S, LEFT_AFTER_S = 20, 4.0, 0.2, 180.0, 30.0
 # How Ray names the processes of its actors, and its own.
 VICTIMS = {
     "driver": "rsrlm.cli",
@@ -41,7 +42,6 @@ VICTIMS = {
     "rank": "RayTrainWorker",
     "controller of the ranks": "TrainController",
     "mailbox": "ray::Mailbox",
-    "raylet": "raylet/raylet",
 }
 WEIGHTS = {"driver": 3, "engine": 4, "producer": 3, "rank": 3}  # others: 1
 
@@ -80,12 +80,13 @@ def victims() -> dict[str, list[psutil.Process]]:
 
 
 def stage(folder: Path) -> str:
-    """Where a run is, by what it wrote last."""
+    """Where a run is, by the last event that it wrote; "start" until its engines are up."""
     try:
-        lines = (folder / "events.jsonl").read_bytes().splitlines()
-        return str(json.loads(lines[-1])["event"])
-    except (OSError, LookupError, ValueError):
+        events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_bytes().splitlines()]
+    except (OSError, ValueError):
         return "start"
+    since = events[len(events) - events[::-1].index("ray") :] if "ray" in events else []
+    return str(since[-1]) if since.count("engine_up") >= ENGINES else "start"
 
 
 class Hangs(Exception):
@@ -133,9 +134,11 @@ class Disturbed:
 def disturb(config: Path, name: str, kills: int, rng: random.Random) -> tuple[Disturbed, list[tuple[str, str]]]:
     """A run with so many kills, to its end; what was killed, and after which event."""
     run, done = Disturbed(config, name), list[tuple[str, str]]()
-    at = time.monotonic() + rng.expovariate(1 / MEAN_S)
+    at, spared = time.monotonic() + rng.expovariate(1 / MEAN_S), False
     while run.go_on():
-        if len(done) < kills and time.monotonic() > at:
+        if spared and stage(run.folder) == "start":  # or few would come further
+            at = time.monotonic() + rng.expovariate(1 / MEAN_S)
+        elif len(done) < kills and time.monotonic() > at:
             there = victims()
             if there:
                 names = sorted(there)
@@ -147,8 +150,8 @@ def disturb(config: Path, name: str, kills: int, rng: random.Random) -> tuple[Di
                     done.append((what, before))
                 except psutil.Error:
                     pass
-            at = time.monotonic() + rng.expovariate(1 / MEAN_S)
-        time.sleep(0.02)
+            at, spared = time.monotonic() + rng.expovariate(1 / MEAN_S), rng.random() > IN_START
+        time.sleep(0.05)
     return run, done
 
 

@@ -25,6 +25,8 @@ from rsrlm.settings.train import TrainRule
 from rsrlm.store.folder import RunFolder
 from rsrlm.training import GoesOn, Learner, Training, train
 
+HEEDED = "heeded"  # a note of the last iteration whose signs were looked at
+
 
 class NoPairs(NoItems):
     """An iteration whose groups gave no preference pair."""
@@ -106,6 +108,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
     run, store = spine.run, spine.store
     rows = store.metrics()
     run.names = [run.first.name, *(one.name for one in iterations)]
+    heed_last(spine, iterations, rows)
     for number, one in enumerate(iterations[len(rows) :], start=len(rows)):
         clock = Stages()
         run.begin(one.recipe, partial(spine.train_aside, number))
@@ -126,7 +129,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
             heldout = await evaluate(run, spine.heldout, after, before)
         found = {**made, **trained, "weight_version": one.name, "published": published, "heldout": heldout}
         await finish(spine, one, number, batch, rows, found, clock)
-        heed(number, rows[-1]["signs"], alarms.limits_of(spine.config, one.recipe.scale), run)
+        heed(spine, one, number, rows[-1]["signs"])
     return rows
 
 
@@ -223,13 +226,21 @@ def signs_of(
     )
 
 
-def heed(
-    iteration: int, found: Mapping[str, float | None], limits: Mapping[str, alarms.Limit], run: Run, warn: bool = True
-) -> None:
-    """Say which signs are beyond their limits; without `warn`, only those that end the run. Raises Stopped for one."""
+def heed(spine: Spine, one: Iteration, number: int, found: Mapping[str, float | None], warn: bool = True) -> None:
+    """Say which signs of a finished iteration are beyond their limits; without `warn`, only those that end the run.
+    Raises Stopped for one."""
+    run, limits = spine.run, alarms.limits_of(spine.config, one.recipe.scale)
     raised = [alarm for alarm in alarms.check(found, limits) if warn or alarm.action == "stop"] if found else []
     for alarm in raised:
-        run.say(f"iteration {iteration}: {alarm.message}")
-        run.event("alarm", iteration=iteration, sign=alarm.sign, value=alarm.value, action=alarm.action)
+        run.say(f"iteration {number}: {alarm.message}")
+        run.event("alarm", iteration=number, sign=alarm.sign, value=alarm.value, action=alarm.action)
+    spine.store.write_note(HEEDED, {"iteration": number})
     if stops := [alarm.message for alarm in raised if alarm.action == "stop"]:
-        raise Stopped(f"after iteration {iteration}: {stops[0]}")
+        raise Stopped(f"after iteration {number}: {stops[0]}")
+
+
+def heed_last(spine: Spine, iterations: Sequence[Iteration], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The same of the last finished iteration, where a kill came before it. Raises Stopped."""
+    last = len(rows) - 1
+    if rows and spine.store.note(HEEDED).get("iteration") != last:
+        heed(spine, iterations[last], last, rows[last]["signs"])

@@ -12,10 +12,9 @@ from typing import Any
 
 from rsrlm.config import Config
 from rsrlm.evaluate import evaluate
-from rsrlm.iterative import Iteration, Spine, Stages, finish, heed, keep
+from rsrlm.iterative import Iteration, Spine, Stages, finish, heed, heed_last, keep
 from rsrlm.jobs import Course
 from rsrlm.recipes.base import Batch
-from rsrlm.report import alarms
 
 
 def intervals(config: Config, steps: int) -> list[str]:
@@ -39,6 +38,7 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
     run, store, rule = spine.run, spine.store, spine.config.clock
     rows = store.metrics()
     run.names = [run.first.name, *(row["weight_version"] for row in rows)]
+    heed_last(spine, rounds, rows)
     if not rows:
         store.fix("heldout_first", await evaluate(run, spine.heldout, run.first, None))
     ahead: asyncio.Task[tuple[Batch, dict[str, Any]]] | None = None
@@ -64,7 +64,7 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
             found = {**made, **trained, "published": published, "heldout": heldout}
             await finish(spine, one, number, batch, rows, found, clock)
             forget(spine)
-            heed(number, rows[-1]["signs"], alarms.limits_of(spine.config, one.recipe.scale), run, warn=due)
+            heed(spine, one, number, rows[-1]["signs"], warn=due)
     finally:
         if ahead:
             ahead.cancel()

@@ -616,6 +616,19 @@ def test_a_sign_beyond_its_limit_ends_the_run_after_its_iteration(world: Callabl
     assert [(event["iteration"], event["action"]) for event in alarms] == [(0, "stop"), (1, "stop")]
 
 
+def test_a_sign_that_ends_the_run_ends_it_after_a_kill_too(world: Callable[..., World]) -> None:
+    """That came between the row and the alarm. What was told is not told again."""
+    made = world(watch={"score_mean": {"stop": 0.6}}, iterations=3)
+    made.kill = only("event alarm", 1)
+    assert not start(made)
+    made.kill = lambda _: False
+    assert len(made.store.metrics()) == 1
+    for finished in (1, 2):
+        with pytest.raises(Stopped, match=f"^after iteration {finished - 1}: score_mean is .*, above 0.6: "):
+            made.start()
+        assert len(made.store.metrics()) == finished
+
+
 def test_warnings_end_nothing(world: Callable[..., World]) -> None:
     made = world(watch={"score_mean": {"warn": 0.1}})
     rows = made.start()
