@@ -45,9 +45,21 @@ def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
+# What a user may have in the environment of a run.
+KEYS = {
+    name: f"never-write-{name}"
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+}
+
+
 def run(*arguments: str, command: list[str] = RSRLM) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=600, check=False, env={**os.environ, MARK: "1"}
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, **KEYS, MARK: "1"},
     )
 
 
@@ -106,6 +118,15 @@ def test_a_run_trains_and_publishes(whole: tuple[Path, str]) -> None:
         assert f"duel_with_M{number}" in row["heldout"]
     assert "status: completed" in printed
     assert "iteration 1: respond 30/30" in printed
+
+
+def test_no_key_is_written_or_printed(whole: tuple[Path, str]) -> None:
+    folder, printed = whole
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert b"never-write-" not in path.read_bytes(), path
+    assert "never-write-" not in printed
 
 
 def test_records_carry_who_made_them(whole: tuple[Path, str]) -> None:

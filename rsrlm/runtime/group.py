@@ -6,11 +6,13 @@ Ray Train places the ranks together, sets up their process group and rebuilds th
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from rsrlm.config import Config
 from rsrlm.jobs import Event, Trained, TrainJob, follow
@@ -18,9 +20,10 @@ from rsrlm.runtime.mailbox import BroadcastJob, Failed, Finished, ForgetJob, Lea
 from rsrlm.runtime.places import on_node
 from rsrlm.runtime.rank import serve
 from rsrlm.runtime.room import wait_of
-from rsrlm.settings.base import last_line
+from rsrlm.settings.base import first_line, last_line
 from rsrlm.store.steps import StepLog
 
+MAILBOX_S = 60.0  # for an actor on the driver's host to answer: it does nothing but pass messages on
 RESTARTS = 2  # of the group in one run, after a rank died
 
 
@@ -59,19 +62,19 @@ class LearnerGroup:
         """What is said of a job, to its end. Raises LearnerFailed."""
         assert self._fit is not None
         self._working += 1
-        number = await self._mailbox.post.remote(job)
-        seen = 0
+        number = await self._answered(self._mailbox.post.remote(job))
+        seen, silence_s, heard = 0, self._config.train.silence_s, time.monotonic()
         while True:
-            waiting = asyncio.ensure_future(self._mailbox.events.remote(number, seen))
-            try:
-                await asyncio.wait({waiting, self._fit}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not waiting.done():
-                    waiting.cancel()
-            if not waiting.done():
-                self._fit.result()
-                raise LearnerFailed("the learner group ended before its job")
-            for event in await waiting:
+            said = await self._answered(self._mailbox.events.remote(number, seen))
+            if said:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > silence_s:
+                raise LearnerFailed(
+                    f"the learner said nothing for train.silence_s={silence_s:g} s, after {seen} messages of its job: "
+                    "its ranks hang, or a step takes longer. See the logs of Ray's RayTrainWorker processes; then "
+                    "resume, or raise the limit"
+                )
+            for event in said:
                 seen += 1
                 if isinstance(event, (Trained, Finished, Failed)):
                     self._working -= 1
@@ -80,6 +83,25 @@ class LearnerGroup:
                 yield event
                 if isinstance(event, (Trained, Finished)):
                     return
+
+    async def _answered(self, asked: Any) -> Any:
+        """The mailbox's answer. Raises LearnerFailed where there is none, or the group has ended meanwhile."""
+        assert self._fit is not None
+        waiting = asyncio.ensure_future(asked)
+        try:
+            await asyncio.wait({waiting, self._fit}, timeout=MAILBOX_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not waiting.done():
+                waiting.cancel()
+        if waiting.done():
+            try:
+                return await waiting
+            except RayActorError as error:
+                raise LearnerFailed(f"the learner's mailbox is gone: {first_line(error)}") from error
+        if self._fit.done():
+            self._fit.result()
+            raise LearnerFailed("the learner group ended before its job")
+        raise LearnerFailed(f"the learner's mailbox, an actor beside the driver, has not answered for {MAILBOX_S:g} s")
 
     async def train(self, job: TrainJob, log: StepLog, on_event: Callable[[Event], None]) -> Trained:
         """Do a job; its steps are in the log when it is done. Raises LearnerFailed."""

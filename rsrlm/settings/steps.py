@@ -11,7 +11,7 @@ from rsrlm.settings.base import JUDGES, NAME, RECIPES, ConfigError, plugin
 from rsrlm.settings.methods import WHO_JUDGES
 from rsrlm.settings.source import keys_at, message_of
 
-RANKS = ("workers", "threads", "cpus", "gpus")  # of train: they hold for the whole run
+RANKS = ("workers", "threads", "cpus", "gpus", "silence_s")  # of train: they hold for the whole run
 
 # Keys that have moved: what to write in their place.
 MOVED = {

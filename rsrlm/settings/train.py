@@ -130,3 +130,6 @@ class Train(DPO):
     threads: int = Field(2, gt=0, description="CPU threads of one rank")
     cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one rank (placement only; threads says how many it uses)")
     gpus: int = Field(0, ge=0, le=1, description="GPUs of one rank")
+    silence_s: Number = Field(
+        1800.0, gt=0, description="a learner that says nothing for so long (no step is done) hangs: the run ends"
+    )
