@@ -3,7 +3,7 @@
     python benchmarks/endurance.py [--kills 200] [--seed 0]
 
 A run of two iterations of a tiny model: an engine that samples, one that judges, a producer, a rank. Again and again
-one of its processes is killed, chosen by the seed, after a time of which the mean is four seconds: in the start,
+one of its processes is killed, chosen by the seed, after a time of which the mean is three seconds: in the start,
 between two bytes of a journal, in a step, in a publish. Where the run ends with that, it is resumed. After the kills
 of a run it is let be, and its end is held against that of an undisturbed one: every prompt once, the same responses,
 pairs and order of training, the same weights; no process, and nothing in /dev/shm. Then comes the next run.
@@ -33,7 +33,7 @@ from common import RESULTS, head, write
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RSRLM_ENDURANCE"
 ENGINES = 2
-PER_RUN, MEAN_S, IN_START, HANGS_AFTER_S, LEFT_AFTER_S = 20, 4.0, 0.2, 180.0, 30.0
+PER_RUN, MEAN_S, IN_START, HANGS_AFTER_S, LEFT_AFTER_S = 20, 3.0, 0.15, 180.0, 30.0
 # How Ray names the processes of its actors, and its own.
 VICTIMS = {
     "driver": "rsrlm.cli",
@@ -43,6 +43,8 @@ VICTIMS = {
     "controller of the ranks": "TrainController",
     "mailbox": "ray::Mailbox",
 }
+# They outlive a raylet that ends while it starts by minutes, and end by themselves.
+RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 WEIGHTS = {"driver": 3, "engine": 4, "producer": 3, "rank": 3}  # others: 1
 
 
@@ -79,14 +81,14 @@ def victims() -> dict[str, list[psutil.Process]]:
     return found
 
 
-def stage(folder: Path) -> str:
-    """Where a run is, by the last event that it wrote; "start" until its engines are up."""
+def stage(folder: Path, since: float) -> str:
+    """The last event of a run that was started then; "start" until its engines are up."""
     try:
-        events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_bytes().splitlines()]
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_bytes().splitlines()]
     except (OSError, ValueError):
         return "start"
-    since = events[len(events) - events[::-1].index("ray") :] if "ray" in events else []
-    return str(since[-1]) if since.count("engine_up") >= ENGINES else "start"
+    names = [str(event["event"]) for event in events if event["t"] > since]
+    return names[-1] if names.count("engine_up") >= ENGINES else "start"
 
 
 class Hangs(Exception):
@@ -103,6 +105,7 @@ class Disturbed:
         self.process: subprocess.Popen[bytes] | None = None
         self.ends: list[int] = []
         self.left: list[str] = []
+        self.started = time.time()
         self._seen, self._since = 0, time.monotonic()
 
     def go_on(self) -> bool:
@@ -119,7 +122,7 @@ class Disturbed:
                 [sys.executable, "-m", "rsrlm.cli", *command], stdout=self._log, stderr=self._log,
                 env={**os.environ, MARK: "1"}, cwd=ROOT,
             )  # fmt: skip
-            self._since = time.monotonic()
+            self._since, self.started = time.monotonic(), time.time()
         written = sum(path.stat().st_size for path in self.folder.glob("*.jsonl"))
         written += sum(path.stat().st_size for path in self.folder.glob("iterations/*/steps.jsonl"))
         if written != self._seen:
@@ -127,7 +130,7 @@ class Disturbed:
         if time.monotonic() - self._since > HANGS_AFTER_S:
             for one in marked():
                 one.kill()
-            raise Hangs(f"{self.folder.name}: nothing for {HANGS_AFTER_S:g} s after {stage(self.folder)}")
+            raise Hangs(f"{self.folder.name}: nothing for {HANGS_AFTER_S:g} s after {stage(self.folder, self.started)}")
         return True
 
 
@@ -136,7 +139,7 @@ def disturb(config: Path, name: str, kills: int, rng: random.Random) -> tuple[Di
     run, done = Disturbed(config, name), list[tuple[str, str]]()
     at, spared = time.monotonic() + rng.expovariate(1 / MEAN_S), False
     while run.go_on():
-        if spared and stage(run.folder) == "start":  # or few would come further
+        if spared and stage(run.folder, run.started) == "start":  # or few would come further
             at = time.monotonic() + rng.expovariate(1 / MEAN_S)
         elif len(done) < kills and time.monotonic() > at:
             there = victims()
@@ -144,7 +147,7 @@ def disturb(config: Path, name: str, kills: int, rng: random.Random) -> tuple[Di
                 names = sorted(there)
                 (what,) = rng.choices(names, [WEIGHTS.get(one, 1) for one in names])
                 victim = rng.choice(sorted(there[what], key=lambda one: one.pid))
-                before = stage(run.folder)
+                before = stage(run.folder, run.started)
                 try:
                     victim.send_signal(signal.SIGKILL)
                     done.append((what, before))
@@ -226,13 +229,22 @@ def main(
             begun, name = time.monotonic(), f"run-{len(rows)}"
             try:
                 run, killed = disturb(config, name, PER_RUN, rng)
-                wrong = [*differences(run.folder, whole.folder), *(f"left: {one}" for one in run.left)]
-                ends = run.ends
+                agents = [one for one in run.left if one.strip() in RAYS_AGENTS]
+                left = [f"left: {one}" for one in run.left if one.strip() not in RAYS_AGENTS]
+                wrong, ends = [*differences(run.folder, whole.folder), *left], run.ends
             except Hangs as error:
-                killed, wrong, ends = [("", "")], [str(error)], []
+                killed, wrong, ends, agents = [("", "")], [str(error)], [], []
             wrong += [f"in /dev/shm: {one}" for one in sorted(set(os.listdir("/dev/shm")) - memory)]
             memory = set(os.listdir("/dev/shm"))
-            rows.append({"killed": killed, "ends": ends, "wrong": wrong, "seconds": round(time.monotonic() - begun, 1)})
+            rows.append(
+                {
+                    "killed": killed,
+                    "ends": ends,
+                    "wrong": wrong,
+                    "agents_of_ray_left": len(agents),
+                    "seconds": round(time.monotonic() - begun, 1),
+                }
+            )
             print(
                 name, dict(Counter(what for what, _ in killed)), ends, f"{rows[-1]['seconds']:.0f} s", wrong, flush=True
             )

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -598,22 +597,3 @@ def test_a_stuck_engine_is_replaced(pool: Any, run_async: Any, cluster: Any, eve
     run_async(watch())
     assert kill_while_busy(pool, run_async, cluster, signal.SIGSTOP, "z") == undisturbed
     assert len([event for event in events if event["event"] == "engine_lost"]) == lost + 1
-
-
-def test_an_update_has_a_deadline(cluster: Any, run_async: Any, module_config: Any, tiny_model: Path) -> None:
-    """A replica that does not answer fails the update with a reason, in time."""
-    from rsrlm.runtime.replicas import PoolFailed
-
-    class Slow:
-        async def update(self, *_: Any) -> None:
-            await asyncio.sleep(60)
-
-    made = make_pool(module_config(weights={"deadline_s": 1.0}), tiny_model, 1, [])
-    replica = made.replicas.all[0]
-    replica.actor = cluster.remote(Slow).options(num_cpus=0).remote()
-    replica.ready.set()
-    started = time.monotonic()
-    with pytest.raises(PoolFailed, match=r"M5 did not reach replica 0 .* within weights.deadline_s=1.0"):
-        run_async(made.publish(weight_set(tiny_model, "M5")))
-    assert time.monotonic() - started < 20
-    cluster.kill(replica.actor)

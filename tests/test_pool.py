@@ -189,6 +189,34 @@ def test_an_engine_that_dies_in_an_update_is_replaced_once(make_config: Any, mon
     assert made == 4  # two, and one for each that died
 
 
+def test_an_engine_that_hangs_in_an_update_is_replaced(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others serve as soon as they hold the weights."""
+    notes: list[str] = []
+    done = Actor.do_update
+
+    async def update(actor: Actor, info: dict[str, Any], version: str) -> dict[str, float]:
+        if actor.ray.made[0] is actor:
+            await asyncio.Event().wait()
+        return await done(actor, info, version)
+
+    monkeypatch.setattr(Actor, "do_update", update)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        publishing = asyncio.ensure_future(pool.publish(M1))
+        await asyncio.sleep(0)
+        early = await pool.generate(request("early"))
+        assert not publishing.done()
+        reports = await publishing
+        while len(pool.replicas.ready) < 2:
+            await asyncio.sleep(0)
+        return early.weight_version, [one["replica"] for one in reports], await pool.versions(), len(ray.made)
+
+    hurried = functools.partial(make_config, weights={"deadline_s": 0.2})
+    said = faults(work, hurried, monkeypatch, note=lambda kind, **what: notes.append(f"{kind} {what.get('error', '')}"))
+    assert said == ("M1", [1], ["M1", "M1"], 3)
+    assert "engine_lost weights M1 were not loaded within weights.deadline_s=0.2" in notes
+
+
 def test_each_replica_is_told_of_the_copy_on_its_own_host(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And of the exported model where there is none."""
     exported, copy = (WeightFile(path=path, size=1, checksum="c") for path in ("/runs/M1", "/dev/shm/M1"))

@@ -122,7 +122,7 @@ class Weights(Section):
         description="to the replicas on other hosts than the learner's, which share its memory: shm: they read the "
         "exported model in the run folder; gloo: a copy is sent to each host",
     )
-    deadline_s: Number = Field(120.0, gt=0, description="an update that takes longer fails")
+    deadline_s: Number = Field(120.0, gt=0, description="a replica that loads weights for longer is replaced")
 
 
 class Wandb(Section):
