@@ -252,6 +252,34 @@ def test_a_producer_that_dies_is_replaced_and_loses_no_answer(world: World, deat
     assert len(set(logged(world))) == 72
 
 
+def test_a_producer_that_hangs_is_replaced_and_loses_no_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in the judging of its third prompt, for good."""
+    monkeypatch.setattr(producers, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(producers, "SILENCE_S", 0.1)
+    stopped = asyncio.Event()
+    answers = Producer.alive
+
+    async def alive(self: Producer) -> None:
+        if stopped.is_set() and self is world.actors[0].made.result():
+            await asyncio.Event().wait()
+        await answers(self)
+
+    monkeypatch.setattr(Producer, "alive", alive)
+
+    async def pause(request: Request) -> None:
+        if request.role == "judge" and not world.actors[0].killed.is_set():
+            stopped.set()
+            await asyncio.sleep(0.5)
+
+    world.pause = pause
+    found, _ = world.work(1)
+    assert found == expected(world)
+    said = [(event["event"], event["producer"]) for event in world.events]
+    assert said == [("producer_silent", 0), ("producer_lost", 0)]
+    assert len(world.actors) == 2
+    assert len(set(logged(world))) == 72
+
+
 def test_a_producer_that_dies_again_and_again_ends_the_run(world: World) -> None:
     async def kill() -> None:
         while True:

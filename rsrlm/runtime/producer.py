@@ -132,6 +132,9 @@ class Producer:
         for name, share in self._shares.items():
             share.lend(loan.replicas.get(name, ()))
 
+    async def alive(self) -> None:
+        """Answers at once."""
+
     async def make(self, model: Model, task: Task) -> Made:
         """Make the group of a task with this model."""
         receipt, not_held = None, False

@@ -13,9 +13,11 @@ from rsrlm.config import Config
 from rsrlm.engines import Model
 from rsrlm.records import Task
 from rsrlm.runtime.producer import Loan, Lost, Made, Producer
-from rsrlm.runtime.replicas import DEAD, MOST_RESTARTS, PoolFailed, Replica
+from rsrlm.runtime.replicas import DEAD, LOOK_EVERY_S, MOST_RESTARTS, PoolFailed, Replica
 from rsrlm.settings.base import first_line
 from rsrlm.store.buffer import Receipt
+
+SILENCE_S = 120.0  # it loads a tokenizer, and recipes, before it answers
 
 
 class Lender(Protocol):
@@ -49,6 +51,7 @@ class Producers:
         """`note` is called with a kind of event ("producer_lost") and its fields."""
         self._config, self._drawn, self._lender, self._note = config, drawn, lender, note
         self._members = [Member(index) for index in range(number)]
+        self._watching: asyncio.Task[None] | None = None
         for member in self._members:
             self._start(member)
 
@@ -69,6 +72,8 @@ class Producers:
     ) -> Receipt:
         """The receipt of a task's group, from the producer with the fewest open tasks. `hold` loads the model on the
         engines, and `count` is told of requests that are answered. Raises PoolFailed."""
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().create_task(self._watch())
         member = min(self._members, key=lambda one: (one.open, one.number))
         member.open += 1
         try:
@@ -106,6 +111,22 @@ class Producers:
                 self._start(member)
             return None
 
+    async def _watch(self) -> None:
+        """Kill a producer that has tasks and does not answer: what it was asked then fails, and it is replaced."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.gather(*(self._look(member) for member in self._members if member.open))
+
+    async def _look(self, member: Member) -> None:
+        actor = member.actor
+        try:
+            await asyncio.wait_for(actor.alive.remote(), SILENCE_S)
+        except TimeoutError:
+            self._note("producer_silent", producer=member.number, seconds=SILENCE_S)
+            ray.kill(actor)
+        except Exception:
+            return  # it died: who asked it hears of that
+
     async def _lend(self, member: Member) -> list[Replica]:
         loan, replicas = await self._lender.loan(member.number, len(self._members))
         lent = (
@@ -118,6 +139,8 @@ class Producers:
         return replicas
 
     def close(self) -> None:
+        if self._watching:
+            self._watching.cancel()
         for member in self._members:
             with contextlib.suppress(Exception):
                 ray.kill(member.actor)
