@@ -300,6 +300,34 @@ def test_a_checkpoint_with_a_file_of_another_user_is_not_read(what: str, tmp_pat
     assert read == [str(path)]
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "other bytes"])
+def test_a_checkpoint_that_is_not_whole_is_named(damage: str, tmp_path: Path) -> None:
+    """With what to do; a group that is built anew could read it no better."""
+    import torch
+
+    path = tmp_path / "M1-01234567-s000002"
+    (path / "state").mkdir(parents=True)
+    file = path / "state" / "mp_rank_00_model_states.pt"
+    torch.save({"module": torch.zeros(1000)}, file)
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-500], "empty": b"", "other bytes": b"\x00" * len(whole)}[damage])
+    engine: Any = SimpleNamespace(load_checkpoint=lambda *_, **__: torch.load(file, weights_only=False))
+    with pytest.raises(TrainingFailed, match=rf"checkpoint {path} cannot be read: .*; delete the checkpoint"):
+        load_checkpoint(engine, path, RULE)
+
+
+def test_a_rank_that_dies_while_a_checkpoint_is_read_rebuilds_the_group(tmp_path: Path) -> None:
+    def dies(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Connection closed by peer")
+
+    path = tmp_path / "M1-01234567-s000002"
+    path.mkdir()
+    engine: Any = SimpleNamespace(load_checkpoint=dies)
+    with pytest.raises(RuntimeError, match="Connection closed") as caught:
+        load_checkpoint(engine, path, RULE)
+    assert not isinstance(caught.value, TrainingFailed)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 def test_a_disk_that_gives_all_files_to_one_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS does with root_squash: what we write belongs to nobody, as the checkpoint does."""

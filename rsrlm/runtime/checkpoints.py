@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rsrlm.jobs import TrainJob
+from rsrlm.settings.base import first_line
 from rsrlm.settings.train import TrainRule
 from rsrlm.store.atomic import sync_files
 
@@ -104,6 +105,12 @@ def load_checkpoint(engine: Any, path: Path, train: TrainRule) -> list[dict[str,
             f"checkpoint {path} was written by {ranks} ranks and cannot be read by {dist.get_world_size()}; resume "
             f"with train.workers={ranks}, or {_instead(path)}"
         )
-    _, client = engine.load_checkpoint(str(path), tag="state", load_module_strict=train.lora is None)
+    try:
+        _, client = engine.load_checkpoint(str(path), tag="state", load_module_strict=train.lora is None)
+    except Exception as error:
+        # torch's own words for a file that is not whole; another RuntimeError may be of a rank that died.
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise TrainingFailed(f"checkpoint {path} cannot be read: {first_line(error)}; {_instead(path)}") from error
     rows: list[dict[str, Any]] = client["rsrlm_rows"]
     return rows
