@@ -45,7 +45,7 @@ VICTIMS = {
 }
 # They outlive a raylet that ends while it starts by minutes, and end by themselves.
 RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-WEIGHTS = {"driver": 3, "engine": 4, "producer": 3, "rank": 3}  # others: 1
+WEIGHTS = {"driver": 1, "engine": 4, "producer": 3, "rank": 3}  # others: a half
 
 
 def marked() -> Iterator[psutil.Process]:
@@ -145,7 +145,7 @@ def disturb(config: Path, name: str, kills: int, rng: random.Random) -> tuple[Di
             there = victims()
             if there:
                 names = sorted(there)
-                (what,) = rng.choices(names, [WEIGHTS.get(one, 1) for one in names])
+                (what,) = rng.choices(names, [WEIGHTS.get(one, 0.5) for one in names])
                 victim = rng.choice(sorted(there[what], key=lambda one: one.pid))
                 before = stage(run.folder, run.started)
                 try:

@@ -1,4 +1,4 @@
-"""The command line: `rsrlm run | resume | plan | recipes | doctor | data | eval`."""
+"""The command line: `rsrlm run | resume | scale | plan | recipes | doctor | data | eval`."""
 
 import os
 import sys
@@ -71,6 +71,18 @@ def resume(
     from rsrlm.store.folder import RunFolder
 
     raise typer.Exit(running.resume(*RunFolder.open(folder), Report()))
+
+
+@app.command(help="Ask a run for more engines, or fewer, while it runs: `rsrlm scale runs/NAME engines=3 judges=1`.")
+def scale(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder, such as runs/quickstart")],
+    wanted: Annotated[list[str], typer.Argument(metavar="POOL=NUMBER", help="engines, judges or validators")],
+) -> None:
+    from rsrlm.commands import running
+    from rsrlm.report.progress import Report
+    from rsrlm.store.folder import RunFolder
+
+    running.scale(*RunFolder.open(folder), wanted, Report())
 
 
 @app.command(

@@ -471,6 +471,94 @@ def test_an_engine_that_is_up_late_sleeps_with_the_others(make_config: Any, monk
     assert faults(work, make_config, monkeypatch) == ([True, True], [False, False])
 
 
+def test_more_replicas_join_and_others_end_what_they_were_asked(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "LEAVING_S", 0.01)
+    go_on = asyncio.Event()
+    notes: list[tuple[str, int]] = []
+
+    async def slow(actor: Actor, request: Request) -> Completion:
+        if request.id.startswith("long"):
+            await go_on.wait()
+        return completion(request, actor.held, actor.replica)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        pool.replicas.resize(3)
+        while len(pool.replicas.ready) < 3:
+            await asyncio.sleep(0)
+        long = [asyncio.ensure_future(pool.generate(request(f"long{number}"))) for number in range(3)]
+        while not all(replica.outstanding for replica in pool.replicas.all):
+            await asyncio.sleep(0)
+        pool.replicas.resize(1)
+        short = [await pool.generate(request(name)) for name in "abc"]
+        alive = [not actor.killed.is_set() for actor in ray.made]
+        go_on.set()
+        answered = [one.token_ids for one in await asyncio.gather(*long)]
+        while sum(actor.killed.is_set() for actor in ray.made) < 2:
+            await asyncio.sleep(0)
+        pool.replicas.resize(2)
+        while len(pool.replicas.ready) < 2:
+            await asyncio.sleep(0)
+        return {one.token_ids for one in short}, alive, answered, len(ray.made), pool.slots
+
+    short, alive, answered, made, slots = faults(
+        work, make_config, monkeypatch, slow, note=lambda kind, **what: notes.append((kind, what["replica"]))
+    )
+    assert short == {(0,)}  # the others are given nothing new
+    assert alive == [True, True, True]  # but may end what they have
+    assert answered == [(0,), (1,), (2,)]
+    assert (made, slots) == (4, 16)
+    assert [one for one in notes if one[0] == "engine_left"] == [("engine_left", 1), ("engine_left", 2)]
+    assert [one for one in notes if one[0] == "engine_lost"] == []
+
+
+def test_a_replica_that_dies_while_it_leaves_is_not_replaced(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was asked goes to another."""
+    monkeypatch.setattr(replicas, "LEAVING_S", 0.01)
+
+    async def hangs(actor: Actor, request: Request) -> Completion:
+        if actor.replica == 1:
+            await asyncio.Event().wait()
+        return completion(request, actor.held, actor.replica)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        asked = [asyncio.ensure_future(pool.generate(request(name))) for name in "ab"]
+        while not all(replica.outstanding for replica in pool.replicas.all):
+            await asyncio.sleep(0)
+        pool.replicas.resize(1)
+        ray.kill(ray.made[1])
+        return [one.token_ids for one in await asyncio.gather(*asked)], len(ray.made)
+
+    assert faults(work, make_config, monkeypatch, hangs) == ([(0,), (0,)], 2)
+
+
+def test_a_replica_that_leaves_while_it_starts_does_not_come(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "LEAVING_S", 0.01)
+    notes: list[str] = []
+    started = asyncio.Event()
+
+    async def place(actor: Actor) -> tuple[str, str, int]:
+        if actor.replica == 2:
+            started.set()
+            await asyncio.Event().wait()
+        return f"node {actor.replica}", "host", 1
+
+    monkeypatch.setattr(Actor, "do_place", place)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        pool.replicas.resize(3)
+        await started.wait()
+        pool.replicas.resize(2)
+        while "engine_left" not in notes:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        return len(ray.made), len(pool.replicas.ready)
+
+    assert faults(work, make_config, monkeypatch, note=lambda kind, **_: notes.append(kind)) == (3, 2)
+    assert "engine_not_up" not in notes
+
+
 def test_deaths_count_for_an_hour(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(replicas, "time", SimpleNamespace(monotonic=lambda: now[0]))

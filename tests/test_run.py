@@ -327,6 +327,27 @@ def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path
     assert not list((folder / "segments").glob("*/*"))
 
 
+def test_a_run_takes_an_engine_more(whole: tuple[Path, str], config_file: Path) -> None:
+    """While it samples; what it makes stays the same."""
+    folder = config_file.parent / "runs" / "scaled"
+    process = subprocess.Popen(
+        [*RSRLM, "run", str(config_file), f"name={folder.name}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: "1"},
+    )
+    wait_for(lambda: (folder / "start.json").exists(), process)
+    asked = run("scale", str(folder), "engines=2")
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    assert "engines=2, within seconds" in asked.stdout
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, printed + errors
+    assert "engines: 1 replicas become 2" in printed
+    assert_nothing_is_left()
+    assert_same_as(folder, whole[0])
+
+
 def test_a_run_is_not_run_twice_at_once(whole: tuple[Path, str]) -> None:
     from rsrlm.settings.base import ConfigError
     from rsrlm.store.folder import RunFolder

@@ -1,6 +1,6 @@
 """`rsrlm run` and `rsrlm resume`: from a config, or a folder, to the exit code of the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rsrlm.config import Config, differences
@@ -43,6 +43,23 @@ def resume(store: RunFolder, config: Config, report: Report) -> int:
     if ended := alive.how_it_ended(store):
         report.line(f"going on with {store.folder}, which was {ended}")
     return _execute(config, store.note("start"), lambda: store, report)
+
+
+def scale(store: RunFolder, config: Config, wanted: Sequence[str], report: Report) -> None:
+    """Ask a run for numbers of engines, such as "engines=3". Raises ConfigError."""
+    from rsrlm.runtime import alive
+    from rsrlm.runtime import scale as scaling
+
+    numbers = {}
+    for one in wanted:
+        name, _, number = one.partition("=")
+        if not number.isdecimal():
+            raise ConfigError(f"{one}: must be POOL=NUMBER, such as engines=3")
+        numbers[name] = int(number)
+    scaling.ask(store, config, numbers)
+    asked = ", ".join(f"{name}={number}" for name, number in numbers.items())
+    when = "within seconds" if alive.held(store) else "when it is resumed: nobody runs it now"
+    report.line(f"{store.folder}: {asked}, {when}")
 
 
 def _execute(config: Config, noted: dict[str, Any], store_of: Callable[[], RunFolder], report: Report) -> int:

@@ -14,6 +14,7 @@ from rsrlm.report import tables
 from rsrlm.report.progress import Report
 from rsrlm.report.tracker import tracker
 from rsrlm.run import Run
+from rsrlm.runtime import scale
 from rsrlm.runtime.alive import noted_alive
 from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
@@ -41,7 +42,9 @@ async def _run(
         store.event(kind, **fields)
         if kind == "engine_up":
             up.append(fields["replica"])
-            report.line(f"engine {len(up)} of {engines_of(config)} is up after {fields['seconds']:.0f} s")
+            report.line(f"engine {len(up)} of {max(engines_of(config), len(up))} is up after {fields['seconds']:.0f} s")
+        elif kind == "scaled":
+            report.line(f"{fields['pool']}: {fields['before']} replicas become {fields['after']}")
 
     pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator, note)
     watcher.follow(pools, asyncio.get_running_loop())
@@ -67,7 +70,8 @@ async def _run(
             config=config,
         )
         clock = run_rounds if config.clock.kind == "online" else run_iterations
-        return await clock(spine, prepared.iterations)
+        async with scale.followed(store, pools.replicas, note):
+            return await clock(spine, prepared.iterations)
     finally:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(asyncio.gather(group.close(), pools.close()), 25)

@@ -18,7 +18,7 @@ from rsrlm.runtime.engine import EngineDead
 from rsrlm.runtime.pool import EnginePool
 from rsrlm.runtime.producer import Lent, Loan, Lost
 from rsrlm.runtime.producers import Producers
-from rsrlm.runtime.replicas import Replica
+from rsrlm.runtime.replicas import Replica, Replicas
 from rsrlm.runtime.weights import Transfer, WeightFile, WeightSet, describe
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import Endpoint as EndpointConfig
@@ -63,6 +63,11 @@ class EnginePools:
     @property
     def all(self) -> list[EnginePool]:
         return [*self._following, *self._frozen]
+
+    @property
+    def replicas(self) -> dict[str, Replicas]:
+        """Of each pool, by its name: engines, judges, validators."""
+        return {pool.replicas.name: pool.replicas for pool in self.all}
 
     def folder(self, name: str) -> Path:
         """Of a model by its name."""
@@ -210,7 +215,8 @@ class EnginePools:
         """A producer found a replica gone: it is replaced."""
         pool = self.samplers if lost.pool == "engines" else self._judges[0]
         assert pool is not None
-        pool.replicas.lost(pool.replicas.all[lost.index], lost.generation, EngineDead(lost.reason))
+        for replica in pool.replicas.all[lost.index : lost.index + 1]:  # none, if it has left
+            pool.replicas.lost(replica, lost.generation, EngineDead(lost.reason))
 
     async def stats(self) -> dict[str, float]:
         """Counters of all engines together, since they started."""

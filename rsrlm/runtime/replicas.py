@@ -26,6 +26,7 @@ DEAD = (RayActorError, OutOfMemoryError, NodeDiedError)  # of any actor
 GONE = (*DEAD, EngineDead)
 MOST_RESTARTS = 5  # of a replica in an hour; of a producer in a run
 HOUR_S = 3600.0
+LEAVING_S = 0.2  # between two looks at what a replica that is to leave still has to do
 RETRY_AFTER_S, LONGEST_RETRY_S = 1.0, 60.0  # between attempts to replace a replica
 LOOK_EVERY_S = 15.0
 SLEEP_S = 120.0  # to move the weights of an engine to the memory of its host, or back
@@ -72,6 +73,7 @@ class Replicas:
         self._freed = asyncio.Condition()
         self._restarts: list[float] = []  # when replicas were replaced, in the last hour
         self._health_checks = 0
+        self._left: dict[int, int] = {}  # generation with which one of this index would begin, after one that left
         self._awake = asyncio.Event()
         self._awake.set()
 
@@ -150,6 +152,29 @@ class Replicas:
         if isinstance(outcome, Exception):
             raise outcome
 
+    def resize(self, number: int) -> None:
+        """Come to this number of replicas: more start as soon as there is room, and the last ones end what they were
+        asked first."""
+        for index in range(len(self.all), number):
+            replica = Replica(index)
+            replica.generation = self._left.get(index, 0)
+            self.all.append(replica)
+            self.spawn(self._persist(replica, self._start))
+        for replica in self.all[number:]:
+            self.spawn(self._leave(replica))
+        del self.all[number:]
+
+    async def _leave(self, replica: Replica) -> None:
+        replica.ready.clear()
+        self._left[replica.index] = replica.generation + 1  # what is said of its actor says nothing of the next one
+        deadline = time.monotonic() + self.config.engine.start_timeout_s
+        while replica.outstanding > 0 and time.monotonic() < deadline:
+            await asyncio.sleep(LEAVING_S)
+        replica.generation += 1  # what it still had goes to others
+        with contextlib.suppress(Exception):
+            ray.kill(replica.actor)
+        self._note("engine_left", pool=self.name, replica=replica.index, host=replica.host)
+
     async def wake(self) -> None:
         """Those who wait for a replica look again."""
         async with self._freed:
@@ -167,7 +192,7 @@ class Replicas:
 
     def lost(self, replica: Replica, generation: int, error: Exception) -> None:
         """Replace the replica, unless that actor of it has been replaced already."""
-        if replica.generation != generation or self.failure:
+        if replica.generation != generation or self.failure or replica not in self.all:
             return
         replica.generation += 1
         replica.ready.clear()
@@ -203,11 +228,13 @@ class Replicas:
         Where none serves any more, for as long as a start may take: Ray may not have seen yet that a host is dead, and
         place a replica there."""
         wait_s, deadline = RETRY_AFTER_S, time.monotonic() + self.config.engine.start_timeout_s
-        while True:
+        while replica in self.all:
             try:
                 await start(replica)
                 return
             except Exception as error:
+                if replica not in self.all:
+                    return
                 if (
                     replica.generation
                     and not self.ready

@@ -1,0 +1,56 @@
+"""More engines for a run, or fewer, while it runs: what `rsrlm scale` asks for, and the pools that follow it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Protocol
+
+from rsrlm.config import Config
+from rsrlm.runtime.room import pools_of
+from rsrlm.settings.base import ConfigError
+from rsrlm.store.folder import RunFolder
+
+NOTE = "scale"  # scale.json: engines wanted, by the name of their pool
+LOOK_EVERY_S = 2.0
+
+
+class Resized(Protocol):
+    """The replicas of a pool."""
+
+    all: list[Any]
+
+    def resize(self, number: int) -> None: ...
+
+
+def ask(store: RunFolder, config: Config, wanted: Mapping[str, int]) -> None:
+    """Ask the run for these numbers of engines; they hold for a resume too. Raises ConfigError."""
+    there = {name: number for name, number in pools_of(config).items() if number}
+    for name, number in wanted.items():
+        if name not in there:
+            raise ConfigError(f"{name}={number}: {store.folder} has no such engines; it has {', '.join(there)}")
+        if number < 1:
+            raise ConfigError(f"{name}={number}: at least one must be left; `rsrlm resume` goes on with a stopped run")
+    store.write_note(NOTE, {**store.note(NOTE), **wanted})
+
+
+async def follow(store: RunFolder, pools: Mapping[str, Resized], note: Callable[..., None]) -> None:
+    """Bring each pool to the number that was asked for last, again and again."""
+    wanted: dict[str, int] = {}
+    while True:
+        with contextlib.suppress(OSError, ValueError):  # a file that somebody wrote by hand is looked at again
+            wanted = await asyncio.to_thread(store.note, NOTE)
+        for name, number in wanted.items():
+            if (pool := pools.get(name)) and len(pool.all) != number:
+                note("scaled", pool=name, before=len(pool.all), after=number)
+                pool.resize(number)
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+@contextlib.asynccontextmanager
+async def followed(store: RunFolder, pools: Mapping[str, Resized], note: Callable[..., None]) -> AsyncIterator[None]:
+    """The pools follow for a while."""
+    following = asyncio.create_task(follow(store, pools, note))
+    try:
+        yield
+    finally:
+        following.cancel()
