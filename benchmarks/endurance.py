@@ -183,7 +183,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
         if (folder / model).read_bytes() != (whole / model).read_bytes():
             found.append(f"weights of M{number + 1}")
     keys = [json.loads(line)["k"] for path in folder.glob("journal*.jsonl") for line in path.open()]
-    if status := json.loads((folder / "summary.json").read_text())["status"] != "completed":
+    if (status := json.loads((folder / "summary.json").read_text())["status"]) != "completed":
         found.append(f"status {status}")
     return [*found, *([f"{len(keys) - len(set(keys))} answers twice"] if len(keys) != len(set(keys)) else [])]
 

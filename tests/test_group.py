@@ -66,12 +66,13 @@ def test_a_job_that_fails(make_config: Any) -> None:
         forget(make_config, events)
 
 
-def test_ranks_that_hang_end_the_run(make_config: Any) -> None:
+def test_ranks_that_hang_end_the_run(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def events(_: int, __: int) -> list[Any]:
         await asyncio.sleep(0.01)
         return []
 
-    with pytest.raises(LearnerFailed, match=r"said nothing for train.silence_s=0.1 s, after 0 messages"):
+    monkeypatch.setattr(group, "MAILBOX_S", 0.1)
+    with pytest.raises(LearnerFailed, match=r"said nothing for 0.1 s, after 0 messages"):
         forget(make_config, events, silence_s=0.1)
 
 

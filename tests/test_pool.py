@@ -278,6 +278,28 @@ def test_requests_of_one_call_go_to_one_replica(make_config: Any, monkeypatch: p
     assert outstanding == [0, 0]
 
 
+def test_a_slow_replica_gets_less(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes ten times as long answers about a tenth as much, while the same number is always in flight."""
+
+    async def by_replica(actor: Actor, request: Request) -> Completion:
+        await asyncio.sleep(0.02 if actor.replica else 0.002)
+        return completion(request, actor.held, actor.replica)
+
+    async def work(pool: EnginePool, ray: Ray) -> list[int]:
+        left = iter(range(300))
+
+        async def some() -> None:
+            for number in left:
+                await pool.generate(request(str(number)))
+
+        await asyncio.gather(*(some() for _ in range(8)))
+        return [len(actor.calls) for actor in ray.made]
+
+    fast, slow = faults(work, make_config, monkeypatch, by_replica)
+    assert fast + slow == 300
+    assert slow < 100  # half as much as by turns; the machine may be busy
+
+
 def test_only_what_failed_is_asked_again(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one request of a call fails, the answers to the others are kept."""
     tries: Counter[str] = Counter()
@@ -445,13 +467,17 @@ def test_an_engine_that_cannot_sleep_or_wake_is_replaced(
     assert faults(work, make_config, monkeypatch) == ([True, False, False], ["a", "a"])
 
 
-def test_an_engine_that_is_up_late_sleeps_with_the_others(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on = asyncio.Event(), asyncio.Event()
+def test_an_engine_that_starts_when_the_others_sleep_starts_anew(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the memory in which the learner trains."""
+    monkeypatch.setattr(replicas, "RETRY_AFTER_S", 0.01)
+    begun = asyncio.Event()
 
     async def place(actor: Actor) -> tuple[str, str, int]:
         if len(actor.ray.made) == 3:
             begun.set()
-            await go_on.wait()
+            await asyncio.Event().wait()
         return f"node {actor.replica}", "host", 1
 
     monkeypatch.setattr(Actor, "do_place", place)
@@ -461,14 +487,17 @@ def test_an_engine_that_is_up_late_sleeps_with_the_others(make_config: Any, monk
         pool.replicas.lost(replica, replica.generation, EngineDead("killed"))
         await begun.wait()
         await pool.replicas.sleep()
-        go_on.set()
+        await asyncio.sleep(0.05)
+        while_asleep = [actor.killed.is_set() for actor in ray.made]
+        await pool.replicas.awake()
         while not replica.ready.is_set():
             await asyncio.sleep(0)
-        asleep = [actor.asleep for actor in ray.made[1:]]
-        await pool.replicas.awake()
-        return asleep, [actor.asleep for actor in ray.made[1:]]
+        return while_asleep, [actor.killed.is_set() for actor in ray.made], [actor.asleep for actor in ray.made]
 
-    assert faults(work, make_config, monkeypatch) == ([True, True], [False, False])
+    while_asleep, killed, asleep = faults(work, make_config, monkeypatch)
+    assert while_asleep == [True, False, True]
+    assert killed == [True, False, True, False]
+    assert asleep == [False] * 4
 
 
 def test_more_replicas_join_and_others_end_what_they_were_asked(
@@ -531,6 +560,51 @@ def test_a_replica_that_dies_while_it_leaves_is_not_replaced(make_config: Any, m
         return [one.token_ids for one in await asyncio.gather(*asked)], len(ray.made)
 
     assert faults(work, make_config, monkeypatch, hangs) == ([(0,), (0,)], 2)
+
+
+def test_those_that_do_not_serve_leave_first(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an index that is free is taken again."""
+    monkeypatch.setattr(replicas, "LEAVING_S", 0.01)
+    monkeypatch.setattr(replicas, "RETRY_AFTER_S", 0.01)
+    away, hang = True, asyncio.Event()
+
+    async def place(actor: Actor) -> tuple[str, str, int]:
+        if actor.replica == 0 and len(actor.ray.made) > 2 and away:
+            await hang.wait()  # its host is gone
+        return f"node {actor.replica}", "host", 1
+
+    monkeypatch.setattr(Actor, "do_place", place)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        nonlocal away
+        replica = pool.replicas.all[0]
+        pool.replicas.lost(replica, replica.generation, EngineDead("its host is gone"))
+        pool.replicas.resize(1)
+        left = [one.index for one in pool.replicas.all]
+        served = (await pool.generate(request("a"))).token_ids
+        away = False
+        pool.replicas.resize(2)
+        while len(pool.replicas.ready) < 2:
+            await asyncio.sleep(0.01)
+        return left, served, sorted(one.index for one in pool.replicas.all)
+
+    assert faults(work, make_config, monkeypatch) == ([1], (1,), [0, 1])
+
+
+def test_one_that_leaves_while_all_sleep_never_starts(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "LEAVING_S", 0.01)
+
+    async def work(pool: EnginePool, ray: Ray) -> Any:
+        await pool.replicas.sleep()
+        pool.replicas.resize(3)
+        await asyncio.sleep(0.02)
+        pool.replicas.resize(2)
+        await asyncio.sleep(0.05)
+        await pool.replicas.awake()
+        await asyncio.sleep(0.05)
+        return len(ray.made), [actor.killed.is_set() for actor in ray.made]
+
+    assert faults(work, make_config, monkeypatch) == (2, [False, False])
 
 
 def test_a_replica_that_leaves_while_it_starts_does_not_come(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

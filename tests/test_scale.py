@@ -8,6 +8,7 @@ import pytest
 
 from rsrlm.commands import running
 from rsrlm.runtime import scale
+from rsrlm.runtime.room import wanted_of
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
 
@@ -32,6 +33,17 @@ def test_a_run_is_asked(make_config: Any) -> None:
         f"{store.folder}: judges=2, when it is resumed: nobody runs it now",
         f"{store.folder}: engines=3, within seconds",
     ]
+
+
+def test_a_run_that_goes_on_has_what_was_asked_for(make_config: Any) -> None:
+    config = make_config(judge={"kind": "digits", "replicas": 2}, engine={"replicas": 8})
+    store = RunFolder.create(config)
+    assert scale.scaled(config, store) == config
+    store.write_note("scale", {"engines": 2, "judges": 0})
+    found = scale.scaled(config, store)
+    assert (found.engine.replicas, found.judge.replicas) == (2, 2)
+    assert len(found.planned) == len(config.planned)
+    assert [one.number for one in wanted_of(found, 1)] == [4, 1]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +87,9 @@ def test_pools_follow(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None
         assert resized == []
         store.write_note("scale", {"engines": 3, "validators": 2})
         await asyncio.sleep(0.1)
-        (store.folder / "scale.json").write_text("{")
-        await asyncio.sleep(0.1)
+        for wrong in ("{", "[1]", '{"engines": "3"}', '{"engines": 0}', '{"engines": true}'):
+            (store.folder / "scale.json").write_text(wrong)
+            await asyncio.sleep(0.05)
         store.write_note("scale", {"engines": 2, "judges": 1})
         await asyncio.sleep(0.1)
         following.cancel()

@@ -39,10 +39,11 @@ def resume(store: RunFolder, config: Config, report: Report) -> int:
         report.line(f"{store.folder} is finished: {config.iterations} iterations, see {store.folder / 'summary.json'}")
         return 0
     from rsrlm.runtime import alive
+    from rsrlm.runtime.scale import scaled
 
     if ended := alive.how_it_ended(store):
         report.line(f"going on with {store.folder}, which was {ended}")
-    return _execute(config, store.note("start"), lambda: store, report)
+    return _execute(scaled(config, store), store.note("start"), lambda: store, report)
 
 
 def scale(store: RunFolder, config: Config, wanted: Sequence[str], report: Report) -> None:

@@ -1,7 +1,9 @@
 """Where a training can be taken up again: DeepSpeed's own checkpoints, and the log-probabilities before the first
 update. Their names tell the model and the items, so that those of a training on other items are not taken."""
 
+import errno
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -107,9 +109,11 @@ def load_checkpoint(engine: Any, path: Path, train: TrainRule) -> list[dict[str,
         )
     try:
         _, client = engine.load_checkpoint(str(path), tag="state", load_module_strict=train.lora is None)
-    except Exception as error:
-        # torch's own words for a file that is not whole; another RuntimeError may be of a rank that died.
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+    except (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        # What torch says of a file that is not whole. Other errors may be of a disk, or of a rank that died: a group
+        # that is built anew tries again.
+        whole = isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)
+        if whole or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
         raise TrainingFailed(f"checkpoint {path} cannot be read: {first_line(error)}; {_instead(path)}") from error
     rows: list[dict[str, Any]] = client["rsrlm_rows"]

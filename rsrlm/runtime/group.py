@@ -63,16 +63,18 @@ class LearnerGroup:
         assert self._fit is not None
         self._working += 1
         number = await self._answered(self._mailbox.post.remote(job))
-        seen, silence_s, heard = 0, self._config.train.silence_s, time.monotonic()
+        # Ray Train may wait for another host as long as the run does for its first ones.
+        silence_s = max(self._config.train.silence_s, wait_of(self._config) + MAILBOX_S)
+        seen, heard = 0, time.monotonic()
         while True:
             said = await self._answered(self._mailbox.events.remote(number, seen))
             if said:
                 heard = time.monotonic()
             elif time.monotonic() - heard > silence_s:
                 raise LearnerFailed(
-                    f"the learner said nothing for train.silence_s={silence_s:g} s, after {seen} messages of its job: "
-                    "its ranks hang, or a step takes longer. See the logs of Ray's RayTrainWorker processes; then "
-                    "resume, or raise the limit"
+                    f"the learner said nothing for {silence_s:g} s, after {seen} messages of its job: its ranks hang, "
+                    "or a step takes longer than train.silence_s. See the logs of Ray's RayTrainWorker processes; then "
+                    "resume, where it takes longer with a higher train.silence_s in the run's config.yaml"
                 )
             for event in said:
                 seen += 1

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -26,16 +27,8 @@ from rsrlm.store.folder import RunFolder
 from rsrlm.store.journal import Journals
 
 
-async def _run(
-    prepared: Prepared, store: RunFolder, report: Report, log: Any, meters: Meters, watcher: Watcher
-) -> list[dict[str, Any]]:
-    from rsrlm.runtime.group import LearnerGroup
-    from rsrlm.runtime.pools import EnginePools
-    from rsrlm.runtime.producers import Producers
-
-    config = prepared.config
-    group = LearnerGroup(config, store.folder / ".train")
-    models = {config.model_name(0): prepared.model}
+def noting(config: Config, store: RunFolder, report: Report) -> Callable[..., None]:
+    """What takes the events of engines: they are kept, and those that a user waits for are shown."""
     up: list[int] = []
 
     def note(kind: str, **fields: Any) -> None:
@@ -46,15 +39,32 @@ async def _run(
         elif kind == "scaled":
             report.line(f"{fields['pool']}: {fields['before']} replicas become {fields['after']}")
 
+    return note
+
+
+async def _run(
+    prepared: Prepared, store: RunFolder, report: Report, log: Any, meters: Meters, watcher: Watcher
+) -> list[dict[str, Any]]:
+    from rsrlm.runtime.group import LearnerGroup
+    from rsrlm.runtime.pools import EnginePools
+    from rsrlm.runtime.producers import Producers
+
+    config = prepared.config
+    group = LearnerGroup(config, store.folder / ".train")
+    models = {config.model_name(0): prepared.model}
+    note = noting(config, store, report)
     pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator, note)
     watcher.follow(pools, asyncio.get_running_loop())
     answers = Journals(store.folder)
     try:
         with report.busy("starting engines and learner"):
-            await group.start()
             if config.engine.producers:
                 pools.producers = Producers(config, prepared.drawn, pools, store.event, config.engine.producers)
+            if not config.ray.share_gpus:
+                await group.start()
             await pools.start(newest_model(config, store))
+            if config.ray.share_gpus:  # engines come first: what they leave of each GPU is room for one rank
+                await group.start()
         if len(answers):
             report.line(f"{len(answers)} answers are known already")
         first, screen = await pools.model(config.model_name(0)), Counting(report, meters)

@@ -215,7 +215,7 @@ class EnginePools:
         """A producer found a replica gone: it is replaced."""
         pool = self.samplers if lost.pool == "engines" else self._judges[0]
         assert pool is not None
-        for replica in pool.replicas.all[lost.index : lost.index + 1]:  # none, if it has left
+        for replica in [one for one in pool.replicas.all if one.index == lost.index]:  # none, if it has left
             pool.replicas.lost(replica, lost.generation, EngineDead(lost.reason))
 
     async def stats(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ A replica that failed serves nothing until it holds the current weights.
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -46,6 +47,7 @@ class Replica:
         self.version = ""
         self.node, self.host, self.pid = "", "", 0  # where the actor is: the id of the Ray node, its host and process
         self.generation = 0
+        self.served = False  # one of its actors was once ready
         self.outstanding = 0  # tokens that the requests in flight may still take
         self.last_answer = time.monotonic()
         self.ready = asyncio.Event()
@@ -109,6 +111,8 @@ class Replicas:
 
     async def _bring_up(self, replica: Replica) -> None:
         await self._awake.wait()  # while the others sleep, the learner has the GPUs
+        if replica not in self.all:
+            raise PoolFailed(f"replica {replica.index} of pool {self.name} has left")
         config, weights = self.config, self.weights
         actor_class = ray.remote(EngineActor).options(
             num_cpus=config.engine.cpus,
@@ -136,10 +140,9 @@ class Replicas:
         if weights is not self.weights:  # published while it came up: once more, from the new folder
             ray.kill(replica.actor)
             return await self._bring_up(replica)
-        if not self._awake.is_set():  # the others went to sleep meanwhile
-            await replica.actor.sleep.remote()
         replica.outstanding = 0
         replica.last_answer = time.monotonic()
+        replica.served = True
         replica.ready.set()
         await self.wake()
 
@@ -153,16 +156,18 @@ class Replicas:
             raise outcome
 
     def resize(self, number: int) -> None:
-        """Come to this number of replicas: more start as soon as there is room, and the last ones end what they were
-        asked first."""
-        for index in range(len(self.all), number):
-            replica = Replica(index)
-            replica.generation = self._left.get(index, 0)
+        """Come to this number of replicas: more start as soon as there is room. Of too many those leave first that do
+        not serve; the others end what they were asked."""
+        free = (index for index in itertools.count() if index not in {replica.index for replica in self.all})
+        while len(self.all) < number:
+            replica = Replica(next(free))
+            replica.generation = self._left.get(replica.index, 0)
             self.all.append(replica)
             self.spawn(self._persist(replica, self._start))
-        for replica in self.all[number:]:
+        by_use = sorted(self.all, key=lambda replica: (not replica.ready.is_set(), replica.index))
+        for replica in by_use[number:]:
+            self.all.remove(replica)
             self.spawn(self._leave(replica))
-        del self.all[number:]
 
     async def _leave(self, replica: Replica) -> None:
         replica.ready.clear()
@@ -236,7 +241,7 @@ class Replicas:
                 if replica not in self.all:
                     return
                 if (
-                    replica.generation
+                    replica.served
                     and not self.ready
                     and not (_vanished(error.__cause__) and time.monotonic() < deadline)
                 ):
@@ -297,8 +302,12 @@ class Replicas:
         return good
 
     async def sleep(self) -> None:
-        """The ready replicas give up their GPUs until `awake`."""
+        """All replicas give up their GPUs until `awake`; those that are not up yet start anew then."""
         self._awake.clear()
+        for replica in self.all:
+            if not replica.ready.is_set() and replica.actor is not None:
+                with contextlib.suppress(Exception):
+                    ray.kill(replica.actor)
         await self.ask("sleep", SLEEP_S, (Exception,))
 
     async def awake(self) -> None:

@@ -33,12 +33,29 @@ def ask(store: RunFolder, config: Config, wanted: Mapping[str, int]) -> None:
     store.write_note(NOTE, {**store.note(NOTE), **wanted})
 
 
+def wanted_of(note: Any) -> dict[str, int]:
+    """What a note asks for; a hand that wrote it may have erred."""
+    found = note.items() if isinstance(note, dict) else ()
+    return {name: number for name, number in found if type(number) is int and number > 0}
+
+
+def scaled(config: Config, store: RunFolder) -> Config:
+    """The config of a run that goes on, with the numbers that were asked for last."""
+    wanted = wanted_of(store.note(NOTE))
+    engine, judge, validator = config.engine, config.judge, config.evaluate.judge
+    engine = engine.model_copy(update={"replicas": wanted.get("engines", engine.replicas)})
+    judge = judge.model_copy(update={"replicas": wanted.get("judges", judge.replicas)})
+    validator = validator.model_copy(update={"replicas": wanted.get("validators", validator.replicas)})
+    evaluate = config.evaluate.model_copy(update={"judge": validator})
+    return config.model_copy(update={"engine": engine, "judge": judge, "evaluate": evaluate})
+
+
 async def follow(store: RunFolder, pools: Mapping[str, Resized], note: Callable[..., None]) -> None:
     """Bring each pool to the number that was asked for last, again and again."""
     wanted: dict[str, int] = {}
     while True:
         with contextlib.suppress(OSError, ValueError):  # a file that somebody wrote by hand is looked at again
-            wanted = await asyncio.to_thread(store.note, NOTE)
+            wanted = wanted_of(await asyncio.to_thread(store.note, NOTE))
         for name, number in wanted.items():
             if (pool := pools.get(name)) and len(pool.all) != number:
                 note("scaled", pool=name, before=len(pool.all), after=number)
