@@ -41,6 +41,7 @@ TO_HOST, IN_MEMORY, TO_SHM, CHECKSUM, DISK, NETWORK = 4e9, 8e9, 4e9, 10.9e9, 1.5
 
 # Lengths in tokens and shares: of a question, and of what an answer, judgement or comparison may have at most.
 QUESTION, ANSWER, JUDGEMENT, COMPARISON = 115, 0.44, 0.6, 0.625
+ROW_TOKENS = 4000  # of a forward pass that keeps a GPU busy: with fewer, it waits for the host (benchmarks/gpu.py)
 PAIRED = 0.75  # of the pairs that an iteration can have at most
 
 
@@ -205,6 +206,8 @@ def show(config: Config, gpu_gb: float, report: Report) -> None:
         report.line(f"not counted: {line}")
     for line in too_large(config, demands, gpu):
         report.line(f"does not fit: {line}")
+    if config.train.gpus and (said := idle(config, demands)):
+        report.line(said)
     if config.model.dtype == "float32":
         report.line("model.dtype=float32: bfloat16 takes half the memory, and several times less time")
     report.line(
@@ -212,6 +215,21 @@ def show(config: Config, gpu_gb: float, report: Report) -> None:
         "and training may take twice as long."
     )
     report.line(f"run folder: {config.folder}")
+
+
+def idle(config: Config, demands: Sequence[Demand]) -> str:
+    """What to change where rows are too short to keep a GPU busy; empty where they are not."""
+    rows = [
+        step.config.train.micro_batch * min(config.engine.max_model_len, demand.item_tokens) * ANSWER
+        for step, demand in zip(config.planned, demands, strict=True)
+    ]
+    if min(rows) >= ROW_TOKENS / 2:
+        return ""
+    own = config.planned[rows.index(min(rows))].config.train.micro_batch
+    return (
+        f"train.micro_batch={own}: forward passes of about {min(rows):.0f} tokens leave a GPU idle; "
+        f"{math.ceil(own * ROW_TOKENS / min(rows))} would make it {ROW_TOKENS}, where memory allows"
+    )
 
 
 def _show_memory(shape: Shape, config: Config, demands: Sequence[Demand], gpu: float, report: Report) -> None:

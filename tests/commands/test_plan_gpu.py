@@ -300,6 +300,23 @@ def shown(config: Any, gpu_gb: float = 80) -> str:
     return screen.getvalue()
 
 
+def test_rows_that_leave_a_gpu_idle(make_config: Any) -> None:
+    """44 % of the most that an item can have: of 2 * 300 + 64 tokens, 292."""
+
+    def said(micro_batch: int) -> str:
+        made = make_config(
+            train={"gpus": 1, "micro_batch": micro_batch},
+            sample={"responses": 2, "max_tokens": 300},
+            engine={"max_model_len": 4096},
+        )
+        return plan_gpu.idle(made, plan_gpu.demands_of(made))
+
+    assert said(2).startswith(
+        "train.micro_batch=2: forward passes of about 584 tokens leave a GPU idle; 14 would make it 4000"
+    )
+    assert said(8) == ""
+
+
 def test_the_screen(meta: Any) -> None:
     said = shown(meta)
     lines = {tuple(cell.strip() for cell in line.strip("│").split("│")) for line in said.splitlines()}
