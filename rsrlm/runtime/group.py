@@ -45,7 +45,8 @@ class LearnerGroup:
     async def start(self) -> None:
         # Beside the driver: a host that is lost takes no mailbox along, whose jobs nobody else knows.
         placed = on_node(ray.get_runtime_context().get_node_id())
-        self._mailbox = ray.remote(Mailbox).options(max_concurrency=1000, **placed).remote()
+        kept = {"max_concurrency": 1000, "enable_task_events": False}
+        self._mailbox = ray.remote(Mailbox).options(**kept, **placed).remote()
         settings = {"env_vars": train_settings(self._config, os.environ)}
         self._fitting = ray.remote(Fitting).options(runtime_env=settings, **placed).remote()
         ended = self._fitting.fit.remote(self._config, self._mailbox, self._storage)

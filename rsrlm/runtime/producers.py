@@ -56,7 +56,9 @@ class Producers:
             self._start(member)
 
     def _start(self, member: Member) -> None:
-        actor_class = ray.remote(Producer).options(num_cpus=0, max_concurrency=100_000, max_restarts=0)
+        actor_class = ray.remote(Producer).options(
+            num_cpus=0, max_concurrency=100_000, max_restarts=0, enable_task_events=False
+        )
         if member.actor:  # one that Ray cannot reach may be alive
             ray.kill(member.actor)
         member.actor = actor_class.remote(self._config, dict(self._drawn))

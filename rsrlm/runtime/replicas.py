@@ -121,6 +121,7 @@ class Replicas:
             scheduling_strategy="SPREAD" if config.ray.spread else "DEFAULT",
             max_concurrency=100_000,
             max_restarts=0,  # the pool replaces it, so that it never serves stale weights
+            enable_task_events=False,  # Ray's GCS would keep some kilobytes of each call
             runtime_env={"env_vars": cpu_environment(config.engine)},
         )
         replica.actor = actor_class.remote(config, weights.folder, weights.version, replica.index)
