@@ -63,6 +63,16 @@ def run(*arguments: str, command: list[str] = RSRLM) -> subprocess.CompletedProc
     )
 
 
+def started(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*RSRLM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **KEYS, MARK: "1"},
+    )
+
+
 def our_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
@@ -257,13 +267,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     number: signal.Signals, begun: Callable[[Path], bool], config_file: Path, whole: tuple[Path, str]
 ) -> None:
     folder = config_file.parent / "runs" / f"interrupted-{number.name}"
-    process = subprocess.Popen(
-        [*RSRLM, "run", str(config_file), f"name={folder.name}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, MARK: "1"},
-    )
+    process = started("run", str(config_file), f"name={folder.name}")
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not begun(folder):
         time.sleep(0.05)
@@ -297,13 +301,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path, str], config_file: Path) -> None:
     """Two producers with an engine each. One is killed while it makes groups, then the driver in the next iteration."""
     folder = config_file.parent / "runs" / "producers"
-    process = subprocess.Popen(
-        [*RSRLM, "run", str(config_file), f"name={folder.name}", "engine.replicas=2", "engine.producers=2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, MARK: "1"},
-    )
+    process = started("run", str(config_file), f"name={folder.name}", "engine.replicas=2", "engine.producers=2")
     wait_for(lambda: len(answers(folder, 0)) >= 5, process)
     producers = [one for one in our_processes() if "Producer" in " ".join(one.cmdline())]
     assert len(producers) == 2
@@ -330,13 +328,7 @@ def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path
 def test_a_run_takes_an_engine_more(whole: tuple[Path, str], config_file: Path) -> None:
     """While it samples; what it makes stays the same."""
     folder = config_file.parent / "runs" / "scaled"
-    process = subprocess.Popen(
-        [*RSRLM, "run", str(config_file), f"name={folder.name}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, MARK: "1"},
-    )
+    process = started("run", str(config_file), f"name={folder.name}")
     wait_for(lambda: (folder / "start.json").exists(), process)
     asked = run("scale", str(folder), "engines=2")
     assert asked.returncode == 0, asked.stdout + asked.stderr

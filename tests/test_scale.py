@@ -44,6 +44,8 @@ def test_a_run_that_goes_on_has_what_was_asked_for(make_config: Any) -> None:
     assert (found.engine.replicas, found.judge.replicas) == (2, 2)
     assert len(found.planned) == len(config.planned)
     assert [one.number for one in wanted_of(found, 1)] == [4, 1]
+    (store.folder / "scale.json").write_text("{")
+    assert scale.scaled(config, store) == config
 
 
 @pytest.mark.parametrize(

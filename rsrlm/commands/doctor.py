@@ -107,10 +107,8 @@ def check_accelerator(config: Config, present: int, installed: Mapping[str, str]
         return Finding("accelerator", "fail", why, GPU_SETUP)
     if asked > present:
         why = f"engines and ranks ask for {asked} GPU together, {present} is here: Ray waits for the rest"
-        mend = (
-            "lower engine.gpus, engine.replicas, judge.replicas, train.gpus or train.workers, join a cluster, or let "
-        )
-        mend += "them take turns (ray.share_gpus=true)"
+        mend = "lower engine.gpus, engine.replicas, judge.replicas, train.gpus or train.workers, join a cluster, "
+        mend += "or let them take turns (ray.share_gpus=true)"
         return Finding("accelerator", "warn", why, mend)
     if not engine.gpus and "vllm" in installed:
         why = "engine.gpus=0, and the installed vllm is the CUDA build, which has no CPU kernels"

@@ -35,7 +35,7 @@ SILENCE_S = 60.0  # without an answer, or a step, before a replica that has work
 
 
 class PoolFailed(RuntimeError):
-    """The engines cannot be kept alive, or an update did not reach all of them."""
+    """The engines cannot be kept alive, or one of them refuses its weights."""
 
 
 class Replica:

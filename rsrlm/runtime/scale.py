@@ -30,18 +30,22 @@ def ask(store: RunFolder, config: Config, wanted: Mapping[str, int]) -> None:
             raise ConfigError(f"{name}={number}: {store.folder} has no such engines; it has {', '.join(there)}")
         if number < 1:
             raise ConfigError(f"{name}={number}: at least one must be left; `rsrlm resume` goes on with a stopped run")
-    store.write_note(NOTE, {**store.note(NOTE), **wanted})
+    store.write_note(NOTE, {**asked(store), **wanted})
 
 
-def wanted_of(note: Any) -> dict[str, int]:
-    """What a note asks for; a hand that wrote it may have erred."""
+def asked(store: RunFolder) -> dict[str, int]:
+    """The numbers that were asked for last; a hand that wrote them may have erred, and asks for nothing then."""
+    try:
+        note: Any = store.note(NOTE)
+    except (OSError, ValueError):
+        return {}
     found = note.items() if isinstance(note, dict) else ()
     return {name: number for name, number in found if type(number) is int and number > 0}
 
 
 def scaled(config: Config, store: RunFolder) -> Config:
     """The config of a run that goes on, with the numbers that were asked for last."""
-    wanted = wanted_of(store.note(NOTE))
+    wanted = asked(store)
     engine, judge, validator = config.engine, config.judge, config.evaluate.judge
     engine = engine.model_copy(update={"replicas": wanted.get("engines", engine.replicas)})
     judge = judge.model_copy(update={"replicas": wanted.get("judges", judge.replicas)})
@@ -52,11 +56,8 @@ def scaled(config: Config, store: RunFolder) -> Config:
 
 async def follow(store: RunFolder, pools: Mapping[str, Resized], note: Callable[..., None]) -> None:
     """Bring each pool to the number that was asked for last, again and again."""
-    wanted: dict[str, int] = {}
     while True:
-        with contextlib.suppress(OSError, ValueError):  # a file that somebody wrote by hand is looked at again
-            wanted = wanted_of(await asyncio.to_thread(store.note, NOTE))
-        for name, number in wanted.items():
+        for name, number in (await asyncio.to_thread(asked, store)).items():
             if (pool := pools.get(name)) and len(pool.all) != number:
                 note("scaled", pool=name, before=len(pool.all), after=number)
                 pool.resize(number)
