@@ -134,10 +134,13 @@ def model_folder(case: Case, folder: Path) -> Path:
 
 def end_after(tokens: int, model: Any) -> None:
     """Let random weights end an answer after so many tokens on the average, or none of them would be complete: what
-    all embeddings share says so to the head."""
+    all embeddings share says so to the head, and layers add next to nothing to it."""
     import torch
 
     with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.01
+            layer.mlp.down_proj.weight *= 0.01
         model.get_input_embeddings().weight[:, 0] = 3.0  # above all other parts: after the norm it is sqrt(H)
         head = model.get_output_embeddings().weight
         head[:, 0] = 0.0
