@@ -2,13 +2,15 @@
 
     .venv/bin/python benchmarks/learning.py            # 3 seeds, three iterations each; about 20 minutes on 2 cores
     .venv/bin/python benchmarks/learning.py --seeds 1  # one seed
+    .venv/bin/python benchmarks/learning.py --clock online      # the same prompts in nine rounds
+    .venv/bin/python benchmarks/learning.py --clock overlapped  # and the engines get new weights after three of them
 
 Every seed is a run of `rsrlm run` with this file's `fewer_words` as the judge. On held-out prompts the mean length in
 words must fall by at least 30 %, and the judge's mean must rise in every iteration. Collapse would do that too, so
 these must hold as well: at least 95 % of the outputs end by themselves and have five words or more, distinct-2 stays
 above half of M0's, and the negative log-likelihood of a fixed text rises by at most 10 % (all for M3; the other rows
 are in the results). Of M0's outputs the cap may
-cut fewer than 10 %. Results: benchmarks/results/learning.json and learning.png.
+cut fewer than 10 %. Results: benchmarks/results/learning.json and learning.png, of other clocks learning_CLOCK.json.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ITERATIONS = 3
+ROUNDS = 3  # of an iteration, on the online clock
+CLOCKS = {"iterative": "", "online": "lag: 1", "overlapped": f"lag: 0, sync_every: {ROUNDS}"}
 LEAST_WORDS = 5
 BEST_WORDS = 10
 
@@ -88,6 +92,19 @@ def write_prompts(path: Path) -> None:
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
 
 
+def rounds(clock: str) -> int:
+    """From one evaluation to the next."""
+    return 1 if clock == "iterative" else ROUNDS
+
+
+def changes(clock: str) -> list[str]:
+    """What the config says of this clock: the prompts of an iteration are those of its rounds."""
+    if clock == "iterative":
+        return []
+    rule = f"kind: online, {CLOCKS[clock]}, reference: before, evaluate_every: {ROUNDS}"
+    return [f"clock={{{rule}}}", f"iterations={ITERATIONS * ROUNDS}", f"prompts.per_iteration={24 // ROUNDS}"]
+
+
 def run_seed(seed: int, runs: Path, extra: list[str]) -> Path:
     """One run of the real loop; returns its folder."""
     name = f"learning-{seed}"
@@ -129,10 +146,10 @@ def nll_of_fixed_text(model_folder: Path) -> float:
         return float(model(input_ids=ids, labels=ids).loss)
 
 
-def measure(folder: Path, first_model: Path) -> list[dict[str, float]]:
-    """One row per model, M0 to M3."""
+def measure(folder: Path, first_model: Path, rounds: int) -> list[dict[str, float]]:
+    """One row per model, M0 to M3; on the online clock M0, M3, M6, M9."""
     rows = []
-    for model in range(ITERATIONS + 1):
+    for model in range(0, rounds * ITERATIONS + 1, rounds):
         found = outputs(folder, model)
         texts = [one["text"] for one in found]
         words = [len(text.split()) for text in texts]
@@ -197,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, help="keep the runs here; a finished seed is not run again")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="iterative")
     parser.add_argument("overrides", nargs="*", help="config overrides, such as train.lr=1e-5")
     arguments = parser.parse_args()
     from rsrlm.config import load
@@ -210,8 +228,8 @@ def main() -> None:
         folder = runs.resolve() / f"learning-{seed}"
         summary = folder / "summary.json"
         if not summary.exists() or json.loads(summary.read_text())["status"] != "completed":
-            run_seed(seed, runs.resolve(), arguments.overrides)
-        seeds[seed] = measure(folder, first_model)
+            run_seed(seed, runs.resolve(), [*changes(arguments.clock), *arguments.overrides])
+        seeds[seed] = measure(folder, first_model, rounds(arguments.clock))
         for row in seeds[seed]:
             print(seed, {key: round(value, 4) for key, value in row.items()}, flush=True)
         print(seed, verdicts(seeds[seed]), flush=True)
@@ -227,8 +245,9 @@ def main() -> None:
         "all_hold": all(all(verdicts(rows).values()) for rows in seeds.values()),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "learning.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(seeds, RESULTS / "learning.png")
+    name = "learning" if arguments.clock == "iterative" else f"learning_{arguments.clock}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(seeds, RESULTS / f"{name}.png")
     print(json.dumps(result["verdicts"], indent=2), "\nall hold:", result["all_hold"])
 
 

@@ -167,7 +167,8 @@ class Config(Section):
         """Exported models in the run folder at its end, at most."""
         if self.clock.kind == "iterative":
             return self.iterations
-        return min(self.iterations, -(-self.iterations // self.clock.evaluate_every) + 2)
+        others = 2 if self.clock.sync_every == 1 else 3
+        return min(self.iterations, -(-self.iterations // self.clock.evaluate_every) + others)
 
     @property
     def validator(self) -> JudgeSection | Validator:

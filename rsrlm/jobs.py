@@ -13,14 +13,15 @@ class Course:
     """A training that goes on with the optimizer of the one before it, on items of its own.
 
     `after` is the name of the model that the one before trained, empty for the first. The learning rate is that of step
-    `step` of `of` where it begins. `reference` is the folder of the model whose log-probabilities are the reference;
-    empty: the model that it begins with.
+    `step` of `of` where it begins. `reference` is the folder of the model whose log-probabilities are the reference.
+    With `publish` its weights are written for the engines.
     """
 
     after: str
     step: int
     of: int
-    reference: str = ""
+    reference: str
+    publish: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,8 +34,13 @@ def main() -> None:
     said: list[list[Any]] = []
     for options in jobs:
         until, name, course = options.pop("until", None), options.pop("name", "M1"), options.pop("course", None)
-        after = f"M{int(name[1:]) - 1}" if course and name != "M1" else ""
-        digest = write_items(run / "items", make_pairs()) if dist.get_rank() == 0 else ""
+        after = course["after"] if course else ""
+        if course:
+            course["reference"] = {"first": folder, "before": str(run / "models" / after) if after else folder}[
+                course["reference"]
+            ]
+        pairs = make_pairs()[slice(*options.pop("items", (None,)))]
+        digest = write_items(run / "items", pairs) if dist.get_rank() == 0 else ""
         box = [digest]
         dist.broadcast_object_list(box, src=0)
         job = TrainJob(
@@ -49,7 +54,7 @@ def main() -> None:
             items=str(run / "items"),
             digest=box[0],
             until=until,
-            course=Course(after=after, **course) if course else None,
+            course=Course(**course) if course else None,
         )
         said.append([])
         desk.do(job, said[-1].append)

@@ -436,29 +436,43 @@ def test_a_training_in_parts_is_the_training_in_one(
 def test_a_training_goes_on_with_its_optimizer(
     tiny_model: Path, tmp_path: Path, world_size: int, zero_stage: int
 ) -> None:
-    """Three rounds of three steps, by one group or by three: the same steps and weights. The reference stays with the
-    first model, or moves with the rounds."""
+    """Three rounds of three steps; one that a group anew goes on with has the same steps and weights. The reference
+    stays with the first model, or moves with the rounds. Rounds over the parts of a training are all of it."""
     rule = {"zero_stage": zero_stage, "schedule": "linear", "checkpoint_every_steps": 2}
 
-    def rounds(reference: str) -> list[dict[str, Any]]:
-        course = {"of": 9, "reference": reference}
-        return [{**rule, "name": f"M{n}", "course": {**course, "step": 3 * (n - 1)}} for n in (1, 2, 3)]
+    def rounds(reference: str, of: int = 9, name: str = "M") -> list[dict[str, Any]]:
+        course, steps = {"of": of, "reference": reference}, of // 3
+        afters = ["", f"{name}1", f"{name}2"]
+        return [
+            {**rule, "name": f"{name}{n + 1}", "course": {**course, "step": steps * n, "after": after}}
+            for n, after in enumerate(afters)
+        ]
 
-    whole, parts, moving = (tmp_path / way for way in ("whole", "parts", "moving"))
-    together = [steps_in(said) for said in run_sessions(tiny_model, whole, world_size, rounds(str(tiny_model)))]
-    for one, rows in zip(rounds(str(tiny_model)), together, strict=True):
-        (again,) = run_sessions(tiny_model, parts, world_size, [one])
-        for row, other in zip(rows, steps_in(again), strict=True):
-            exact = [name for name in row if name not in ("seconds", "tokens_per_s", "memory_gib")]
-            assert {name: row[name] for name in exact} == {name: other[name] for name in exact}
-    for path in (whole / "models").rglob("*.safetensors"):
-        assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
-    assert sorted(path.name for path in (parts / "checkpoints").glob("*-end")) == ["M1-end", "M2-end", "M3-end"]
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    together = [steps_in(said) for said in run_sessions(tiny_model, whole, world_size, rounds("first"))]
     rates = [row["lr"] for rows in together for row in rows]
     assert rates == pytest.approx([1e-2 * (1 - step / 8) for step in range(9)])
-    moved = [steps_in(said) for said in run_sessions(tiny_model, moving, world_size, rounds("")[:2])]
+    assert sorted(path.name for path in (whole / "checkpoints").glob("*-end")) == ["M1-end", "M2-end", "M3-end"]
+    for left in (whole / "checkpoints").iterdir():
+        if left.name != "M1-end":
+            shutil.rmtree(left)
+    weights = (whole / "models/M2/model.safetensors").read_bytes()
+    (again,) = run_sessions(tiny_model, whole, world_size, rounds("first")[1:2])
+    exact = [name for name in together[1][0] if name not in ("seconds", "tokens_per_s", "memory_gib")]
+    assert [[row[name] for name in exact] for row in steps_in(again)] == [
+        [row[name] for name in exact] for row in together[1]
+    ]
+    assert (whole / "models/M2/model.safetensors").read_bytes() == weights
+
+    parts = [{**one, "items": (2 * n, 2 * n + 2)} for n, one in enumerate(rounds("first", 3, "D"))]
+    jobs = [*rounds("before")[:2], {**rule, "name": "all"}, *parts]
+    *moved, at_once, one, two, three = map(steps_in, run_sessions(tiny_model, other, world_size, jobs))
     for found, at_reference in ((together, [True, False, False]), (moved, [True, True])):
         assert [abs(rows[0]["dpo_loss"] - math.log(2)) < 1e-5 for rows in found] == at_reference
+    seen = [[(row["pair_ids"], row["loss"], row["lr"]) for row in rows] for rows in (at_once, [*one, *two, *three])]
+    assert seen[0] == seen[1]
+    models = [(other / "models" / name / "model.safetensors").read_bytes() for name in ("all", "D3")]
+    assert models[0] == models[1]
 
 
 def steps_in(said: list[Any]) -> list[dict[str, Any]]:

@@ -47,13 +47,26 @@ def authors(world: World) -> list[set[str]]:
     return [{row["text"].partition(" as ")[0] for row in world.table(number, "responses")} for number in range(5)]
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_each_round_goes_on_from_the_one_before(lag: int, world: Callable[..., World]) -> None:
-    made = world(clock={"lag": lag})
+WAYS = [  # lag, rounds between new weights, and who answers which round
+    (0, 1, [0, 1, 2, 3, 4]),
+    (1, 1, [0, 0, 1, 2, 3]),
+    (0, 2, [0, 0, 2, 2, 4]),
+    (1, 2, [0, 0, 0, 2, 2]),
+]
+
+
+@pytest.mark.parametrize(("lag", "every", "actors"), WAYS)
+def test_each_round_goes_on_from_the_one_before(
+    lag: int, every: int, actors: list[int], world: Callable[..., World]
+) -> None:
+    made = world(clock={"lag": lag, "sync_every": every})
     rows = made.start()
     weights = ["M0", *("M0" + "+1" * number for number in range(1, 6))]  # two pairs a round, in one step
-    assert authors(made) == [{weights[max(0, number - lag)]} for number in range(5)]
-    assert [row["actor"] for row in rows] == [f"M{max(0, number - lag)}" for number in range(5)]
+    assert authors(made) == [{weights[actor]} for actor in actors]
+    assert [row["actor"] for row in rows] == [f"M{actor}" for actor in actors]
+    got = [1, 2, 3, 4, 5] if every == 1 else [2, 4, 5]
+    assert [row["weight_version"] for row in rows if "published" in row] == [f"M{number}" for number in got]
+    assert [job.course.publish for job in made.jobs] == [number in got for number in range(1, 6)]
     assert [(job.source, job.version) for job in made.jobs] == [(f"M{n}", f"M{n + 1}") for n in range(5)]
     courses = [(job.course.after, job.course.step, job.course.of) for job in made.jobs]
     assert courses == [("" if not n else f"M{n}", n, 5) for n in range(5)]
@@ -62,10 +75,13 @@ def test_each_round_goes_on_from_the_one_before(lag: int, world: Callable[..., W
         assert [item.id for item in made.jobs[number].items] == [row["id"] for row in made.table(number, "pairs")]
 
 
-def test_the_reference_may_move_with_the_rounds(world: Callable[..., World]) -> None:
-    made = world(clock={"reference": "before"})
+@pytest.mark.parametrize(("every", "references"), [(1, [0, 1, 2, 3, 4]), (2, [0, 0, 2, 2, 4])])
+def test_the_reference_may_move_with_the_weights(
+    every: int, references: list[int], world: Callable[..., World]
+) -> None:
+    made = world(clock={"reference": "before", "sync_every": every})
     made.start()
-    assert {job.course.reference for job in made.jobs} == {""}
+    assert [job.course.reference for job in made.jobs] == [str(made.folder(f"M{number}")) for number in references]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -80,6 +96,15 @@ def test_the_engines_answer_while_the_learner_trains(lag: int, world: Callable[.
         assert max(*asked, done) < held
     else:
         assert done < held < min(asked)
+
+
+def test_the_engines_get_weights_after_so_many_rounds(world: Callable[..., World]) -> None:
+    made = world(clock={"lag": 0, "sync_every": 2})
+    made.start()
+    done = [n for n, what in enumerate(made.happened) if what == "learner done"]
+    held, asked = made.happened.index("hold M2"), [what[:12] for what in made.happened].index("ask actor 02")
+    assert done[1] < held < asked
+    assert "hold M1" not in made.happened
 
 
 def test_evaluations_are_every_so_many_rounds(world: Callable[..., World]) -> None:
@@ -124,14 +149,15 @@ def test_rounds_without_pairs_anywhere(alike: tuple[int, ...], world: Callable[.
     assert made.start() == rows  # run again, nothing is left to do
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_wherever_it_is_killed_the_run_is_the_same(lag: int, world: Callable[..., World], make_config: Any) -> None:
-    whole = world(clock={"lag": lag})
+@pytest.mark.parametrize(("lag", "every"), [(0, 1), (1, 1), (0, 2), (1, 2)])
+def test_wherever_it_is_killed_the_run_is_the_same(lag: int, every: int, world: Callable[..., World]) -> None:
+    rule = {"lag": lag, "sync_every": every, "reference": "first" if every == 1 else "before"}
+    whole = world(clock=rule)
     expected = whole.start()
     numbers = random.Random(7)
     places = numbers.sample(range(len(whole.happened)), 25)
     for number, place in enumerate(sorted(places)):
-        made = world(clock={"lag": lag}, name=f"killed-{number}")
+        made = world(clock=rule, name=f"killed-{number}")
         left = [place]
 
         def kill(_: str, left: list[int] = left) -> bool:
@@ -151,7 +177,7 @@ def test_wherever_it_is_killed_the_run_is_the_same(lag: int, world: Callable[...
         assert not list(made.store.checkpoints.glob("*"))
         assert authors(made) == authors(whole)
         # What was in flight beside the training is asked again, and nothing else.
-        assert len(set(made.repeated())) <= (2 * SLOTS if lag else 0)
+        assert len(set(made.repeated())) <= (2 * SLOTS if lag or every > 1 else 0)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +187,7 @@ def test_wherever_it_is_killed_the_run_is_the_same(lag: int, world: Callable[...
         ({"train": {"start": "first"}}, "train.start"),
         ({"train": {"lora": {"rank": 2}}}, "train.lora"),
         ({"train": {"zero_stage": 3}}, "train.zero_stage"),
+        ({"train": {"zero_stage": 3}, "clock": {"reference": "before", "sync_every": 5}}, "train.zero_stage"),
         ({"steps": [{}], "iterations": 1}, "steps"),
         ({"recipe": "temporal"}, "recipe=temporal"),
         ({"recipe": "cream"}, "recipe=cream"),
@@ -169,4 +196,10 @@ def test_wherever_it_is_killed_the_run_is_the_same(lag: int, world: Callable[...
 def test_what_the_online_clock_cannot_do_is_refused(changes: dict[str, Any], said: str, make_config: Any) -> None:
     make_config(clock="online", train={"zero_stage": 2})
     with pytest.raises(ConfigError, match=rf"{said} with clock\.kind=online: "):
-        make_config(clock="online", **changes)
+        make_config(**{**changes, "clock": {"kind": "online", **changes.get("clock", {})}})
+
+
+def test_evaluations_between_new_weights_are_refused(make_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"clock\.evaluate_every=10 with clock\.sync_every=4: .*multiple"):
+        make_config(clock={"kind": "online", "sync_every": 4})
+    make_config(clock={"kind": "online", "sync_every": 5})

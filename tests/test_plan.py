@@ -382,8 +382,9 @@ def test_bounds_of_steps(make_config: Any, model: Path) -> None:
     assert planned.generated_tokens == 6624
 
 
-@pytest.mark.parametrize(("rounds", "kept"), [(1, 1), (2, 2), (10, 3), (200, 22)])
-def test_models_that_online_rounds_leave(rounds: int, kept: int, make_config: Any) -> None:
-    """Those of evaluations, every tenth round, and the last two."""
-    assert make_config(clock="online", iterations=rounds).models_kept == kept
+@pytest.mark.parametrize(("rounds", "every", "kept"), [(1, 1, 1), (2, 1, 2), (10, 1, 3), (200, 1, 22), (200, 5, 23)])
+def test_models_that_online_rounds_leave(rounds: int, every: int, kept: int, make_config: Any) -> None:
+    """Those of evaluations, every tenth round, the last one, and those that answer and are the reference before it."""
+    made = make_config(clock={"kind": "online", "sync_every": every}, iterations=rounds)
+    assert made.models_kept == kept
     assert make_config(iterations=rounds).models_kept == rounds

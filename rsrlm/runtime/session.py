@@ -141,8 +141,7 @@ class Session:
             if self._root:
                 shutil.rmtree(scratch, ignore_errors=True)
             dist.barrier()
-            # At the beginning of a course the model is the first one.
-            other = course.reference if course and course.after else ""
+            other = course.reference if course and course.reference != self._job.model else ""
             with self._policy.holding(other, self._model) if other else nullcontext():
                 self._policy.write_reference(scratch, lambda done, of: say(ReferenceBatch(done=done, of=of)))
             dist.barrier()
@@ -182,7 +181,8 @@ class Session:
         state = policy.state()
         if not self._root:
             return None
-        files = weights.write(state, Path(job.run), job.name) if job.until is None else None
+        wanted = job.until is None and (not job.course or job.course.publish)
+        files = weights.write(state, Path(job.run), job.name) if wanted else None
         written = time.perf_counter()
         output = Path(job.output) if job.until is None else candidate_path(job.output, job.until)
         export(policy.model, state, job, self._model, output)

@@ -42,12 +42,33 @@ class Clock(Section):
     lag: int = Field(
         1, ge=0, le=1, description="online: rounds by which the weights that answer may be behind those that learn"
     )
+    sync_every: int = Field(1, gt=0, description="online: rounds after which the engines get new weights")
     reference: Literal["first", "before"] = Field(
         "first",
         description="online: whose log-probabilities are the reference: those of the model that the run starts from, "
-        "or of the one that a round starts from",
+        "or of the one that the engines have got before the round is trained on",
     )
-    evaluate_every: int = Field(10, gt=0, description="online: rounds between two evaluations on held-out prompts")
+    evaluate_every: int = Field(
+        10, gt=0, description="online: rounds between two evaluations on held-out prompts, a multiple of sync_every"
+    )
+
+    @model_validator(mode="after")
+    def _evaluates_what_the_engines_hold(self) -> Self:
+        if self.kind == "online" and self.evaluate_every % self.sync_every:
+            raise ValueError(
+                f"clock.evaluate_every={self.evaluate_every} with clock.sync_every={self.sync_every}: the engines "
+                "evaluate the weights that they have got; set the first to a multiple of the second"
+            )
+        return self
+
+    def answers(self, number: int) -> int:
+        """Rounds that the weights have learnt from which answer round `number`."""
+        return self.holds(max(0, number - self.lag))
+
+    def holds(self, number: int) -> int:
+        """Rounds that the weights have learnt from which the engines hold while round `number` begins to be trained
+        on."""
+        return number // self.sync_every * self.sync_every
 
 
 class Watched(Section):

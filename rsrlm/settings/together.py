@@ -15,8 +15,9 @@ def fits_online(config: Any, step: Any) -> None:
             "train.start": train.start != "before" and "a round goes on from the one before it; leave it out",
             "train.lora": train.lora is not None and "adapters do not go on from round to round yet; leave it out",
             "train.zero_stage": train.zero_stage == 3
-            and config.clock.reference == "first"
-            and "weights that are divided cannot be exchanged for those of the first model; set clock.reference=before",
+            and (config.clock.reference == "first" or config.clock.sync_every > 1)
+            and "weights that are divided cannot be exchanged for those of the reference; set clock.reference=before "
+            "and clock.sync_every=1",
         },
     )
 
