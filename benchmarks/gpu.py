@@ -184,7 +184,11 @@ async def _served(case: Case, folder: Path, place: Path) -> dict[str, Any]:
 
     other = load_file(place / "model.safetensors")
     changed = {name: tensor * 1.02 for name, tensor in other.items()}
-    files = {"M0": weights.write(other, folder, "M0"), "M1": weights.write(changed, folder, "M1")}
+    shapes = weights.shapes_of(other)
+    files = {
+        version: weights.write(shapes, tensors.items(), folder, version)
+        for version, tensors in (("M0", other), ("M1", changed))
+    }
     del other, changed
     started = time.perf_counter()
     made = {"inprocess": InProcessEngine, "async": AsyncEngine}[case.kind]
@@ -326,11 +330,10 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     if case.write:
         from rsrlm.runtime import weights
 
-        started = time.perf_counter()
-        state = policy.state()
-        gathered = time.perf_counter()
-        weights.write(state, folder, "M1")
-        found |= {"gather_s": gathered - started, "write_s": time.perf_counter() - gathered}
+        for name in ("first_write_s", "write_s"):
+            started = time.perf_counter()
+            weights.write(policy.shapes(), policy.state(), folder, "M1")
+            found[name] = time.perf_counter() - started
         weights.remove_stale(folder)
     policy.close()
     dist.destroy_process_group()

@@ -92,7 +92,7 @@ class Sync:
         """Write and publish a new version; the seconds of each part."""
         pool, version = self._pools[replicas], self._change()
         started = time.perf_counter()
-        files = weights.write(self._tensors, self._run, version)
+        files = weights.write(weights.shapes_of(self._tensors), self._tensors.items(), self._run, version)
         written = time.perf_counter()
         try:
             published = WeightSet(version=version, folder=self._folder, files=files)

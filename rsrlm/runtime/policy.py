@@ -4,7 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -256,20 +256,21 @@ class Policy:
             return None
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def state(self) -> dict[str, Any]:
-        """The model's weights by their Hugging Face names, whole, on rank 0; empty elsewhere. Tied ones once."""
+    def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Of the model's weights by their Hugging Face names, whole. Tied ones once."""
+        return {
+            name: (first.dtype, tuple(getattr(first, "ds_shape", first.shape)))
+            for name, (first, *_), _ in weights(self.model)
+        }
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """These weights, in the same order, each until the next is asked for. On all ranks together."""
         import deepspeed
 
-        root = dist.get_rank() == 0
-        found = {}
         for name, parameters, adapter in weights(self.model):
-            if self.train.zero_stage == 3:
-                with deepspeed.zero.GatheredParameters(parameters):
-                    if root:
-                        found[name] = whole(parameters, adapter).cpu().clone()
-            elif root:
-                found[name] = whole(parameters, adapter).cpu().contiguous()
-        return found
+            divided = self.train.zero_stage == 3
+            with deepspeed.zero.GatheredParameters(parameters) if divided else nullcontext():
+                yield name, whole(parameters, adapter)
 
     def close(self) -> None:
         """Give up all that is in memory. Under ZeRO 3 DeepSpeed 0.19 keeps the model in caches of its own, and with it

@@ -178,11 +178,16 @@ class Session:
             save_checkpoint(policy.engine, job, rows, end_path(job.run, job.name))
             policy.reference = None  # its files go before this session does
         trained = time.perf_counter()
-        state = policy.state()
         if not self._root:
+            for _ in policy.state():
+                pass
             return None
-        wanted = job.until is None and (not job.course or job.course.publish)
-        files = weights.write(state, Path(job.run), job.name) if wanted else None
+        files = None
+        if job.until is None and (not job.course or job.course.publish):
+            files = weights.write(policy.shapes(), policy.state(), Path(job.run), job.name)
+            state = dict(weights.tensors_in(weights.bytes_of(files[0].path)))
+        else:
+            state = {name: tensor.cpu().clone() for name, tensor in policy.state()}
         written = time.perf_counter()
         output = Path(job.output) if job.until is None else candidate_path(job.output, job.until)
         export(policy.model, state, job, self._model, output)

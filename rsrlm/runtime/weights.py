@@ -6,9 +6,10 @@ host's shared memory the transfer is one write and one read; `rsrlm.runtime.vllm
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import xxhash
 
 SHM = Path("/dev/shm")
+Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]  # by name
 
 
 class WeightsRefused(RuntimeError):
@@ -78,13 +80,28 @@ def tensors_in(data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     length = int.from_bytes(bytes(data[:8].tolist()), "little")
     header = json.loads(bytes(data[8 : 8 + length].numpy()))
     header.pop("__metadata__", None)
-    body = data[8 + length :]
+    body = data[8 + length :].numpy()
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
-        piece, dtype = body[start:end], _TYPES[entry["dtype"]]
+        # By way of numpy each is a storage of its own: who saves them would copy what shares one.
+        piece, dtype = torch.from_numpy(body[start:end]), _TYPES[entry["dtype"]]
         if (8 + length + start) % dtype.itemsize:  # some writers do not pad the header
             piece = piece.clone()
         yield name, piece.view(dtype).reshape(entry["shape"])
+
+
+def header_of(shapes: Shapes) -> tuple[bytes, int]:
+    """How a safetensors file of tensors in this order begins, and the bytes that follow."""
+    from safetensors.torch import _TYPES
+
+    names, at, entries = {dtype: name for name, dtype in _TYPES.items()}, 0, {}
+    for name, (dtype, shape) in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, at
 
 
 def verified(data: torch.Tensor, file: WeightFile, where: str) -> torch.Tensor:
@@ -133,17 +150,37 @@ def file_prefix(run: Path) -> str:
     return f"rsrlm-{xxhash.xxh3_64_hexdigest(str(run.resolve()).encode())}-"
 
 
-def write(tensors: dict[str, torch.Tensor], run: Path, version: str) -> tuple[WeightFile, ...]:
-    """Write one transfer file; it appears under its name only when it is whole."""
-    from safetensors.torch import save_file
+def write(
+    shapes: Shapes, tensors: Iterable[tuple[str, torch.Tensor]], run: Path, version: str
+) -> tuple[WeightFile, ...]:
+    """Write one transfer file; it appears under its name only when it is whole.
 
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    folder = transfer_folder(size, run / "transfer")
+    The tensors come in the order of `shapes`, from any device, and each goes to its place as it comes: memory holds no
+    second model. Raises OSError where there is no room.
+    """
+    header, size = header_of(shapes)
+    folder = transfer_folder(len(header) + size, run / "transfer")
     path = folder / f"{file_prefix(run)}{version}.safetensors"
     scratch = path.with_suffix(".tmp")
-    save_file(tensors, scratch)
+    with scratch.open("wb") as file:
+        # Without room, this says so; a copy into memory that is not there is a signal that kills. It is faster, too.
+        os.posix_fallocate(file.fileno(), 0, len(header) + size)
+        file.write(header)
+    data = torch.from_file(str(scratch), shared=True, size=len(header) + size, dtype=torch.uint8)
+    digest, at = xxhash.xxh3_128(header), len(header)
+    for name, tensor in tensors:
+        assert (tensor.dtype, tuple(tensor.shape)) == (shapes[name][0], tuple(shapes[name][1])), name
+        raw = tensor.reshape(-1).view(torch.uint8)
+        place = data[at : at + raw.numel()]
+        place.copy_(raw)
+        digest.update(memoryview(place.numpy()))
+        at += raw.numel()
     scratch.rename(path)
-    return describe([path])
+    return (WeightFile(path=str(path), size=at, checksum=digest.hexdigest()),)
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def remove(files: tuple[WeightFile, ...], run: Path) -> None:
