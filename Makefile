@@ -8,20 +8,21 @@ FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",)
 # Compiled once here: without it the first run waits for that, and every process where PYTHONDONTWRITEBYTECODE is set.
 UV_INSTALL := $(BIN)/uv pip install --quiet --no-deps --compile-bytecode $(FIND_LINKS) --python
 
-
-
 .PHONY: bench-env setup lock quickstart quickstart-text check test test-fast test-full mutants clean
 
 setup: $(VENV)/.ready
 
 # uv gives up where the configured index has no CPU wheel of torch; PyTorch's own index then serves it.
+define install
+$(UV_INSTALL) $(1) || { echo "torch from $(TORCH_CPU_INDEX)"; \
+  $(UV_INSTALL) $(1) --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match; }
+endef
+
 $(VENV)/.ready: cpu.lock pyproject.toml
 	@echo "setup: environment from cpu.lock in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/pip install --quiet --disable-pip-version-check uv
-	@$(UV_INSTALL) $(BIN)/python -r cpu.lock || { \
-	  echo "setup: torch from $(TORCH_CPU_INDEX)"; \
-	  $(UV_INSTALL) $(BIN)/python --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match -r cpu.lock; }
+	@$(call install,$(BIN)/python -r cpu.lock)
 	@$(UV_INSTALL) $(BIN)/python -e .
 	@touch $@
 	@echo "setup: done; try $(BIN)/rsrlm doctor"
@@ -41,7 +42,7 @@ lock:
 # What benchmarks compare with, in an environment of its own.
 bench-env: setup
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	@$(UV_INSTALL) $(BENCH)/bin/python -r cpu.lock trl==1.16.0
+	@$(call install,$(BENCH)/bin/python -r cpu.lock trl==1.16.0)
 
 quickstart: setup
 	$(BIN)/rsrlm run configs/quickstart.yaml

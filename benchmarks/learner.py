@@ -3,7 +3,7 @@
 The same pairs of token ids, model, precision and threads; an optimizer step over all of them, and their reference
 log-probabilities, which both compute before they train. Each side is a process that keeps its model and waits while
 another works. TRL runs in the environment of `make bench-env`, once for each size of its micro-batches, and the faster
-of these counts in each round. Both sides warm up with one step; the losses of the steps must be equal.
+of these counts in each round. Both sides warm up with one step. How far the losses of the steps are apart is said.
 """
 
 import json
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -42,20 +41,19 @@ class Side:
         file.write_text(json.dumps(asdict(work)))
         threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
         shared = {
-            **os.environ, "OMP_NUM_THREADS": threads, "DS_ACCELERATOR": work.device, "WORLD_SIZE": str(ranks),
+            **os.environ, "OMP_NUM_THREADS": threads, "DS_ACCELERATOR": work.device,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
-        if name == "trl" and ranks == 1:
-            shared.pop("WORLD_SIZE")
         self._log = file.with_suffix(".log").open("w+")
-        self.processes = [
-            subprocess.Popen(
+        self.processes = []
+        for rank in range(ranks):
+            place = {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = subprocess.Popen(
                 [python, str(HERE / "learner_sides.py"), name, str(file)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(ranks)
-        ]  # fmt: skip
+                stdin=subprocess.PIPE, stdout=self._log if rank else subprocess.PIPE, stderr=self._log, text=True,
+                start_new_session=True, env=shared if name == "trl" and ranks == 1 else {**shared, **place},
+            )  # fmt: skip
+            self.processes.append(process)
 
     def answer(self) -> dict[str, Any]:
         """The next that its first rank says."""
@@ -168,7 +166,7 @@ def figures_of(rounds: Sequence[Mapping[str, Any]], count: int, flops: float, pe
         "memory, ours over theirs": spread([one["memory_gib"] / other["memory_gib"] for one, other in both]),
         "share of the matrix peak, ours": spread([flops / one["step_s"] / peak for one in ours]),
         "largest difference of losses": max(abs(one["loss"] - other["loss"]) for one, other in both),
-        "other cores": max(row[name]["other_cores"] for row in rounds for name in row if isinstance(row[name], dict)),
+        "other cores": max(side["other_cores"] for row in rounds for side in row.values()),
     }
 
 
@@ -194,20 +192,22 @@ def main(
     with tempfile.TemporaryDirectory(prefix="rsrlm-learner-") as scratch:
         folder = model_folder(model, Path(scratch))
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        sizes = [("rsrlm", sys.executable, micro_batch), *(("trl", str(peer), size) for size in theirs)]
+        if wrong := [size for _, _, size in sizes if pairs % (size * ranks)]:
+            raise SystemExit(f"micro-batches of {wrong} on {ranks} ranks do not make up a step of {pairs} pairs")
         for number, one in enumerate(shape):
             made = pairs_of(one, pairs, vocabulary)
             sides: dict[str, Side] = {}
             with ExitStack() as stack:
-                for side, python, sizes in (("rsrlm", sys.executable, [micro_batch]), ("trl", str(peer), theirs)):
-                    for size in (size for size in sizes if size * ranks <= pairs):
-                        place = Path(scratch) / f"{one}-{side}-{size}"
-                        place.mkdir()
-                        work = Work(str(folder), made, size, rounds, device, dtype, str(place), weights)
-                        port = FIRST_PORT + 10 * number + len(sides)
-                        sides[side if side == "rsrlm" else f"{side}-{size}"] = opened = Side(
-                            python, side, work, ranks, port
-                        )
-                        stack.callback(opened.close)
+                for side, python, size in sizes:
+                    place = Path(scratch) / f"{one}-{side}-{size}"
+                    place.mkdir()
+                    work = Work(str(folder), made, size, rounds, device, dtype, str(place), weights)
+                    port = FIRST_PORT + 10 * number + len(sides)
+                    sides[side if side == "rsrlm" else f"{side}-{size}"] = opened = Side(
+                        python, side, work, ranks, port
+                    )
+                    stack.callback(opened.close)
                 for opened in sides.values():
                     if not opened.answer().get("ready"):
                         raise SystemExit(f"{opened.name} said something before it was ready")
@@ -215,17 +215,13 @@ def main(
                 for turn in range(rounds):
                     order = list(sides) if turn % 2 == 0 else list(reversed(sides))
                     found.append({key: sides[key].round() for key in order})
-                    print(
-                        one,
-                        turn,
-                        {key: round(row["reference_s"] + row["step_s"], 2) for key, row in found[-1].items()},
-                        flush=True,
-                    )
+                    seconds = {key: round(row["reference_s"] + row["step_s"], 2) for key, row in found[-1].items()}
+                    print(one, turn, seconds, flush=True)
                     figures = figures_of(found, pairs, products(folder, made), peak)
                     data["shapes"][one] = {"figures": figures, "rounds": found}
                     write(out, name, data)
             print(one, json.dumps(figures, indent=1), flush=True)
-    ratios = {one: round(median([data["shapes"][one]["figures"]["ratio"]["median"]]), 2) for one in data["shapes"]}
+    ratios = {one: round(found["figures"]["ratio"]["median"], 2) for one, found in data["shapes"].items()}
     print("pairs/s over TRL's:", ratios)
 
 

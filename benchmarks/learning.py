@@ -105,9 +105,8 @@ def changes(clock: str) -> list[str]:
     return [f"clock={{{rule}}}", f"iterations={ITERATIONS * ROUNDS}", f"prompts.per_iteration={24 // ROUNDS}"]
 
 
-def run_seed(seed: int, runs: Path, extra: list[str]) -> Path:
+def run_seed(seed: int, runs: Path, name: str, extra: list[str]) -> Path:
     """One run of the real loop; returns its folder."""
-    name = f"learning-{seed}"
     command = [
         sys.executable, "-m", "rsrlm.cli", "run", str(HERE / "learning.yaml"),
         f"name={name}", f"runs={runs}", f"seed={seed}", f"prompts.path={runs / 'prompts.jsonl'}", *extra,
@@ -225,10 +224,11 @@ def main() -> None:
     write_prompts(runs.resolve() / "prompts.jsonl")
     seeds = {}
     for seed in range(arguments.seeds):
-        folder = runs.resolve() / f"learning-{seed}"
+        name = f"learning-{arguments.clock}-{seed}"
+        folder = runs.resolve() / name
         summary = folder / "summary.json"
         if not summary.exists() or json.loads(summary.read_text())["status"] != "completed":
-            run_seed(seed, runs.resolve(), [*changes(arguments.clock), *arguments.overrides])
+            run_seed(seed, runs.resolve(), name, [*changes(arguments.clock), *arguments.overrides])
         seeds[seed] = measure(folder, first_model, rounds(arguments.clock))
         for row in seeds[seed]:
             print(seed, {key: round(value, 4) for key, value in row.items()}, flush=True)

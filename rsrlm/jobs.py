@@ -88,8 +88,8 @@ class Replaying:
 class Trained:
     """A job is done: the training has come to optimizer step `steps`, having done `replayed` of them again.
 
-    `files` are the transfer files of the weights, and None of a candidate. Seconds include those of a group that is
-    built anew from its last start on.
+    `files` are the transfer files of the weights, and None of a candidate or of what is not published. Seconds include
+    those of a group that is built anew from its last start on.
     """
 
     steps: int

@@ -74,6 +74,7 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
     finally:
         if ahead:
             ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
     store.drop_checkpoints()
     return rows
 
@@ -94,8 +95,8 @@ async def produce(spine: Spine, rounds: Sequence[Iteration], number: int) -> tup
 
 
 async def learn(spine: Spine, rounds: Sequence[Iteration], number: int, batch: Batch) -> tuple[dict[str, Any], Any]:
-    """Train on the pairs of a round; what is said of it, and the transfer files of the weights, None where there was
-    nothing to learn from."""
+    """Train on the pairs of a round; what is said of it, and the transfer files of the weights, None where
+    there was nothing to learn from or the engines get none."""
     run, one, rule = spine.run, rounds[number], spine.config.clock
     before = await run.model_at(number)
     if not batch.items:

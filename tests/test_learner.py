@@ -465,8 +465,12 @@ def test_a_training_goes_on_with_its_optimizer(
     assert (whole / "models/M2/model.safetensors").read_bytes() == weights
 
     parts = [{**one, "items": (2 * n, 2 * n + 2)} for n, one in enumerate(rounds("first", 3, "D"))]
+    for one in parts[:2]:
+        one["course"]["publish"] = False
     jobs = [*rounds("before")[:2], {**rule, "name": "all"}, *parts]
-    *moved, at_once, one, two, three = map(steps_in, run_sessions(tiny_model, other, world_size, jobs))
+    said = run_sessions(tiny_model, other, world_size, jobs)
+    assert [events[-1].files is None for events in said] == [False, False, False, True, True, False]
+    *moved, at_once, one, two, three = map(steps_in, said)
     for found, at_reference in ((together, [True, False, False]), (moved, [True, True])):
         assert [abs(rows[0]["dpo_loss"] - math.log(2)) < 1e-5 for rows in found] == at_reference
     seen = [[(row["pair_ids"], row["loss"], row["lr"]) for row in rows] for rows in (at_once, [*one, *two, *three])]

@@ -35,6 +35,7 @@ from rsrlm.losses.packing import (
     ItemIds,
     TokenBatch,
     check_architecture,
+    in_rows,
     pack,
     pad,
     response_logps,
@@ -107,7 +108,11 @@ def padded(pairs: list[ItemIds]) -> TokenBatch:
     return pad(pairs, pad_id=0)
 
 
-BUILDERS = pytest.mark.parametrize("build", [pack, padded])
+def in_several_rows(pairs: list[ItemIds]) -> TokenBatch:
+    return pack(pairs, row_tokens=12)
+
+
+BUILDERS = pytest.mark.parametrize("build", [pack, in_several_rows, padded])
 
 
 def plain_logps(model: PreTrainedModel, pairs: list[ItemIds]) -> Tensor:
@@ -139,29 +144,50 @@ def test_batch_holds_each_response_token_once_in_order(build: Callable[[list[Ite
     assert batch.length_S.tolist() == [3, 5, 2, 3]
 
 
-def test_packed_row_by_hand() -> None:
-    # row:       5 6 | 9 10 | 12 13 14 || 7 | 15 | 16
-    # index:     0 1   2  3    4  5  6    7   8    9
-    batch = pack([((5, 6), (9, 10), (12, 13, 14)), ((7,), (15,), (16,))])
-    assert batch.input_ids.tolist() == [[5, 6, 9, 10, 12, 13, 14, 7, 15, 16]]
+def test_packed_rows_by_hand() -> None:
+    """Of 7, 3 and 4 tokens in two rows: the longest has one, the others share the other."""
+    # rows:      5 6 | 9 10 | 12 13 14      and     7 | 15 | 16 || 8 8 | 17 | 18
+    # index:     0 1   2  3    4  5  6              7    8    9    10 11   12   13
+    batch = pack([((5, 6), (9, 10), (12, 13, 14)), ((7,), (15,), (16,)), ((8, 8), (17,), (18,))], row_tokens=7)
+    assert batch.input_ids.tolist() == [[5, 6, 9, 10, 12, 13, 14], [7, 15, 16, 8, 8, 17, 18]]
     assert batch.position_ids is not None
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 1]]
-    # index 1, the last prompt token, predicts both 9 and 12; index 7 both 15 and 16
-    assert batch.predict_R.tolist() == [1, 2, 1, 4, 5, 7, 7]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4], [0, 1, 1, 0, 1, 2, 2]]
+    # index 1, the last prompt token, predicts both 9 and 12; index 7 both 15 and 16; index 11 both 17 and 18
+    assert batch.predict_R.tolist() == [1, 2, 1, 4, 5, 7, 7, 11, 11]
+    assert batch.target_R.tolist() == [9, 10, 12, 13, 14, 15, 16, 17, 18]
     assert batch.attention_mask.dtype == torch.bool
-    assert batch.attention_mask.shape == (1, 1, 10, 10)
-    assert batch.attention_mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 0, 0, 1, 0, 1],
+    assert batch.attention_mask.shape == (2, 1, 7, 7)
+    assert batch.attention_mask[:, 0].int().tolist() == [
+        [
+            [1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0, 0],
+            [1, 1, 0, 0, 1, 0, 0],
+            [1, 1, 0, 0, 1, 1, 0],
+            [1, 1, 0, 0, 1, 1, 1],
+        ],
+        [
+            [1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 0, 1, 0, 0, 0, 0],
+            [0, 0, 0, 1, 0, 0, 0],
+            [0, 0, 0, 1, 1, 0, 0],
+            [0, 0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 1, 1, 0, 1],
+        ],
     ]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 60))
+def test_rows_hold_each_item_once_and_are_about_as_long(lengths: list[int], row_tokens: int) -> None:
+    rows = in_rows(lengths, row_tokens)
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    filled = [sum(lengths[number] for number in row) for row in rows]
+    assert max(filled) - min(filled) <= max(lengths)
+    wanted = max(row_tokens, *lengths)
+    assert len(rows) == 1 or 2 / 3 * wanted <= sum(filled) / len(rows)
+    assert sum(filled) / len(rows) <= 1.5 * wanted
 
 
 def test_padded_rows_by_hand() -> None:
@@ -176,28 +202,31 @@ some_pairs = st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=4)
 
 
 @settings(deadline=None)
-@given(some_pairs)
-def test_predicting_position_sees_exactly_the_prefix_of_its_sequence(pairs: list[ItemIds]) -> None:
-    batch = pack(pairs)
+@given(some_pairs, st.integers(5, 40))
+def test_predicting_position_sees_exactly_the_prefix_of_its_sequence(pairs: list[ItemIds], row_tokens: int) -> None:
+    batch = pack(pairs, row_tokens)
     assert batch.position_ids is not None
+    width = batch.input_ids.shape[1]
     prefixes = [[*prompt, *response[:i]] for prompt, *both in pairs for response in both for i in range(len(response))]
     for predict, prefix in zip(batch.predict_R.tolist(), prefixes, strict=True):
-        sees = batch.attention_mask[0, 0, predict]
-        assert batch.input_ids[0, sees].tolist() == prefix
-        assert batch.position_ids[0, sees].tolist() == list(range(len(prefix)))
+        row, column = divmod(predict, width)
+        sees = batch.attention_mask[row, 0, column]
+        assert batch.input_ids[row, sees].tolist() == prefix
+        assert batch.position_ids[row, sees].tolist() == list(range(len(prefix)))
 
 
 @settings(deadline=None)
-@given(some_pairs)
-def test_mask_is_the_rule_cell_by_cell(pairs: list[ItemIds]) -> None:
-    cells = [
-        (p, branch) for p, parts in enumerate(pairs) for branch, part in zip("pcr", parts, strict=True) for _ in part
-    ]
-    rule = [
-        [k <= q and pair_k == pair_q and branch_k in ("p", branch_q) for k, (pair_k, branch_k) in enumerate(cells)]
-        for q, (pair_q, branch_q) in enumerate(cells)
-    ]
-    assert pack(pairs).attention_mask[0, 0].tolist() == rule
+@given(some_pairs, st.integers(5, 40))
+def test_mask_is_the_rule_cell_by_cell(pairs: list[ItemIds], row_tokens: int) -> None:
+    batch = pack(pairs, row_tokens)
+    assert batch.owner_2BT is not None
+    for row, mask in zip(batch.owner_2BT.transpose(0, 1).tolist(), batch.attention_mask[:, 0].tolist(), strict=True):
+        cells = list(zip(*row, strict=True))
+        assert mask == [
+            [k <= q and pair_k == pair_q and branch_k in (0, branch_q) for k, (pair_k, branch_k) in enumerate(cells)]
+            for q, (pair_q, branch_q) in enumerate(cells)
+        ]
+        assert all(any(sees) for sees in mask)  # padding too: a softmax over nothing is no number
 
 
 @settings(deadline=None)
@@ -223,19 +252,19 @@ def test_empty_part_is_refused(build: Callable[[list[ItemIds]], TokenBatch], emp
 
 
 def test_packed_examples_by_hand() -> None:
-    batch = pack([((5, 6), (9, 10)), ((7,), (15,))])
-    assert batch.input_ids.tolist() == [[5, 6, 9, 10, 7, 15]]
+    """The second fills its row with padding, which sees itself, and which nobody else sees."""
+    batch = pack([((5, 6), (9, 10)), ((7,), (15,))], row_tokens=4)
+    assert batch.input_ids.tolist() == [[5, 6, 9, 10], [7, 15, 0, 0]]
     assert batch.position_ids is not None
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert batch.predict_R.tolist() == [1, 2, 4]
     assert batch.target_R.tolist() == [9, 10, 15]
     assert batch.segment_R.tolist() == [0, 0, 1]
     assert batch.length_S.tolist() == [2, 1]
-    mask = batch.attention_mask[0, 0].int().tolist()
-    assert mask == [  # the second example sees nothing of the first
-        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
-    ]  # fmt: skip
+    assert batch.attention_mask[:, 0].int().tolist() == [
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+    ]
 
 
 def test_padded_examples_by_hand() -> None:
@@ -250,7 +279,7 @@ def test_examples_have_the_logps_of_each_alone(llama: PreTrainedModel) -> None:
     examples = [(prompt, chosen) for prompt, chosen, _ in PAIRS]
     with torch.no_grad():
         alone = torch.cat([response_logps(llama, pad([one], pad_id=0)) for one in examples])
-        for batch in (pack(examples), pad(examples, pad_id=0)):
+        for batch in (pack(examples), pack(examples, row_tokens=8), pad(examples, pad_id=0)):
             assert torch.allclose(response_logps(llama, batch), alone, atol=1e-5)
 
 

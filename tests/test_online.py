@@ -134,14 +134,15 @@ def test_a_round_without_pairs_leaves_the_weights(world: Callable[..., World]) -
     assert made.weights()["M5"] == "M0" + "+1" * 4
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("alike", [(0,), (0, 1), (3, 4), (0, 1, 2, 3, 4)])
-def test_rounds_without_pairs_anywhere(alike: tuple[int, ...], world: Callable[..., World]) -> None:
+def test_rounds_without_pairs_anywhere(alike: tuple[int, ...], every: int, world: Callable[..., World]) -> None:
     def ties(request: Request, weights: str) -> str:
         if request.role == "judge" and request.id[:2].isdigit() and int(request.id[:2]) in alike:
             return "Score: 3"
         return by_index(request, weights)
 
-    made = world({"answer": ties})
+    made = world({"answer": ties}, clock={"sync_every": every})
     rows = made.start()
     assert [bool(row["pairs"]) for row in rows] == [number not in alike for number in range(5)]
     assert rows[-1]["weight_version"] == ("M0" if len(alike) == 5 else "M3" if 4 in alike else "M5")

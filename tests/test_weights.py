@@ -71,10 +71,22 @@ def test_no_room_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         weights.write({"a": (torch.float32, (3,))}, [("a", torch.zeros(3))], tmp_path, "M1")
-    weights.remove_stale(tmp_path)
+    assert not weights.stale_files(tmp_path)
 
 
-def test_what_is_not_as_it_was_told_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="a"):
-        weights.write({"a": (torch.float32, (3,))}, [("a", torch.zeros(2))], tmp_path, "M1")
-    weights.remove_stale(tmp_path)
+@pytest.mark.parametrize(
+    "given",
+    [
+        [("a", torch.zeros(2)), ("b", torch.zeros(3))],
+        [("a", torch.zeros(3).half()), ("b", torch.zeros(3))],
+        [("b", torch.zeros(3)), ("a", torch.zeros(3))],
+        [("a", torch.zeros(3))],
+        [(name, torch.zeros(3)) for name in "abc"],
+    ],
+    ids=["shape", "type", "order", "too few", "too many"],
+)
+def test_tensors_that_are_not_those_are_refused(given: list[tuple[str, torch.Tensor]], tmp_path: Path) -> None:
+    """And leave nothing in memory."""
+    with pytest.raises(ValueError, match=r"came in the place of|zip"):
+        weights.write({"a": (torch.float32, (3,)), "b": (torch.float32, (3,))}, given, tmp_path, "M1")
+    assert not weights.stale_files(tmp_path)

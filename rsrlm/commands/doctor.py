@@ -65,7 +65,8 @@ def check_versions(installed: Mapping[str, str]) -> Finding:
 
 
 def check_cores(config: Config, cores: int) -> Finding:
-    """Compares the cores with the threads of all replicas, and with those of all ranks."""
+    """Compares the cores with the threads of all replicas, and with those of all ranks; with both together where the
+    clock lets them work at once."""
     if cores < 2:
         mend = "give it 2: `taskset -c 0,1`, `--cpus=2`"
         return Finding("cores", "fail", f"{cores} core for this process; a run needs 2", mend)
@@ -75,10 +76,12 @@ def check_cores(config: Config, cores: int) -> Finding:
         "engine.threads x (engine.replicas + judge.replicas)": engine.threads * replicas * (not engine.gpus),
         "train.threads x train.workers": train.threads * train.workers * (not train.gpus),
     }
+    if config.clock.overlaps:
+        threads = {" + ".join(key for key in threads if threads[key]): sum(threads.values())}
     over = " and ".join(f"{key}={number}" for key, number in threads.items() if number > cores)
     if not over:
         return Finding("cores", "ok", f"{cores} cores")
-    mend = "lower engine.threads, engine.replicas, train.threads or train.workers until each product fits"
+    mend = "lower engine.threads, engine.replicas, train.threads or train.workers until they fit"
     return Finding("cores", "warn", f"{over} on {cores} cores: more threads than cores slow each other down", mend)
 
 

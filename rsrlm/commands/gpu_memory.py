@@ -113,7 +113,7 @@ def host_memory(shape: Shape, config: Config) -> list[plan.Process]:
             "engine", sum(pool.replicas for pool in pools(config)), ENGINE_HOST + weights * config.ray.share_gpus
         ),
         plan.Process("learner rank", train.workers, RANK_HOST + whole + max(moved, default=0.0)),
-        plan.Process("first rank's copies for a publish", 1, 2 * weights),
+        plan.Process("first rank's copy for an export", 1, weights),
         plan.Process("/dev/shm", 1, 2 * weights),  # a version, while the next one is written
         plan.Process("driver", 1, float(plan.DRIVER)),
         plan.Process("producer", engine.producers, float(plan.PRODUCER)),

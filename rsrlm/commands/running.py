@@ -1,5 +1,6 @@
 """`rsrlm run` and `rsrlm resume`: from a config, or a folder, to the exit code of the run."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,11 +80,21 @@ def _execute(config: Config, noted: dict[str, Any], store_of: Callable[[], RunFo
     prepared = setup.prepare(config, noted, report.busy, prompts)
     if not noted:
         check_room(prepared)
+    if not address.address_of(config) and (crowded := crowding(config)):
+        report.line(crowded)
     with report.busy("joining the cluster" if address.address_of(config) else "starting Ray"):
         cluster.joined(config, ray, report.line)
     store = store_of()
     setup.check_inputs(prepared, store)
     return launch.execute(prepared, store, report, ray)
+
+
+def crowding(config: Config) -> str:
+    """What is said of more threads than cores."""
+    from rsrlm.commands import doctor
+
+    found = doctor.check_cores(config, len(os.sched_getaffinity(0)))
+    return f"{found.detail}; {found.remedy}" if found.level == "warn" else ""
 
 
 def check_room(prepared: Any) -> None:

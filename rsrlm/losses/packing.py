@@ -4,7 +4,7 @@ An item is a prompt and the responses that continue it: two for a preference pai
 Shapes in names: B rows, T tokens of a row, S sequences (all responses of all items, in order), R response tokens of all
 sequences in that order, C of them in one chunk, H hidden size, V vocabulary.
 
-Packing puts all items in one row and every prompt there once (prefix sharing, arXiv 2410.20305). Only the predicting
+Packing puts several items in a row and every prompt there once (prefix sharing, arXiv 2410.20305). Only the predicting
 positions go through the output embedding, in checkpointed chunks, so logits of the size [B, T, V] never exist.
 """
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 ItemIds = Sequence[Sequence[int]]  # token ids of a prompt, then of each response to it
 
+ROW_TOKENS = 2048  # about: longer rows of several items cost more in attention than they spare in padding
 PROMPT = 0  # the branch of a prompt; those of its responses are 1, 2, ...
 
 # What the heads of some models do to their logits (Gemma, Granite, Cohere, Falcon-H1); None and 1 do nothing.
@@ -28,9 +29,9 @@ LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "l
 class TokenBatch:
     """The items of one micro-batch, packed or padded. What ends in R or S is the same in both forms.
 
-    input_ids: [B, T] token ids; B is 1 packed and S padded.
+    input_ids: [B, T] token ids; B is S padded.
     position_ids: [B, T] packed; None padded, where the model's own positions are right.
-    owner_2T: [2, T] packed: the item of each token, and its branch there; None padded.
+    owner_2BT: [2, B, T] packed: the item of each token (-1: padding), and its branch there; None padded.
     padding_BT: int64 [B, T] padded (0: padding); None packed.
     predict_R: index into the hidden states, flattened to [B * T, H], that predicts each response token.
     target_R: id of each response token.
@@ -40,7 +41,7 @@ class TokenBatch:
 
     input_ids: Tensor
     position_ids: Tensor | None
-    owner_2T: Tensor | None
+    owner_2BT: Tensor | None
     padding_BT: Tensor | None
     predict_R: Tensor
     target_R: Tensor
@@ -52,48 +53,77 @@ class TokenBatch:
         return replace(self, **{name: value.to(device) for name, value in own if value is not None})
 
     @property
+    def tokens(self) -> Tensor:
+        """Number of those that are no padding."""
+        if self.owner_2BT is not None:
+            return (self.owner_2BT[0] >= 0).sum()
+        assert self.padding_BT is not None
+        return self.padding_BT.sum()
+
+    @property
     def attention_mask(self) -> Tensor:
-        """Bool [1, 1, T, T] packed (True: the query, third, sees the key, last); int64 [B, T] padded.
+        """Bool [B, 1, T, T] packed (True: the query, third, sees the key, last); int64 [B, T] padded.
 
         Made where the batch is: of 8,000 tokens it has 64 million entries, which a GPU fills in a moment.
         """
-        if self.owner_2T is not None:
-            return packed_mask(*self.owner_2T)[None, None]
+        if self.owner_2BT is not None:
+            return packed_mask(*self.owner_2BT)[:, None]
         assert self.padding_BT is not None
         return self.padding_BT
 
 
-def pack(items: Sequence[ItemIds]) -> TokenBatch:
-    """All items in one row, each as prompt and responses, every response starting at position len(prompt).
+def pack(items: Sequence[ItemIds], row_tokens: int = ROW_TOKENS) -> TokenBatch:
+    """Items in rows of about `row_tokens`, each as prompt and responses, every response starting at position
+    len(prompt).
 
     The last token of a prompt predicts the first token of each of its responses.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    item: list[int] = []
-    branch: list[int] = []
+    lengths = [sum(map(len, parts)) for parts in items]
+    rows = in_rows(lengths, row_tokens)
+    width = max(sum(lengths[number] for number in row) for row in rows)
+    ids, positions, branches = ([0] * (len(rows) * width) for _ in range(3))
+    owners = [-1] * len(ids)  # padding sees itself, and nobody sees it
+    starts = [0] * len(items)
+    for at, row in enumerate(rows):
+        for place, number in enumerate(row):
+            starts[number] = at * width + sum(lengths[one] for one in row[:place])
     predict: list[int] = []
     for number, (prompt, *responses) in enumerate(items):
-        last = len(ids) + len(prompt) - 1  # of the prompt
-        for place, tokens in enumerate((prompt, *responses)):
-            first = len(ids)
-            if place != PROMPT:
-                predict += [last, *range(first, first + len(tokens) - 1)]
-            ids += tokens
-            begin = 0 if place == PROMPT else len(prompt)
-            positions += range(begin, begin + len(tokens))
-            item += [number] * len(tokens)
-            branch += [place] * len(tokens)
-    owner_2T = torch.tensor([item, branch])
-    return _batch(items, torch.tensor([ids]), torch.tensor([positions]), predict, owner_2T=owner_2T)
+        first = starts[number]
+        last = first + len(prompt) - 1  # of the prompt
+        for branch, tokens in enumerate((prompt, *responses)):
+            end = first + len(tokens)
+            if branch != PROMPT:
+                predict += [last, *range(first, end - 1)]
+            begin = 0 if branch == PROMPT else len(prompt)
+            ids[first:end] = tokens
+            positions[first:end] = range(begin, begin + len(tokens))
+            owners[first:end], branches[first:end] = [number] * len(tokens), [branch] * len(tokens)
+            first = end
+    shaped = (torch.tensor(values).view(len(rows), width) for values in (ids, positions, owners, branches))
+    input_ids, position_ids, *owner = shaped
+    return _batch(items, input_ids, position_ids, predict, owner_2BT=torch.stack(owner))
 
 
-def packed_mask(item_T: Tensor, branch_T: Tensor) -> Tensor:
-    """Bool [T, T], query by key: same item, not later in the row, and the key is prompt or of the query's branch."""
-    causal_TT = torch.ones(len(item_T), len(item_T), dtype=torch.bool, device=item_T.device).tril()
-    same_item_TT = item_T[:, None] == item_T[None]
-    visible_TT = (branch_T[None] == PROMPT) | (branch_T[:, None] == branch_T[None])
-    return causal_TT & same_item_TT & visible_TT
+def in_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Numbers of the items of each row: the longest first, each into the shortest row. There are as many rows as make
+    them about `row_tokens` long, or as long as the longest item."""
+    rows: list[list[int]] = [[] for _ in range(max(1, round(sum(lengths) / max(row_tokens, *lengths))))]
+    filled = [0] * len(rows)
+    for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        at = filled.index(min(filled))
+        rows[at].append(number)
+        filled[at] += lengths[number]
+    return [sorted(row) for row in rows]
+
+
+def packed_mask(item_BT: Tensor, branch_BT: Tensor) -> Tensor:
+    """Bool [B, T, T], query by key: same item, not later in the row, and the key is prompt or of the query's branch."""
+    length = item_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=item_BT.device).tril()
+    same_item_BTT = item_BT[:, :, None] == item_BT[:, None]
+    visible_BTT = (branch_BT[:, None] == PROMPT) | (branch_BT[:, :, None] == branch_BT[:, None])
+    return causal_TT & same_item_BTT & visible_BTT
 
 
 def pad(items: Sequence[ItemIds], pad_id: int) -> TokenBatch:
@@ -113,7 +143,7 @@ def _batch(
     input_ids: Tensor,
     position_ids: Tensor | None,
     predict: list[int],
-    owner_2T: Tensor | None = None,
+    owner_2BT: Tensor | None = None,
     padding_BT: Tensor | None = None,
 ) -> TokenBatch:
     if not all(len(part) for item in items for part in item):
@@ -123,7 +153,7 @@ def _batch(
     return TokenBatch(
         input_ids=input_ids,
         position_ids=position_ids,
-        owner_2T=owner_2T,
+        owner_2BT=owner_2BT,
         padding_BT=padding_BT,
         predict_R=torch.tensor(predict),
         target_R=torch.tensor([token for response in responses for token in response]),
@@ -192,7 +222,7 @@ def check_architecture(model: nn.Module) -> None:
 
 
 def supports_packing(model: nn.Module) -> bool:
-    """Whether `pack` gives the log-probabilities of `pad`; tried on two short random pairs.
+    """Whether `pack` gives the log-probabilities of `pad`; tried on short random pairs.
 
     A given 4D mask replaces the model's own, so layers that mask more than the future are refused by their config: a
     window is longer than any short probe. Eager, flex and flash attention do not read a bool 4D mask; use sdpa.
@@ -204,7 +234,7 @@ def supports_packing(model: nn.Module) -> bool:
         padded_R = response_logps(model, pad(pairs, pad_id=0).to(model.device))
         others_R = response_logps(model, pad(others, pad_id=0).to(model.device))
         try:
-            packed_R = response_logps(model, pack(pairs).to(model.device))
+            packed_R = response_logps(model, pack(pairs, row_tokens=20).to(model.device))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # each architecture that has no use for a 4D mask or for position_ids fails in its own way
@@ -232,14 +262,18 @@ def _masks_more_than_future(config: object) -> bool:
 
 
 def _probe_pairs(model: nn.Module) -> tuple[list[ItemIds], list[ItemIds]]:
-    """Two random pairs of unequal lengths, and the same responses to other prompts of the same lengths."""
+    """Random pairs, of which the last two share a row, and the same responses to other prompts of the same lengths."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
 
     def tokens(count: int) -> list[int]:
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
-    pairs: list[ItemIds] = [(tokens(7), tokens(9), tokens(4)), (tokens(5), tokens(3), tokens(8))]
+    pairs: list[ItemIds] = [
+        (tokens(7), tokens(9), tokens(4)),
+        (tokens(5), tokens(3), tokens(8)),
+        (tokens(2), tokens(1), tokens(1)),
+    ]
     return pairs, [(tokens(len(prompt)), *responses) for prompt, *responses in pairs]
 
 

@@ -89,8 +89,11 @@ async def _run(
 
 
 def newest_model(config: Config, store: RunFolder) -> str:
-    """The name of the model that the engines come up with: after an iteration's training its result."""
+    """The name of the model that the engines come up with: after an iteration's training its result; on the online
+    clock the one that answers the next round."""
     rows = store.metrics()
+    if config.clock.kind == "online":
+        return [config.model_name(0), *(str(row["weight_version"]) for row in rows)][config.clock.answers(len(rows))]
     next_model = config.model_name(len(rows) + 1)
     if (store.iteration(len(rows)) / "training.json").exists() and store.model(next_model).exists():
         return next_model

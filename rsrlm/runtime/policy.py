@@ -221,7 +221,7 @@ class Policy:
         for kind in kinds:
             of_kind = torch.tensor([item.kind == kind for item in items], device=self.device)
             sums |= {f"{kind}/{name}": (value * of_kind).sum() for name, value in found.each.items()}
-        return found.loss, {**sums, "tokens": batch.input_ids.numel()}
+        return found.loss, {**sums, "tokens": batch.tokens}
 
     def step(self, places: Sequence[int], lr: float) -> dict[str, Any]:
         """One optimizer step; metrics are means over the step's pairs (SFT: target tokens) unless the name says
@@ -264,13 +264,20 @@ class Policy:
         }
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """These weights, in the same order, each until the next is asked for. On all ranks together."""
+        """These weights on rank 0, in the same order, each until the next is asked for; nothing elsewhere. Under ZeRO 3
+        all ranks must go through it together."""
         import deepspeed
 
+        divided, root = self.train.zero_stage == 3, dist.get_rank() == 0
         for name, parameters, adapter in weights(self.model):
-            divided = self.train.zero_stage == 3
             with deepspeed.zero.GatheredParameters(parameters) if divided else nullcontext():
-                yield name, whole(parameters, adapter)
+                if root:
+                    yield name, whole(parameters, adapter)
+
+    def in_memory(self) -> dict[str, torch.Tensor]:
+        """All of them on the host. Where they are there and whole already, nothing is copied."""
+        divided = self.train.zero_stage == 3
+        return {name: tensor.to("cpu", copy=divided) for name, tensor in self.state()}
 
     def close(self) -> None:
         """Give up all that is in memory. Under ZeRO 3 DeepSpeed 0.19 keeps the model in caches of its own, and with it

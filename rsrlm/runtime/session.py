@@ -180,14 +180,14 @@ class Session:
         trained = time.perf_counter()
         if not self._root:
             for _ in policy.state():
-                pass
+                pass  # it has nothing here, but takes part
             return None
         files = None
         if job.until is None and (not job.course or job.course.publish):
             files = weights.write(policy.shapes(), policy.state(), Path(job.run), job.name)
             state = dict(weights.tensors_in(weights.bytes_of(files[0].path)))
         else:
-            state = {name: tensor.cpu().clone() for name, tensor in policy.state()}
+            state = policy.in_memory()
         written = time.perf_counter()
         output = Path(job.output) if job.until is None else candidate_path(job.output, job.until)
         export(policy.model, state, job, self._model, output)

@@ -156,25 +156,30 @@ def write(
     """Write one transfer file; it appears under its name only when it is whole.
 
     The tensors come in the order of `shapes`, from any device, and each goes to its place as it comes: memory holds no
-    second model. Raises OSError where there is no room.
+    second model. Raises OSError where there is no room, ValueError where the tensors are not those of `shapes`.
     """
     header, size = header_of(shapes)
     folder = transfer_folder(len(header) + size, run / "transfer")
     path = folder / f"{file_prefix(run)}{version}.safetensors"
     scratch = path.with_suffix(".tmp")
-    with scratch.open("wb") as file:
-        # Without room, this says so; a copy into memory that is not there is a signal that kills. It is faster, too.
-        os.posix_fallocate(file.fileno(), 0, len(header) + size)
-        file.write(header)
-    data = torch.from_file(str(scratch), shared=True, size=len(header) + size, dtype=torch.uint8)
-    digest, at = xxhash.xxh3_128(header), len(header)
-    for name, tensor in tensors:
-        assert (tensor.dtype, tuple(tensor.shape)) == (shapes[name][0], tuple(shapes[name][1])), name
-        raw = tensor.reshape(-1).view(torch.uint8)
-        place = data[at : at + raw.numel()]
-        place.copy_(raw)
-        digest.update(memoryview(place.numpy()))
-        at += raw.numel()
+    try:
+        with scratch.open("wb") as file:
+            # Without room, this says so; a copy into memory that is not there would be a signal that kills.
+            os.posix_fallocate(file.fileno(), 0, len(header) + size)
+            file.write(header)
+        data = torch.from_file(str(scratch), shared=True, size=len(header) + size, dtype=torch.uint8)
+        digest, at = xxhash.xxh3_128(header), len(header)
+        for (name, (dtype, shape)), (given, tensor) in zip(shapes.items(), tensors, strict=True):
+            if (given, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
+                raise ValueError(f"{given} {tensor.dtype} {tuple(tensor.shape)} came in the place of {name}")
+            raw = tensor.reshape(-1).view(torch.uint8)
+            place = data[at : at + raw.numel()]
+            place.copy_(raw)
+            digest.update(memoryview(place.numpy()))
+            at += raw.numel()
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
     scratch.rename(path)
     return (WeightFile(path=str(path), size=at, checksum=digest.hexdigest()),)
 

@@ -40,7 +40,11 @@ class Clock(Section):
         "on with the next prompts meanwhile",
     )
     lag: int = Field(
-        1, ge=0, le=1, description="online: rounds by which the weights that answer may be behind those that learn"
+        1,
+        ge=0,
+        le=1,
+        description="online: 1: a round is answered while the one before it is trained on, by the weights that the "
+        "engines hold then; 0: where it is to be answered by new weights, the engines wait for them",
     )
     sync_every: int = Field(1, gt=0, description="online: rounds after which the engines get new weights")
     reference: Literal["first", "before"] = Field(
@@ -60,6 +64,11 @@ class Clock(Section):
                 "evaluate the weights that they have got; set the first to a multiple of the second"
             )
         return self
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether engines answer while the learner trains."""
+        return self.kind == "online" and (self.lag > 0 or self.sync_every > 1)
 
     def answers(self, number: int) -> int:
         """Rounds that the weights have learnt from which answer round `number`."""

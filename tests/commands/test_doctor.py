@@ -82,6 +82,19 @@ def test_cores() -> None:
     expect(ranks, "warn", "train.threads x train.workers=6 on 4 cores", "train.workers")
 
 
+def test_cores_of_engines_and_ranks_that_work_at_once() -> None:
+    expect(doctor.check_cores(config_with(clock="online"), 4), "ok")
+    both = doctor.check_cores(config_with(clock="online"), 3)
+    detail = "engine.threads x (engine.replicas + judge.replicas) + train.threads x train.workers=4 on 3 cores"
+    expect(both, "warn", detail, "engine.threads")
+    in_turns = {"kind": "online", "lag": 0}
+    expect(doctor.check_cores(config_with(clock=in_turns), 2), "ok")
+    expect(doctor.check_cores(config_with(clock={**in_turns, "sync_every": 2}), 2), "warn", detail[:-7] + "2 cores")
+    on_gpus = {"threads": 9, "gpus": 1}
+    expect(doctor.check_cores(config_with(clock="online", engine=on_gpus), 2), "ok")
+    expect(doctor.check_cores(config_with(clock="online", engine=on_gpus, train=on_gpus), 2), "ok")
+
+
 def test_memory() -> None:
     expect(doctor.check_memory(7 * GIB, None, 7 * GIB), "ok", "7.0 GiB available")
     expect(doctor.check_memory(64 * GIB, 8 * GIB, 7 * GIB), "ok", "8.0 GiB left under")

@@ -174,7 +174,7 @@ def test_the_hosts(meta: Any) -> None:
     assert sizes == {
         "engine": (4, 8.0),
         "learner rank": (4, 4.0),
-        "first rank's copies for a publish": (1, 32.1),
+        "first rank's copy for an export": (1, 16.1),
         "/dev/shm": (1, 32.1),
         "driver": (1, 0.6),
     }
