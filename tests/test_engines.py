@@ -237,9 +237,10 @@ def test_a_transfer_file_carries_the_same_weights(
     """As the learner publishes: from memory, through a file in shared memory that is gone afterwards."""
     from safetensors.torch import load_file
 
-    from rsrlm.runtime.weights import SHM, WeightSet, remove, stale_files, write
+    from rsrlm.runtime.weights import SHM, WeightSet, remove, shapes_of, stale_files, write
 
-    files = write(load_file(exported[0] / "model.safetensors"), tmp_path, "M1")
+    tensors = load_file(exported[0] / "model.safetensors")
+    files = write(shapes_of(tensors), tensors.items(), tmp_path, "M1")
     assert Path(files[0].path).parent == SHM
     run_async(pool.publish(WeightSet(version="M1b", folder=str(exported[0]), files=files)))
     remove(files, tmp_path)
