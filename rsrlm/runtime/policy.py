@@ -277,7 +277,7 @@ class Policy:
     def in_memory(self) -> dict[str, torch.Tensor]:
         """All of them on the host. Where they are there and whole already, nothing is copied."""
         divided = self.train.zero_stage == 3
-        return {name: tensor.to("cpu", copy=divided) for name, tensor in self.state()}
+        return {name: tensor.to("cpu", copy=divided).contiguous() for name, tensor in self.state()}
 
     def close(self) -> None:
         """Give up all that is in memory. Under ZeRO 3 DeepSpeed 0.19 keeps the model in caches of its own, and with it
