@@ -13,22 +13,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import gpu
 import typer
 from common import RESULTS, Load, head, spread, write
 from learner_sides import Work
 
 HERE = Path(__file__).parent
 SHAPES = {"chat": (66, 157), "judge": (370, 52), "short": (60, 52)}  # tokens of the prompt and of each response
-BILLION = {
-    "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
 FIRST_PORT = 29610
 
 
@@ -95,30 +93,20 @@ def pairs_of(shape: str, count: int, vocabulary: int) -> list[tuple[list[int], l
 
 
 def model_folder(model: str, folder: Path) -> Path:
-    """`billion`: random weights of that many parameters, with the built-in model's tokenizer."""
+    """`billion`: random weights of that many parameters, with the built-in model's tokenizer or that of
+    RSRLM_GPU_TOKENIZER."""
     from rsrlm.model import folder_of
     from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
 
     if model != "billion":
         return folder_of(ModelConfig(path=model))
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    place = folder / model
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        made = AutoModelForCausalLM.from_config(LlamaConfig(**BILLION, pad_token_id=0), dtype=torch.bfloat16)
-    made.save_pretrained(place)
-    tokenizer = os.environ.get("RSRLM_BENCH_TOKENIZER") or folder_of(ModelConfig(path=BUILTIN_MODEL))
-    for file in Path(tokenizer).iterdir():
-        if "token" in file.name or file.suffix in (".jinja", ".txt"):
-            (place / file.name).write_bytes(file.read_bytes())
-    return place
+    if "RSRLM_GPU_TOKENIZER" not in os.environ:
+        os.environ["RSRLM_GPU_TOKENIZER"] = str(folder_of(ModelConfig(path=BUILTIN_MODEL)))
+    return gpu.model_folder(gpu.Case("", "served", "cuda"), folder)
 
 
 def matrix_peak(device: str, dtype: str) -> float:
     """FLOP/s of the best of a few large products."""
-    import time
-
     import torch
 
     size = 8192 if device == "cuda" else 2048

@@ -2,7 +2,7 @@
 
     python learner_sides.py SIDE JSON    # of what `Work` says
 
-Of TRL's side nothing here needs rsrlm: it runs in an environment of its own.
+TRL's side needs nothing of rsrlm: it runs in an environment of its own.
 """
 
 import json
@@ -144,7 +144,6 @@ def trl(work: Work) -> None:
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    # The trainer adds the reference's columns to those of the text, which are given as token ids here.
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in work.pairs]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config = DPOConfig(

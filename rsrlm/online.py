@@ -57,14 +57,14 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
             with clock("train"):
                 trained, files = await learn(spine, rounds, number, batch)
             run.names.append(trained["weight_version"])
-            if synced := is_synced(rule, rounds, number):
+            if is_synced(rule, rounds, number):
                 with clock("wait for answers"):
                     if ahead:
                         await ahead  # weights move between two rounds alone
                 with clock("publish"):
                     after = await run.pools.model(trained["weight_version"], files)
                     trained["published"] = await run.publish(after)
-            due = synced and ((number + 1) % rule.evaluate_every == 0 or one is rounds[-1])
+            due = (number + 1) % rule.evaluate_every == 0 or one is rounds[-1]  # of what the engines have just got
             with clock("evaluate"):
                 heldout = await evaluate(run, spine.heldout, after, await earlier(spine, number)) if due else {}
             found = {**made, **trained, "heldout": heldout}

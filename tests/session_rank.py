@@ -2,8 +2,8 @@
 pickled to RUN/said.
 
 `python session_rank.py MODEL RUN JOBS` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; JOBS is JSON: a list of
-the options of `train`, beside which `until` and `name` are those of the job, and so is `course`, without `after`: that
-is the job before it, as M1 is before M2.
+the options of `train`, beside which `until` and `name` are those of the job, `items` is the slice of the pairs, and
+`course` that of the job, whose `reference` is `first` (MODEL) or `before` (what the job starts from).
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from concurrent import futures
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rsrlm import model
-from rsrlm.commands import doctor
+from rsrlm.commands import doctor, running
 from rsrlm.commands import plan as planning
 from rsrlm.commands.doctor import Finding
 from rsrlm.commands.plan import GIB
@@ -93,6 +94,13 @@ def test_cores_of_engines_and_ranks_that_work_at_once() -> None:
     on_gpus = {"threads": 9, "gpus": 1}
     expect(doctor.check_cores(config_with(clock="online", engine=on_gpus), 2), "ok")
     expect(doctor.check_cores(config_with(clock="online", engine=on_gpus, train=on_gpus), 2), "ok")
+
+
+def test_a_run_says_what_doctor_says_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert running.crowding(config_with()) == ""
+    assert "=4 on 2 cores" in running.crowding(config_with(clock="online"))
+    assert "lower engine.threads" in running.crowding(config_with(clock="online"))
 
 
 def test_memory() -> None:
