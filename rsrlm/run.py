@@ -84,7 +84,13 @@ class MakesGroups(Protocol):
     def requests(self, prompts: int) -> dict[Role, int]: ...
 
 
-LABELS: dict[Role, str] = {"actor": "respond", "judge": "judge", "meta": "compare", "duel": "compare"}
+LABELS: dict[Role, str] = {
+    "actor": "respond",
+    "prompter": "write",
+    "judge": "judge",
+    "meta": "compare",
+    "duel": "compare",
+}
 CACHE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits")
 
 
