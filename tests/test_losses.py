@@ -453,13 +453,17 @@ def pair_loss(
     counted_P: Tensor,
     weights: Sequence[float] | None = None,
     targets: Sequence[float] | None = None,
+    scores: Sequence[float] | None = None,
     **options: Any,
 ) -> Sums:
-    """Of pairs of weight 1 and target 1 unless others are given; options are those of the train section."""
+    """Of pairs of weight 1, target 1 and scores 1 and 0 unless others are given; options are those of the train
+    section."""
     ones = [1.0] * len(counted_P)
     train = DPO(lr=1e-3, pairs_per_step=1).model_copy(update=options)
-    weight_P, target_P = (torch.tensor(given or ones, dtype=torch.float64) for given in (weights, targets))
-    return pair_losses.pair_loss(logps_R, ref_R, batch, counted_P, weight_P, target_P, train)
+    given = (weights or ones, targets or ones, scores or [1.0, 0.0] * len(counted_P))
+    weight_P, target_P, score_S = (logps_R.new_tensor(values) for values in given)
+    labels = pair_losses.Labels(weight_P=weight_P, target_P=target_P, score_S=score_S)
+    return pair_losses.pair_loss(logps_R, ref_R, batch, counted_P, labels, train)
 
 
 #
@@ -555,7 +559,7 @@ def test_each_pair_by_hand() -> None:
     assert left_out.sums["kl_tokens"] == 3
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sppo"])
 def test_the_weight_of_a_pair_multiplies_its_loss_alone(loss: str) -> None:
     """NLL included; the number of pairs, which the step's loss is divided by, and the other figures stay."""
     batch, logps, ref, counted = pack(PAIRS[:3]), *two_random(15), torch.ones(3, dtype=torch.float64)
@@ -592,6 +596,22 @@ def two_random(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 )
 def test_a_target_is_the_probability_of_the_label(target: float, options: dict[str, Any], expected: float) -> None:
     assert by_hand(targets=[target], **options).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logps", "expected"),
+    [
+        ((-1.0, -2.0, -3.0), 41_596.4),  # both ratios 0: 1000^2 (.2040^2 + .2040^2) / 2
+        ((0.0, -1.0, -4.0), 40_987.0),  # ratios 2 and -1: half of 201.952^2 + 202.952^2
+    ],
+)
+def test_win_rates_are_goals_of_the_ratios(logps: tuple[float, ...], expected: float) -> None:
+    """SPPO: scores 1, 0 and -1 give win rates .7040 and .2960, so goals of 203.952 and -203.952 with beta .001."""
+    win = (0.5 + 0.7310585786 + 0.8807970780) / 3
+    options: dict[str, Any] = {"loss": "sppo", "beta": 0.001, "scores": [win, 1 - win]}
+    found = by_hand(torch.tensor(logps, dtype=torch.float64), LOGPS, **options)
+    assert found.loss.item() == pytest.approx(expected, abs=0.05)
+    assert found.sums["margin"].item() == pytest.approx(0.001 * (0 if expected > 41_000 else 3))
 
 
 def test_weight_target_and_likelihood_together() -> None:
@@ -741,6 +761,7 @@ OPTIONS = [
     {"beta": 0.1},
     {"beta": 0.3, "nll_scale": 0.5},
     {"beta": 0.2, "loss": "ipo"},
+    {"beta": 0.2, "loss": "sppo"},
 ]
 
 
@@ -766,7 +787,7 @@ def step(
 
 
 @BUILDERS
-@pytest.mark.parametrize("options", OPTIONS, ids=["dpo", "smoothed-nll", "ipo-normalized"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["dpo", "nll", "ipo", "sppo"])
 def test_sums_do_not_depend_on_micro_batches_or_order(
     llama: PreTrainedModel, build: Callable[[list[ItemIds]], TokenBatch], options: dict[str, object]
 ) -> None:

@@ -65,6 +65,7 @@ RECIPES = {
     "temporal": "rsrlm.recipes.temporal:Temporal",
     "cream": "rsrlm.recipes.cream:Cream",
     "oaif": "rsrlm.recipes.oaif:Oaif",
+    "sppo": "rsrlm.recipes.sppo:Sppo",
 }
 
 

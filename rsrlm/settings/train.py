@@ -123,6 +123,13 @@ class DPO(TrainRule):
     nll_scale: Number = Field(0.0, ge=0, description="times the per-token negative log-likelihood of the chosen")
 
 
+class SPPO(DPO):
+    """Training on preference pairs whose scores are win rates (2405.00675): other scores are no goal of its loss."""
+
+    loss: Literal["sppo"] = "sppo"  # type: ignore[assignment]  # DPO's losses have no use for win rates
+    beta: Number = Field(0.001, gt=0, description="1 / eta: a win rate p is the goal (p - 1/2) / beta of a log-ratio")
+
+
 class Train(DPO):
     """What all iterations share: the learner's ranks, and the values that a step's own `train` leaves out."""
 
