@@ -111,7 +111,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
     heed_last(spine, iterations, rows)
     for number, one in enumerate(iterations[len(rows) :], start=len(rows)):
         clock = Stages()
-        run.begin(one.recipe, partial(spine.train_aside, number))
+        run.begin(one.recipe, store.pairs, partial(spine.train_aside, number))
         before = await run.model_at(number)
         if number == 0:
             with clock("evaluate first model"):

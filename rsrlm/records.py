@@ -140,7 +140,8 @@ class NoPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """A sampled answer. `prompt_token_ids` is the whole chat prompt that the engine saw."""
+    """A sampled answer. `prompt_token_ids` is the whole chat prompt that the engine saw. `text` is what judges see, and
+    `thought` what the model wrote before it; `token_ids` are of both."""
 
     id: str
     prompt_id: str
@@ -152,6 +153,7 @@ class Response:
     finish_reason: FinishReason
     weight_version: str
     sampling: Sampling
+    thought: str = ""
 
     @property
     def complete(self) -> bool:

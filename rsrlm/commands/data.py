@@ -4,12 +4,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.commands.engines import context_of, loaded, on_engines, started, work_folder, write_lines
+from rsrlm.commands.engines import loaded, on_engines, started, work_folder, write_lines
 from rsrlm.config import Config
 from rsrlm.data import prompts as prompt_files
 from rsrlm.data import ranked, seed_data, self_instruct
 from rsrlm.engines import SAMPLE_PRIORITY, Engines
-from rsrlm.judges.base import judge_of, sampling_of
+from rsrlm.judges.base import context_of, judge_of, sampling_of
 from rsrlm.recipes.eft import accepted, check_judge, judge_replies, points_of, replies_in
 from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import Judgement, Request

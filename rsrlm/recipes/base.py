@@ -125,7 +125,7 @@ async def respond(
 ) -> Response:
     """One sampled answer to a task's prompt: response `index` of its group. `group` and `seed` are those of the task,
     unless what is asked is no part of an iteration."""
-    tokens = context.encoder.user(task.prompt.text)
+    tokens = context.asked(task.prompt.text)
     identifier = f"{task.id if group is None else group}/{index}"
     if seed is None:
         seed = context.seed_of(task.iteration, task.prompt.id, "actor", str(index))
@@ -133,12 +133,14 @@ async def respond(
     completion = await engines.complete(
         Request(id=identifier, prompt_token_ids=tokens, sampling=sampling, priority=SAMPLE_PRIORITY)
     )
+    thought, text = context.parts_of(completion.text)
     return Response(
         id=identifier,
         prompt_id=task.prompt.id,
         index=index,
         role="actor",
-        text=completion.text,
+        text=text,
+        thought=thought,
         token_ids=completion.token_ids,
         prompt_token_ids=tokens,
         finish_reason=completion.finish_reason,

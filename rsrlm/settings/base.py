@@ -66,6 +66,9 @@ RECIPES = {
     "cream": "rsrlm.recipes.cream:Cream",
     "oaif": "rsrlm.recipes.oaif:Oaif",
     "sppo": "rsrlm.recipes.sppo:Sppo",
+    "thinking": "rsrlm.recipes.thinking:Thinking",
+    "spin": "rsrlm.recipes.spin:Spin",
+    "dno": "rsrlm.recipes.dno:Dno",
 }
 
 
