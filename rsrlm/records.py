@@ -217,6 +217,28 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TwoViews:
+    """A judgement to learn, asked with what a teacher sees and with what a student sees (Self-J, 2409.00935): which of
+    `label_token_ids` is the answer."""
+
+    id: str
+    kind: str
+    teacher_token_ids: tuple[int, ...]
+    student_token_ids: tuple[int, ...]
+    label_token_ids: tuple[int, ...]
+    label: int
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """As an example: of the student's view, which is how the judge is asked later."""
+        return self.student_token_ids
+
+    @property
+    def target_token_ids(self) -> tuple[int, ...]:
+        return (self.label_token_ids[self.label],)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """A prompt with everything made for it. `no_pair_reason` says why there are no pairs, if there are none.
 

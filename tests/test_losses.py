@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from rsrlm.losses import pair as pair_losses
+from rsrlm.losses import two_views
 from rsrlm.losses.base import Loss, Sums, loss_for, sequence_sums
 from rsrlm.losses.packing import (
     ItemIds,
@@ -44,8 +45,9 @@ from rsrlm.losses.packing import (
 from rsrlm.losses.pair import PairLoss, pair_means
 from rsrlm.losses.schedule import lr_at
 from rsrlm.losses.sft import TargetLoss, target_loss
-from rsrlm.records import Example, PreferencePair
-from rsrlm.settings.train import DPO, TrainRule
+from rsrlm.losses.two_views import TwoViewsLoss
+from rsrlm.records import Example, PreferencePair, TwoViews
+from rsrlm.settings.train import DPO, Distillation, TrainRule
 
 pytestmark = pytest.mark.torch
 
@@ -739,6 +741,54 @@ def test_the_loss_of_examples() -> None:
     assert found.loss == 3.0
     summed = {name: float(value) for name, value in found.sums.items()}
     assert loss.means(summed) == {"loss": 1.5, "sft_loss": 1.5, "examples": 1.0, "tokens_trained": 2.0}
+
+
+VIEWS = TwoViews(
+    id="v", kind="self_j", teacher_token_ids=(5, 6), student_token_ids=(5,), label_token_ids=(8, 9), label=0
+)
+
+
+def test_the_loss_of_two_views_by_hand() -> None:
+    """Teacher .7 and .3, student .4 and .6: .3567 + .3 x .9163 + 2 x .1838."""
+    logps = torch.tensor([0.7, 0.3, 0.4, 0.6], dtype=torch.float64).log().requires_grad_()
+    loss = loss_for(TwoViews, Distillation(lr=1e-3, pairs_per_step=1))
+    assert isinstance(loss, TwoViewsLoss)
+    assert loss.layout(VIEWS) == [[(5, 6), (8,), (9,)], [(5,), (8,), (9,)]]
+    assert not loss.needs_reference
+    batch = pack(loss.layout(VIEWS))
+    found = loss.sums(logps, None, batch, [VIEWS], torch.ones(1))
+    assert found.loss.item() == pytest.approx(0.9991, abs=5e-5)
+    parts = {"teacher_ce": 0.3567, "student_ce": 0.9163, "kl": 0.1838, "student_right": 0, "examples": 1}
+    assert {name: found.sums[name].item() for name in parts} == pytest.approx(parts, abs=5e-5)
+    found.loss.backward()
+    # The teacher learns from its own label alone: d(-log p0) = -1 there. The student: -.3 - 2 x .7, and -2 x .3.
+    assert logps.grad is not None
+    assert logps.grad.tolist() == pytest.approx([-1, 0, -1.7, -0.6], abs=1e-9)
+    none = loss.sums(logps, None, batch, [VIEWS], torch.zeros(1))
+    assert (none.loss.item(), none.sums["examples"].item()) == (0, 0)
+    means = loss.means({"loss": 3.0, "kl": 1.0, "examples": 2.0})
+    assert means == {"loss": 1.5, "kl": 0.5, "sft_loss": 1.5, "examples": 2.0}
+    assert loss.denominator(3, 60) == 3
+    with pytest.raises(TypeError, match="not by DPO"):
+        loss_for(TwoViews, TRAIN)
+
+
+def test_what_is_no_label_is_one_more_outcome() -> None:
+    """Teacher .5, .3 and .2 elsewhere; student .5, .1 and .4 elsewhere."""
+    logps = torch.tensor([[[0.5, 0.3], [0.5, 0.1]]], dtype=torch.float64).log()
+    rule = Distillation(lr=1e-3, pairs_per_step=1)
+    found = two_views.distillation(logps, torch.tensor([0]), torch.ones(1), rule)
+    assert found.sums["kl"].item() == pytest.approx(0.3 * math.log(3) - 0.2 * math.log(2), abs=1e-9)
+    assert found.sums["student_right"].item() == 1
+
+
+def test_two_views_of_a_real_model(llama: PreTrainedModel) -> None:
+    """Packed, the labels of both views have the log-probabilities of the next token after each prompt."""
+    loss = loss_for(TwoViews, Distillation(lr=1e-3, pairs_per_step=1))
+    with torch.no_grad():
+        logps = response_logps(llama, pack(loss.layout(VIEWS)))
+        expected = [llama(torch.tensor([list(ids)])).logits[0, -1].log_softmax(-1)[[8, 9]] for ids in ((5, 6), (5,))]
+    assert torch.allclose(logps, torch.cat(expected), atol=1e-5)
 
 
 def test_a_loss_beside_the_items_that_it_learns_from_is_found() -> None:

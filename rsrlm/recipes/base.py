@@ -10,10 +10,10 @@ from typing import Any
 
 from rsrlm.engines import SAMPLE_PRIORITY, Engines, Model
 from rsrlm.judges.base import Context, Judge, sampling_of
-from rsrlm.records import Example, Group, PreferencePair, Prompt, Request, Response, Role, Task
+from rsrlm.records import Example, Group, PreferencePair, Prompt, Request, Response, Role, Task, TwoViews
 from rsrlm.run import Run
 
-Item = PreferencePair | Example
+Item = PreferencePair | Example | TwoViews
 JUDGE_PROMPT = 400  # tokens of a judge's template, of usual length
 
 

@@ -1,6 +1,7 @@
-"""What several recipes build: a group, a response that nobody sampled."""
+"""What several recipes build: a group, a response that nobody sampled, scores on a common scale."""
 
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Sampling, Task
 
@@ -45,3 +46,10 @@ def given(
         weight_version="",
         sampling=NOT_SAMPLED,
     )
+
+
+def standardised(values: Sequence[float]) -> list[float]:
+    """Each less the mean of all, over their population deviation; 0 for all where they do not differ."""
+    deviation = pstdev(values) if values else 0.0
+    mean = fmean(values) if values else 0.0
+    return [(value - mean) / deviation if deviation > 1e-9 else 0.0 for value in values]

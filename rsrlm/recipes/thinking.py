@@ -7,13 +7,13 @@ length of the answer, `pair.rho` times, off the normalised score.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean, pstdev
 from typing import Any
 
 from pydantic import Field
 
 from rsrlm.judges.base import Context, mean_verdicts
-from rsrlm.pairing import TIE, Candidate, candidates, pair_of
+from rsrlm.pairing import Candidate, candidates, pair_of
+from rsrlm.recipes.parts import standardised
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Judgement, NoPair, PreferencePair, Response, Task
 from rsrlm.settings.base import ConfigError, Number, Section
@@ -76,10 +76,4 @@ def _points(candidate: Candidate) -> float:
 def penalised(points: Sequence[float], lengths: Sequence[int], rho: float) -> list[float]:
     """Each score less rho times the length, both normalised over the group: less their mean, over their population
     deviation."""
-    return [score - rho * length for score, length in zip(normalised(points), normalised(lengths), strict=True)]
-
-
-def normalised(values: Sequence[float]) -> list[float]:
-    """0 for all where they do not differ."""
-    mean, deviation = fmean(values), pstdev(values)
-    return [(value - mean) / deviation if deviation > TIE else 0.0 for value in values]
+    return [score - rho * length for score, length in zip(standardised(points), standardised(lengths), strict=True)]

@@ -67,6 +67,7 @@ RECIPES = {
     "oaif": "rsrlm.recipes.oaif:Oaif",
     "sppo": "rsrlm.recipes.sppo:Sppo",
     "thinking": "rsrlm.recipes.thinking:Thinking",
+    "self_j": "rsrlm.recipes.self_j:SelfJ",
     "spin": "rsrlm.recipes.spin:Spin",
     "dno": "rsrlm.recipes.dno:Dno",
 }

@@ -115,6 +115,13 @@ class TrainRule(Section):
         return -(-items // self.pairs_per_step) * (self.stop_after_epoch or self.epochs)
 
 
+class Distillation(TrainRule):
+    """Training on judgements in two views (2409.00935)."""
+
+    student_scale: Number = Field(0.3, ge=0, description="times the cross-entropy of the student's view")
+    kl_scale: Number = Field(2.0, ge=0, description="times KL(teacher || student), in which the teacher stands still")
+
+
 class DPO(TrainRule):
     """Training on preference pairs (2305.18290)."""
 
