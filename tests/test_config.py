@@ -370,7 +370,7 @@ def test_the_short_way_to_name_a_model_takes_overrides_too(small: Path) -> None:
         ("iterations.sub=1", "'iterations.sub=1': iterations is not a section"),
         ("name.path=x", "'name.path=x': name is not a section"),  # the short way is the model's alone
         ("train.lr.sub=1", "'train.lr.sub=1': lr is not a section"),
-        ("train..lr=1", "unknown key"),
+        ("train..lr=1", "no step uses it"),
     ],
 )
 def test_overrides_that_are_none(small: Path, override: str, said: str) -> None:

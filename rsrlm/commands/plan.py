@@ -211,17 +211,17 @@ def memory(
     other models that judge and validate."""
     shape = _shape(model)
     weights = num_parameters(model) * BYTES[config.model.dtype]
-    engine, train = config.engine, config.train
-    copies = 3 if train.zero_stage == 0 else 4  # gradients, two moments; ZeRO's flat copy
-    tokens = max(
-        step.config.train.micro_batch * min(engine.max_model_len, demand.item_tokens)
-        for step, demand in zip(config.planned, demands, strict=True)
+    engine, rules = config.engine, [step.config.train for step in config.planned]
+    copies = max(3 if rule.zero_stage == 0 else 4 for rule in rules)  # gradients, two moments; ZeRO's flat copy
+    kept = shape["layers"] * (14 * shape["hidden"] + 4 * shape["intermediate"])
+    activations = BYTES[config.model.dtype] * max(
+        rule.micro_batch
+        * min(engine.max_model_len, demand.item_tokens)
+        * (shape["layers"] * shape["hidden"] * 2 if rule.gradient_checkpointing else kept)
+        for rule, demand in zip(rules, demands, strict=True)
     )
-    per_token = shape["layers"] * (14 * shape["hidden"] + 4 * shape["intermediate"])
-    if train.gradient_checkpointing:
-        per_token = shape["layers"] * shape["hidden"] * 2
-    activations = tokens * per_token * BYTES[config.model.dtype]
-    logits = 3 * min(512, 2 * train.micro_batch * config.sample.max_tokens) * shape["vocabulary"] * 4
+    most = max(rule.micro_batch for rule in rules)
+    logits = 3 * min(512, 2 * most * config.sample.max_tokens) * shape["vocabulary"] * 4
     rank = float(LEARNER_BASE + weights + copies * _learning(config, model) + activations + logits)
     return [
         Process("engine", engine.replicas, _engine(config, model)),
@@ -231,7 +231,7 @@ def memory(
             config.evaluate.judge.replicas if config.evaluate.judge.model else 0,
             _engine(config, validator or model),
         ),
-        Process("learner rank", train.workers, rank),
+        Process("learner rank", config.train.workers, rank),
         Process("producer", engine.producers, float(PRODUCER)),
         Process("driver", 1, float(DRIVER)),
         Process("ray", 1, float(RAY)),
@@ -239,9 +239,10 @@ def memory(
 
 
 def _learning(config: Config, model: Path) -> int:
-    """Bytes of the parameters that have gradients."""
-    lora, size = config.train.lora, BYTES[config.model.dtype]
-    return (shape_of(str(model)).learning(lora) if lora else num_parameters(model)) * size
+    """Bytes of the parameters that have gradients, in the iteration with the most."""
+    loras = [step.config.train.lora for step in config.planned]
+    parameters = max(shape_of(str(model)).learning(lora) if lora else num_parameters(model) for lora in loras)
+    return parameters * BYTES[config.model.dtype]
 
 
 def total_memory(processes: Sequence[Process]) -> float:
@@ -261,7 +262,8 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
     ]
     if candidates and max(candidates) > 0:  # they go when one of them is chosen
         found["candidates"] = float(max(candidates) * (weights + others))
-    if max(steps) > config.train.checkpoint_every_steps or config.clock.kind == "online":
+    every = [step.config.train.checkpoint_every_steps for step in config.planned]
+    if any(number > most for number, most in zip(steps, every, strict=True)) or config.clock.kind == "online":
         found["checkpoint"] = 3.0 * _learning(config, model)
     found["records"] = sum(
         float(RECORD_ON_DISK[role == "actor"] * number)

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rsrlm.settings.base import Number, Section
 
@@ -138,7 +138,10 @@ class SPPO(DPO):
 
 
 class Train(DPO):
-    """What all iterations share: the learner's ranks, and the values that a step's own `train` leaves out."""
+    """What all iterations share: the learner's ranks, and the values that a step's own `train` leaves out, which may be
+    keys that only its recipe knows."""
+
+    model_config = ConfigDict(extra="allow")
 
     workers: int = Field(1, gt=0, description="ranks of the learner group")
     threads: int = Field(2, gt=0, description="CPU threads of one rank")

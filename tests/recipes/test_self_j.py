@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 from scripted import Memory, Scripted, model, recipe_of, run_of
 
 from rsrlm.chat import ChatEncoder
+from rsrlm.config import dump, resolve
 from rsrlm.data.prompt_pool import rouge_l
 from rsrlm.judges.verdicts import LITTLE_DIGIT_MASS, Form, read_distribution
 from rsrlm.recipes.base import NoItems
@@ -124,3 +126,11 @@ def test_what_a_plan_says(make_config: Any, encoder: ChatEncoder) -> None:
     assert recipe.needs()["the judge that sees the reference"] > recipe.needs()["the judge of a response"] > 24
     assert recipe.asks == [recipe.teacher.source, recipe.judge.source]
     assert recipe.trains == "examples"
+
+
+def test_keys_of_its_own_may_stand_at_the_top(make_config: Any) -> None:
+    config = make_config(recipe="self_j", judge=JUDGE, train={"kl_scale": 1})
+    assert config.planned[0].config.train.kl_scale == 1.0
+    with pytest.raises(ConfigError, match=r"train\.kl_scale=1: no step uses it \(recipes: SelfRewarding\)"):
+        make_config(train={"kl_scale": 1})
+    assert resolve(yaml.safe_load(dump(config))).planned[0].config == config.planned[0].config
