@@ -143,6 +143,7 @@ class Train(DPO):
 
     model_config = ConfigDict(extra="allow")
 
+    loss: Literal["sigmoid", "ipo", "sppo"] = "sigmoid"  # type: ignore[assignment]  # which of them, a step's rule says
     workers: int = Field(1, gt=0, description="ranks of the learner group")
     threads: int = Field(2, gt=0, description="CPU threads of one rank")
     cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one rank (placement only; threads says how many it uses)")
