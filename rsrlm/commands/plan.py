@@ -213,15 +213,14 @@ def memory(
     weights = num_parameters(model) * BYTES[config.model.dtype]
     engine, rules = config.engine, [step.config.train for step in config.planned]
     copies = max(3 if rule.zero_stage == 0 else 4 for rule in rules)  # gradients, two moments; ZeRO's flat copy
-    kept = shape["layers"] * (14 * shape["hidden"] + 4 * shape["intermediate"])
+    layers, hidden = shape["layers"], shape["hidden"]
+    kept = {True: layers * hidden * 2, False: layers * (14 * hidden + 4 * shape["intermediate"])}  # of a token
     activations = BYTES[config.model.dtype] * max(
-        rule.micro_batch
-        * min(engine.max_model_len, demand.item_tokens)
-        * (shape["layers"] * shape["hidden"] * 2 if rule.gradient_checkpointing else kept)
+        rule.micro_batch * min(engine.max_model_len, demand.item_tokens) * kept[rule.gradient_checkpointing]
         for rule, demand in zip(rules, demands, strict=True)
     )
-    most = max(rule.micro_batch for rule in rules)
-    logits = 3 * min(512, 2 * most * config.sample.max_tokens) * shape["vocabulary"] * 4
+    most = 2 * max(rule.micro_batch for rule in rules) * config.sample.max_tokens
+    logits = 3 * min(512, most) * shape["vocabulary"] * 4
     rank = float(LEARNER_BASE + weights + copies * _learning(config, model) + activations + logits)
     return [
         Process("engine", engine.replicas, _engine(config, model)),

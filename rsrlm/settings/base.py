@@ -64,6 +64,8 @@ RECIPES = {
     "scpo": "rsrlm.recipes.scpo:Scpo",
     "temporal": "rsrlm.recipes.temporal:Temporal",
     "cream": "rsrlm.recipes.cream:Cream",
+    "scir": "rsrlm.recipes.scir:Scir",
+    "dice": "rsrlm.recipes.dice:Dice",
     "oaif": "rsrlm.recipes.oaif:Oaif",
     "sppo": "rsrlm.recipes.sppo:Sppo",
     "thinking": "rsrlm.recipes.thinking:Thinking",

@@ -107,9 +107,7 @@ def test_nothing_that_could_be_rated(make_config: Any, encoder: ChatEncoder) -> 
 
 
 def test_what_it_cannot_do_is_refused(make_config: Any, encoder: ChatEncoder) -> None:
-    with pytest.raises(
-        ConfigError, match=r"recipe self_j trains the model itself .* judge\.kind=text by the model"
-    ):
+    with pytest.raises(ConfigError, match=r"recipe self_j trains the model itself .* judge\.kind=text by the model"):
         make_config(recipe="self_j", judge={"kind": "text"})
     with pytest.raises(ConfigError, match=r"teacher='self_j_reference' and judge\.template='additive': their verdicts"):
         recipe_of(make_config(recipe="self_j"), encoder)
