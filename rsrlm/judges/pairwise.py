@@ -81,6 +81,10 @@ class Pairwise:
             role=match.role,
         )
 
+    def prompt_of(self, match: Match) -> tuple[int, ...]:
+        """The tokens that the judge sees."""
+        return self._request(match).prompt_token_ids
+
     def read(self, completion: Completion) -> Verdict:
         if self._letters:
             return verdicts.preferred_from_distribution(completion.label_logprobs)

@@ -53,6 +53,7 @@ JUDGES = {
     "text": "rsrlm.judges.rubric:Text",
     "structured": "rsrlm.judges.rubric:Structured",
     "digits": "rsrlm.judges.digits:Digits",
+    "yes_no": "rsrlm.judges.yes_no:YesNo",
     "function": "rsrlm.judges.function:Function",
     "answer": "rsrlm.judges.answers:RightAnswer",
 }
@@ -65,6 +66,9 @@ RECIPES = {
     "temporal": "rsrlm.recipes.temporal:Temporal",
     "cream": "rsrlm.recipes.cream:Cream",
     "oaif": "rsrlm.recipes.oaif:Oaif",
+    "self_taught": "rsrlm.recipes.self_taught:SelfTaught",
+    "self_taught_dpo": "rsrlm.recipes.self_taught:SelfTaughtDPO",
+    "spar": "rsrlm.recipes.spar:Spar",
 }
 
 
