@@ -114,8 +114,7 @@ def _iteration(config: Config, rule: TrainRule, demand: Demand, first: bool) -> 
     ever sent. Before the first one begins, M0 answers too and judges itself."""
     # A judge of no tokens asks no engine.
     none = dict.fromkeys(LABELS.values(), (0, 0))
-    labels = {**LABELS, **SELDOM}.items()
-    asked = {name: entry for role, name in labels if (entry := demand.requests.get(role, (0, 0)))[1]}
+    asked = {name: one for role, name in (LABELS | SELDOM).items() if (one := demand.requests.get(role, (0, 0)))[1]}
     return none | asked | _held_out(config, first) | _validation(config, rule, demand)
 
 
