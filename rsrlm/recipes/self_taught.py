@@ -146,6 +146,11 @@ class SelfTaught(SelfRewarding):
         asked = self.prompt_of(Task(iteration=group.iteration, prompt=group.prompt), group.responses)
         return Example(id=chosen.id, kind="judge", prompt_token_ids=asked, target_token_ids=chosen.token_ids)
 
+    def row(self, group: Group, judgement: Judgement) -> dict[str, str]:
+        """A judgement to imitate as a line of a file for source `path` of recipe sft."""
+        match = self.matches(Task(iteration=group.iteration, prompt=group.prompt), group.responses)[0]
+        return {"id": judgement.id, "prompt": self.compare.text_of(match), "target": judgement.text}
+
     @property
     def width(self) -> int:
         return int(self.config.compare.judgements)
