@@ -102,6 +102,20 @@ def test_a_server_cannot_be_this_judge(make_config: Any) -> None:
         make_config(judge={"kind": "yes_no", "endpoint": server})
 
 
+def test_a_server_may_validate(make_config: Any, encoder: ChatEncoder) -> None:
+    """In the same words, of which nothing is guaranteed."""
+    config = make_config(
+        judge={"kind": "yes_no", "structured": True},
+        evaluate={"judge": {"read": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "x"}}},
+    )
+    validating = judge_of(config.validating, context_of(config, encoder))
+    assert isinstance(validating, YesNo)
+    _, requests = asked(validating, encoder)
+    assert {request.regex for request in requests} == {None}
+    assert all("Very fine tea." in request.text for request in requests)
+    assert validating.needs(24) == 0
+
+
 def votes_of(text: str) -> list[Judgement]:
     known: dict[str, Any] = {"Y": YES, "N": NO, "-": NO_WINNER}
     return [
