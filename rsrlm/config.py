@@ -183,6 +183,8 @@ class Config(Section):
         if not own.external:
             return self.judge
         update: dict[str, Any] = {"model": own.model, "endpoint": own.endpoint}
+        if own.endpoint and self.judge.kind == "yes_no":
+            return self.judge.model_copy(update={**update, "structured": False})
         if own.endpoint or not self.judge.tokens:
             written = judge_section({"fence_salt": self.judge.fence_salt})
             known = {key: value for key, value in self.judge if key in type(written).model_fields and key != "kind"}

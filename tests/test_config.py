@@ -165,7 +165,7 @@ def test_all_mistakes_are_told_at_once(small: Path) -> None:
         ("sample.responses=1", "sample.responses=1: input should be greater than or equal to 2"),
         (
             "judge.kind=numbers",
-            "judge.kind='numbers': known here: text, structured, digits, function, answer, or package",
+            "judge.kind='numbers': known here: text, structured, digits, yes_no, function, answer, or package",
         ),
         ("judge=null", "judge=None: input should be a valid dictionary"),
         ("model=3", "model=3: input should be a valid dictionary"),

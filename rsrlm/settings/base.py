@@ -53,6 +53,7 @@ JUDGES = {
     "text": "rsrlm.judges.rubric:Text",
     "structured": "rsrlm.judges.rubric:Structured",
     "digits": "rsrlm.judges.digits:Digits",
+    "yes_no": "rsrlm.judges.yes_no:YesNo",
     "function": "rsrlm.judges.function:Function",
     "answer": "rsrlm.judges.answers:RightAnswer",
 }
@@ -72,6 +73,9 @@ RECIPES = {
     "self_j": "rsrlm.recipes.self_j:SelfJ",
     "spin": "rsrlm.recipes.spin:Spin",
     "dno": "rsrlm.recipes.dno:Dno",
+    "self_taught": "rsrlm.recipes.self_taught:SelfTaught",
+    "self_taught_dpo": "rsrlm.recipes.self_taught:SelfTaughtDPO",
+    "spar": "rsrlm.recipes.spar:Spar",
 }
 
 
