@@ -192,7 +192,7 @@ def keep(store: RunFolder, iteration: int, batch: Batch, cache_share: float | No
     store.write_pairs(iteration, pairs)
     if trains == "examples":
         store.write_examples(iteration, batch.items)  # type: ignore[arg-type]
-    reasons = {"no_pair_reasons": dict(batch.dropped)} if trains == "pairs" else {}
+    reasons = {"no_pair_reasons" if trains == "pairs" else "dropped": dict(batch.dropped)}
     return {
         **summary_of(batch.groups, pairs),
         **reasons,

@@ -220,8 +220,7 @@ def memory(
         rule.micro_batch * min(engine.max_model_len, demand.item_tokens) * kept[rule.gradient_checkpointing]
         for rule, demand in zip(rules, demands, strict=True)
     )
-    most = 2 * max(rule.micro_batch for rule in rules) * config.sample.max_tokens
-    logits = 3 * min(512, most) * shape["vocabulary"] * 4
+    logits = 12 * shape["vocabulary"] * min(512, 2 * config.sample.max_tokens * max(one.micro_batch for one in rules))
     rank = float(LEARNER_BASE + weights + copies * _learning(config, model) + activations + logits)
     return [
         Process("engine", engine.replicas, _engine(config, model)),

@@ -83,7 +83,7 @@ class SelfTaught(SelfRewarding):
             return group_of(task, (good,), (), NoPair(reason="good response empty or cut"))
         written = await self.similar.ask(engines, task, sample, "prompter", OTHER, fields)
         other = instruction_of(written, task.prompt.text)
-        if not isinstance(other, NoPair) and len(context.encoder.user(other)) + sample.max_tokens > context.room:
+        if not isinstance(other, NoPair) and len(context.asked(other)) + sample.max_tokens > context.room:
             other = NoPair(reason="other instruction too long")
         if isinstance(other, NoPair):
             return group_of(task, (good,), (), other)
@@ -98,8 +98,8 @@ class SelfTaught(SelfRewarding):
 
     def reference(self, task: Task) -> Response | None:
         """The good answer that came with the prompt, if there is one."""
-        encoder, text = self.context.encoder, task.prompt.data.get("reference")
-        return given(task, text, encoder.user(task.prompt.text), encoder.target(text)) if text else None
+        context, text = self.context, task.prompt.data.get("reference")
+        return given(task, text, context.asked(task.prompt.text), context.encoder.target(text)) if text else None
 
     def matches(self, task: Task, responses: Sequence[Response]) -> list[Match]:
         """The two responses for each judgement, always in the same order, which is drawn by seed."""
@@ -137,8 +137,8 @@ class SelfTaught(SelfRewarding):
         dropped = reasons_of(groups) + Counter({EVENED: len(examples) - len(order)})
         if not order:
             raise NoExamples(f"iteration {iteration} has no judgement to imitate: {dict(dropped)}")
-        measures = {"taught": {**position(groups), "dropped": dict(dropped)}}
-        return Batch(items=[examples[at] for at in order], groups=groups, dropped=dropped, measures=measures)
+        items = [examples[at] for at in order]
+        return Batch(items=items, groups=groups, dropped=dropped, measures={"taught": position(groups)})
 
     def example(self, group: Group) -> Example:
         chosen = right_one(group.comparisons, self.context.seed)
@@ -175,7 +175,7 @@ class SelfTaught(SelfRewarding):
     def needs(self) -> dict[str, int]:
         answer = self.config.sample.max_tokens
         return {
-            "sample.max_tokens": len(self.context.encoder.user("")) + answer,
+            "sample.max_tokens": len(self.context.asked("")) + answer,
             "the request for another instruction": self.similar.needs() + answer,
             "the judge of two responses": self.compare.needs(2 * answer),
         }
@@ -198,8 +198,7 @@ class SelfTaughtDPO(SelfTaught):
         pairs = pairs_of(groups)
         kept = in_order(pairs, lambda ids: evenly(ids, self.context.seed, iteration))
         dropped = reasons_of(groups) + Counter({EVENED: len(pairs) - len(kept)})
-        measures = {"taught": {**position(groups), "dropped": dict(dropped)}}
-        return Batch(items=kept, groups=groups, dropped=dropped, measures=measures)
+        return Batch(items=kept, groups=groups, dropped=dropped, measures={"taught": position(groups)})
 
 
 def instruction_of(written: Response, question: str) -> str | NoPair:

@@ -97,11 +97,10 @@ class Spar(SelfRewarding):
         """The refined text as an answer to the question, against the response that it came from."""
         if refined is None:
             return NoPair(reason="no refinement accepted")
-        encoder = self.context.encoder
         answer = replace(
             refined.response,
-            prompt_token_ids=encoder.user(task.prompt.text),
-            token_ids=encoder.target(refined.response.text),
+            prompt_token_ids=self.context.asked(task.prompt.text),
+            token_ids=self.context.encoder.target(refined.response.text),
         )
         chosen = Candidate(response=answer, points=refined.yes or 0.0)
         return pair_of(task.id, chosen, Candidate(response=original.response, points=original.yes or 0.0))

@@ -241,7 +241,7 @@ def test_an_iteration(recipe: str, seed: int, make_config: Any, encoder: ChatEnc
     assert [one.text for one in ale.responses] == ["good", "bad"]
     assert batch.measures["taught"] == {
         "right_shown_first": 0.5, "right_shown_second": 0.5, "readable_shown_first": 6, "readable_shown_second": 6,
-        "unreadable": 0, "dropped": {},
+        "unreadable": 0,
     }  # fmt: skip
     shown = {"write": 2, "respond": 4, "compare": 12}
     assert run.screen.totals == [("iteration 1", shown)]
@@ -294,7 +294,6 @@ def test_prompts_that_are_left_out(
     engine.cut = cut
     batch, _ = iteration(config, encoder, engine)
     assert batch.dropped == {reason: 1, EVENED: 1}
-    assert batch.measures["taught"]["dropped"] == dict(batch.dropped)
     assert {request.id for request in engine.requests if "ale" in request.id} == asked
     assert list(batch.items) == []
     assert batch.groups[1].no_pair_reason == reason
