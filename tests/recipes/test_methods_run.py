@@ -14,11 +14,18 @@ import yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
+ANSWERS = {"kind": "answer", "where": "end"}
 STEPS = [
-    {"name": "I", "recipe": "irpo", "judge": {"kind": "answer", "where": "end"}, "pairs": 3},
-    {"name": "S", "recipe": "scpo", "judge": {"kind": "answer", "where": "end"}, "least": 0.3},
+    {"name": "I", "recipe": "irpo", "judge": ANSWERS, "pairs": 3},
+    {"name": "S", "recipe": "scpo", "judge": ANSWERS, "least": 0.3},
     {"name": "T", "recipe": "temporal"},
     {"name": "C", "recipe": "cream"},
+    {"name": "D", "recipe": "dice", "pair": {"least": 2, "least_chars": 1}},
+    {"name": "A", "recipe": "scir"},
+    {"name": "P", "recipe": "spin", "replay": [1.0]},
+    {"name": "W", "recipe": "sppo", "sample": {"responses": 3}},
+    {"name": "N", "recipe": "dno", "judge": ANSWERS, "pair": {"floor": 1.0, "margin": 1.0, "own_margin": 1.0}},
+    {"name": "J", "recipe": "self_j", "judge": {"template": "self_j"}},
 ]
 
 
@@ -46,7 +53,10 @@ def digits_model(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    questions = [{"id": f"q{i}", "prompt": f"What is {i} + {i}?", "answer": 7 if i % 2 else 3} for i in range(40)]
+    questions = [
+        {"id": f"q{i}", "prompt": f"What is {i} + {i}?", "answer": 7 if i % 2 else 3, "reference": "7"}
+        for i in range(100)
+    ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
     config = {
         "name": "methods",
@@ -115,3 +125,59 @@ def test_soft_labels_of_two_rankings(run: Path) -> None:
     assert 0 < measure["mean"] < 1
     rewards = {one["response_id"]: one["points"] for one in made(run, 3, "judgements")}
     assert all(rewards[pair["chosen_id"]] == pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
+
+
+def test_a_price_per_character(run: Path) -> None:
+    """Both answers have one character: whatever its price, chosen and rejected are as long."""
+    assert row(run, 4)["length"] == {"alpha": 0.0, "chars_chosen_less_rejected": 0.0}
+    for pair in made(run, 4, "pairs"):
+        assert pair["chosen_score"] > pair["rejected_score"]
+
+
+def test_pairs_that_the_likelihood_does_not_contradict(run: Path) -> None:
+    agreement, pairs = row(run, 5)["agreement"], made(run, 5, "pairs")
+    assert agreement["kept"] == len(pairs) > 0
+    assert agreement["of"] == len(pairs) + row(run, 5)["no_pair_reasons"].get("judge and likelihood disagree", 0)
+
+
+def test_the_answers_of_the_data_and_pairs_of_the_iteration_before(run: Path) -> None:
+    pairs = made(run, 6, "pairs")
+    own = [pair for pair in pairs if pair["id"].startswith("06/")]
+    again = [pair for pair in pairs if pair["id"].startswith("05/")]
+    assert {pair["id"] for pair in again} == {pair["id"] for pair in made(run, 5, "pairs")}
+    assert len(own) + len(again) == len(pairs) == row(run, 6)["pairs_trained"]
+    assert row(run, 6)["replay"] == {"pairs": len(again)}
+    texts = {one["id"]: one["text"] for one in made(run, 6, "responses")}
+    assert own  # the data says 7: who answered 3 learns from it
+    assert {texts[pair["rejected_id"]] for pair in own} == {"3"}
+
+
+def test_win_rates(run: Path) -> None:
+    pairs, comparisons = made(run, 7, "pairs"), made(run, 7, "comparisons")
+    assert len(comparisons) == 8 * 3 * 2
+    assert pairs
+    for pair in pairs:
+        assert 0 < pair["rejected_score"] < pair["chosen_score"] < 1
+    steps = [json.loads(line) for line in (run / "iterations/07/steps.jsonl").read_text().splitlines()]
+    goals = [(1000 * (pair[f"{side}_score"] - 0.5)) ** 2 / 2 for pair in pairs for side in ("chosen", "rejected")]
+    # Before the first step the log-ratios are 0, and the loss is what the goals are squared.
+    first = {pair["id"]: place for place, pair in enumerate(pairs)}
+    expected = [goals[2 * first[name]] + goals[2 * first[name] + 1] for name in steps[0]["pair_ids"]]
+    assert steps[0]["loss"] == pytest.approx(sum(expected) / len(expected), rel=0.05)
+
+
+def test_all_pairs_far_enough_apart(run: Path) -> None:
+    judged = {one["response_id"]: one["points"] for one in made(run, 8, "judgements")}
+    pairs = made(run, 8, "pairs")
+    own = [pair for pair in pairs if pair["id"].startswith("08/")]
+    assert {(judged[pair["chosen_id"]], judged[pair["rejected_id"]]) for pair in own} == {(1.0, 0.0)}
+    assert row(run, 8)["replay"]["pairs"] == len(pairs) - len(own)
+
+
+def test_a_judge_in_two_views(run: Path) -> None:
+    examples = made(run, 9, "examples")
+    assert len({example["target_token_ids"][0] for example in examples}) == len(examples) == 8  # grades 0, 1, 2, 3, 5..
+    (step, *_) = [json.loads(line) for line in (run / "iterations/09/steps.jsonl").read_text().splitlines()]
+    parts = step["teacher_ce"] + 0.3 * step["student_ce"] + 2 * step["kl"]
+    assert step["sft_loss"] == pytest.approx(parts, rel=1e-4)
+    assert row(run, 9)["examples_trained"] == 8
