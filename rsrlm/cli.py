@@ -1,4 +1,4 @@
-"""The command line: `rsrlm run | resume | scale | plan | recipes | doctor | data | eval`."""
+"""The command line: `rsrlm run | resume | scale | plan | recipes | doctor | judge | data | eval`."""
 
 import os
 import sys
@@ -149,11 +149,7 @@ Out = Annotated[Path, typer.Option("--out", help="file to write; what is in hand
 
 @data.command("ift", help="Questions with the reply that people ranked best, from data.trees, as JSONL.")
 def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    from rsrlm.commands import data as commands_data
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.report.progress import Report
-
-    _ended(lambda: commands_data.data_ift(configs.load(config, overrides), commands_engines.check_out(out), Report()))
+    _make("data_ift", config, overrides, out)
 
 
 @data.command(
@@ -162,11 +158,7 @@ def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
     "The same command goes on after an interruption.",
 )
 def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    from rsrlm.commands import data as commands_data
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.report.progress import Report
-
-    _ended(lambda: commands_data.data_eft(configs.load(config, overrides), commands_engines.check_out(out), Report()))
+    _make("data_eft", config, overrides, out)
 
 
 @data.command(
@@ -175,15 +167,7 @@ def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
     "model on all of prompts.path, as JSONL. The same command goes on after an interruption.",
 )
 def data_judgements(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    from rsrlm.commands import data as commands_data
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.report.progress import Report
-
-    _ended(
-        lambda: commands_data.data_judgements(
-            configs.load(config, overrides), commands_engines.check_out(out), Report()
-        )
-    )
+    _make("data_judgements", config, overrides, out)
 
 
 @data.command(
@@ -197,15 +181,7 @@ def data_prompts(
     number: Annotated[int, typer.Option("--number", min=1, help="prompts to make")] = 100,
     overrides: Overrides = None,
 ) -> None:
-    from rsrlm.commands import data as commands_data
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.report.progress import Report
-
-    _ended(
-        lambda: commands_data.data_prompts(
-            configs.load(config, overrides), number, commands_engines.check_out(out), Report()
-        )
-    )
+    _make("data_prompts", config, overrides, out, number)
 
 
 @evaluate.command(
@@ -277,6 +253,38 @@ def eval_duel(
     prompts = prompt_files.read(prompt_files.file_of(resolved.prompts))
     commands_engines.check_out(out, folder=True)
     _ended(lambda: commands_duel.eval_duel(resolved, first, second, judge, prompts, out, Report()))
+
+
+@app.command(
+    "judge",
+    help="Score a file of responses with the config's judge: lines with id, prompt, and response or responses. Where "
+    "they say which are good, shows what refusing below a threshold would spare. The same command goes on after an "
+    "interruption.",
+)
+def judge_file(
+    config: ConfigPath,
+    source: Annotated[str, typer.Option("--data", help="responses: a file or a Hugging Face id")],
+    out: Out,
+    threshold: Annotated[float | None, typer.Option(help="responses with fewer points are marked as refused")] = None,
+    best: Annotated[bool, typer.Option("--best", help="write the best response to each prompt alone")] = False,
+    overrides: Overrides = None,
+) -> None:
+    from rsrlm.commands import engines as commands_engines
+    from rsrlm.commands import score
+    from rsrlm.report.progress import Report
+
+    resolved, given, path = configs.load(config, overrides), score.read(source), commands_engines.check_out(out)
+    _ended(lambda: score.judge_file(resolved, given, path, threshold, best, Report()))
+
+
+def _make(name: str, config: str, overrides: list[str] | None, out: Path, *more: Any) -> None:
+    """Run a command of rsrlm.commands.data."""
+    from rsrlm.commands import data as commands_data
+    from rsrlm.commands import engines as commands_engines
+    from rsrlm.report.progress import Report
+
+    making = getattr(commands_data, name)
+    _ended(lambda: making(configs.load(config, overrides), *more, commands_engines.check_out(out), Report()))
 
 
 def _ended(work: Callable[[], Any]) -> None:

@@ -106,17 +106,17 @@ def data_judgements(config: Config, out: Path, report: Report) -> None:
     prompts, long = prompt_files.usable(known, lengths, recipe.needs(), config)
     tasks = [Task(iteration=0, prompt=prompt) for prompt in prompts]
 
-    async def work(run: Run) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+    async def work(run: Run) -> tuple[list[dict[str, Any]], Mapping[str, Any], Mapping[str, int]]:
         batch = recipe.items(0, await run.groups(await run.load(run.first), recipe, tasks))
         by_id = {one.id: (group, one) for group in batch.groups for one in group.comparisons}
         rows = [recipe.row(*by_id[example.id]) for example in batch.items if isinstance(example, Example)]
         run.finished(0)
-        return rows, batch.measures["taught"]
+        return rows, batch.measures["taught"], batch.dropped
 
-    rows, taught = on_engines(config, work_folder(out), {config.model.path: folder}, work, report, drawn=drawn)
+    rows, taught, dropped = on_engines(config, work_folder(out), {config.model.path: folder}, work, report, drawn=drawn)
     for what in ("right_shown_first", "right_shown_second"):
         report.line(f"{what}: {taught[what]}")
-    enough(len(rows), config.data, {"prompts too long": len(long), **taught["dropped"]}, report)
+    enough(len(rows), config.data, {"prompts too long": len(long), **dropped}, report)
     write_lines(out, rows)
     report.line(f"{len(rows)} judgements: {out}")
 

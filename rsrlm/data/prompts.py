@@ -37,7 +37,7 @@ def read(path: Path) -> list[Prompt]:
     remedy = f"give a JSONL file with id and prompt per line, or {BUILTIN!r}"
     for number, entry in files.jsonl(path, "prompts.path", remedy):
         where = f"{key}, line {number}"
-        prompt = _prompt(entry, where)
+        prompt = prompt_of(entry, where)
         if prompt.id in lines:
             raise ConfigError(f"{where}: id {prompt.id!r} stands in line {lines[prompt.id]} already; ids are unique")
         lines[prompt.id] = number
@@ -47,7 +47,8 @@ def read(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _prompt(entry: Any, where: str) -> Prompt:
+def prompt_of(entry: Any, where: str) -> Prompt:
+    """The prompt of a line. Raises ConfigError, which begins with `where`."""
     if not isinstance(entry, dict) or not entry.keys() >= {"id", "prompt"}:
         raise ConfigError(f'{where}: must be an object such as {{"id": "tea", "prompt": "Describe tea."}}')
     identifier, text = entry["id"], entry["prompt"]
