@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/methods.py                               # all methods, three seeds: hours on 2 cores
     .venv/bin/python benchmarks/methods.py --seeds 1 --methods irpo scpo # some of them
-    .venv/bin/python benchmarks/methods.py --runs FOLDER                 # keeps the runs; finished ones are not run again
+    .venv/bin/python benchmarks/methods.py --runs FOLDER                 # keeps the runs, and goes on with them
 
 Every method samples the same number of answers to train on, with the same model, problems, learning rate and
 sampling; what it asks its judge for and what it trains on come on top and are reported. One iteration each, but for
