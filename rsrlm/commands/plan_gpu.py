@@ -123,7 +123,8 @@ def work_of(config: Config, step: Step, demand: Demand) -> Work:
     if "meta" in requests:  # as many pairs of judgements as of responses
         pair = (pair + shown + 2 * judgement) / 2
     example = shown + judgement if any(one.path == "eft" for one in getattr(step.config, "sources", ())) else pair / 2
-    trains = demand.items * (example if issubclass(step.recipe, SFT) else PAIRED * pair)
+    imitates = step.recipe.trains == "examples"
+    trains = demand.items * (example if imitates else PAIRED * pair)
     rule = step.config.train
     return Work(
         generated=responses * answer + judged * judgement + compared * _length(COMPARISON, meta_most),
@@ -132,7 +133,7 @@ def work_of(config: Config, step: Step, demand: Demand) -> Work:
         # The second judgement and the words around it; or both answers and all.
         + compared * (JUDGE_PROMPT + QUESTION + 2 * answer if "duel" in requests else judgement + 50),
         trained=trains * (rule.stop_after_epoch or rule.epochs),
-        reference=0.0 if issubclass(step.recipe, SFT) else trains,
+        reference=0.0 if imitates else trains,
     )
 
 

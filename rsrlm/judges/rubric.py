@@ -20,6 +20,8 @@ TOO_LONG = Unparsed(reason="judge prompt too long")
 class Text:
     """Free text whose last line is the verdict."""
 
+    by_sides = False  # whether a verdict is one of two words in the place of a number
+
     class Config(JudgeSection):
         template: str = Field("additive", description="name of a template of rsrlm, or path of a Jinja2 file")
         judgements: int = Field(3, gt=0, description="per response, averaged over the readable ones (N)")
@@ -71,7 +73,8 @@ class Text:
         data = templates.data_fields(self.data_names, prompt.id, prompt.data)
         shown = {"instruction": prompt.text, "response": response.text, **data}
         fence = self.context.fence(self.context.seed_of(origin.iteration, origin.name, "judge", "fence"))
-        return {**{name: verdicts.claimed(text, self.form) for name, text in shown.items()}, "fence": fence}
+        claimed = {name: verdicts.claimed(text, self.form, self.by_sides) for name, text in shown.items()}
+        return {**claimed, "fence": fence}
 
     def sampling(self, seed: int) -> Sampling:
         return sampling_of(self.config, seed)

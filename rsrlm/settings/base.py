@@ -53,6 +53,7 @@ JUDGES = {
     "text": "rsrlm.judges.rubric:Text",
     "structured": "rsrlm.judges.rubric:Structured",
     "digits": "rsrlm.judges.digits:Digits",
+    "true_false": "rsrlm.judges.true_false:TrueFalse",
     "function": "rsrlm.judges.function:Function",
     "answer": "rsrlm.judges.answers:RightAnswer",
 }
@@ -65,6 +66,7 @@ RECIPES = {
     "temporal": "rsrlm.recipes.temporal:Temporal",
     "cream": "rsrlm.recipes.cream:Cream",
     "oaif": "rsrlm.recipes.oaif:Oaif",
+    "alpha_llm": "rsrlm.recipes.alpha_llm:AlphaLLM",
 }
 
 
