@@ -87,6 +87,18 @@ class Lines:
                 break
         return replace(made, id=f"{task.id}/{name.partition('@')[0]}")
 
+    def step(self, before: Response, after: Response, index: int) -> Response:
+        """What was written after `before` alone, as one of several: its prompt is the question and what was begun."""
+        text = after.text[len(before.text) :]
+        return replace(
+            after,
+            index=index,
+            text=text,
+            token_ids=after.token_ids[len(before.token_ids) :],
+            prompt_token_ids=before.prompt_token_ids + before.token_ids,
+            finish_reason="stop" if after.complete or text.endswith(self.config.separator) else "length",
+        )
+
     def _with(self, before: Response, completion: Completion, sampling: Sampling) -> Response:
         """The beginning with what was written after it. A stop string is no end of the answer, and leaves no end token;
         where the tokens that are kept lack a part of it, it is added, so that the next line begins behind it."""
@@ -110,7 +122,8 @@ class Lines:
     def _tail(self, completion: Completion) -> str:
         """What the last token says beyond the text that ends before a stop string, such as the line break of ".\\n"."""
         # Blanks aside: tokenizers leave out one at the start of what they decode.
-        said = self.context.encoder.tokenizer.decode(completion.token_ids, skip_special_tokens=True).lstrip(" ")
+        decode = self.context.encoder.tokenizer.decode
+        said = decode(completion.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip(" ")
         text = completion.text.lstrip(" ")
         return said[len(text) :] if said.startswith(text) else ""
 

@@ -25,8 +25,8 @@ from rsrlm.settings.methods import JudgeConfig, PerIteration, Sample
 from rsrlm.settings.train import DPO
 
 
-class Comparison(Section):
-    """How two responses are compared."""
+class Reading(Section):
+    """How two texts are compared."""
 
     read: Literal["letters", "text", "structured"] = Field(
         "letters",
@@ -36,6 +36,9 @@ class Comparison(Section):
     temperature: Number = Field(0.0, ge=0, description="of a written verdict")
     top_p: Number = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(300, gt=0, description="of a written verdict")
+
+
+class Comparison(Reading):
     soft: bool = Field(True, description="train on the judge's probability instead of its verdict")
 
 

@@ -67,6 +67,7 @@ RECIPES = {
     "cream": "rsrlm.recipes.cream:Cream",
     "oaif": "rsrlm.recipes.oaif:Oaif",
     "alpha_llm": "rsrlm.recipes.alpha_llm:AlphaLLM",
+    "process": "rsrlm.recipes.process:ProcessBased",
 }
 
 
