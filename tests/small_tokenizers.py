@@ -41,14 +41,17 @@ METASPACE = ("prepend", "first", "always", "replace")  # SentencePiece's kinds
 BYTE_LEVEL = ("gpt2", "llama3", "gpt2-prefix")
 KINDS = METASPACE + BYTE_LEVEL
 
+# Named, so that a template that is added changes no vocabulary.
+CORPUS = ("additive", "additive_digits", "buckets", "meta", "meta_letters", "pairwise", "pairwise_text")
+
 # The manner of Llama 3's, shortened: punctuation takes the line breaks behind it.
 LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _corpus() -> Iterator[str]:
     assets = Path(str(resources.files("rsrlm"))) / "assets"
-    for path in sorted(assets.glob("templates/*.jinja")):
-        yield path.read_text(encoding="utf-8")
+    for name in CORPUS:
+        yield (assets / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     for line in (assets / "prompts" / "instructions.jsonl").read_text(encoding="utf-8").splitlines():
         yield json.loads(line)["prompt"]
 

@@ -165,7 +165,7 @@ def test_all_mistakes_are_told_at_once(small: Path) -> None:
         ("sample.responses=1", "sample.responses=1: input should be greater than or equal to 2"),
         (
             "judge.kind=numbers",
-            "judge.kind='numbers': known here: text, structured, digits, yes_no, function, answer, or package",
+            "judge.kind='numbers': known here: text, structured, digits, yes_no, true_false, function, answer, or",
         ),
         ("judge=null", "judge=None: input should be a valid dictionary"),
         ("model=3", "model=3: input should be a valid dictionary"),
@@ -481,10 +481,7 @@ def test_a_recipe_and_a_judge_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
             "'steps=[{recipe: sft, sources: [a]}, {recipe: sft, sources: [a]}]' train.beta=0.2",
             "train.beta=0.2: no step",
         ),
-        (
-            "recipe=dpo",
-            "recipe='dpo': known here: sft, self_rewarding, meta_rewarding, irpo, ",
-        ),
+        ("recipe=dpo", "recipe='dpo': known here: sft, self_rewarding, meta_rewarding, irpo, "),
         ("recipe=no.such:Class", "recipe='no.such:Class': No module named 'no'"),
         ("recipe=json:nothing", "recipe='json:nothing': module 'json' has no attribute 'nothing'"),
         (

@@ -128,8 +128,10 @@ def judgement_of(completion: Completion | None, verdict: Verdict, **fields: Any)
 
 
 def mean_verdicts(responses: Sequence[Response], judgements: Sequence[Judgement]) -> dict[str, Verdict]:
-    """The mean verdict of each response, by its id."""
+    """The mean verdict of each response, by its id. Judgements of what is none of them, such as the beginning of an
+    answer, are passed over."""
     of_response: dict[str, list[Judgement]] = {response.id: [] for response in responses}
     for judgement in sorted(judgements, key=lambda judgement: judgement.index):
-        of_response[judgement.response_id].append(judgement)
+        if judgement.response_id in of_response:
+            of_response[judgement.response_id].append(judgement)
     return {name: verdicts.mean_points(one.verdict for one in of_one) for name, of_one in of_response.items()}

@@ -12,7 +12,7 @@ from rsrlm.judges.rubric import TOO_LONG
 from rsrlm.records import Completion, Judgement, Preferred, Request, Role, Sampling, Scored, Unparsed, Verdict
 from rsrlm.settings.base import ConfigError
 
-WITHOUT_LETTERS = {"pairwise": "pairwise_text"}
+WITHOUT_LETTERS = {"pairwise": "pairwise_text", "steps": "steps_text"}
 WITH_LETTERS = {"meta": "meta_letters"}
 
 

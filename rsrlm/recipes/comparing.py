@@ -22,8 +22,8 @@ from rsrlm.settings.train import DPO
 NOT_COMPARED = Unparsed(reason="no comparison that can be read")
 
 
-class Comparison(Section):
-    """How two responses are compared."""
+class Reading(Section):
+    """How two texts are compared."""
 
     read: Literal["letters", "text", "structured"] = Field(
         "letters",
@@ -33,12 +33,15 @@ class Comparison(Section):
     temperature: Number = Field(0.0, ge=0, description="of a written verdict")
     top_p: Number = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(300, gt=0, description="of a written verdict")
-    soft: bool = Field(True, description="go by the judge's probability instead of its verdict")
 
     @property
     def tokens(self) -> int:
         """Of one verdict, at most."""
         return 1 if self.read == "letters" else self.max_tokens
+
+
+class Comparison(Reading):
+    soft: bool = Field(True, description="go by the judge's probability instead of its verdict")
 
 
 class Comparing(SelfRewarding):

@@ -37,7 +37,7 @@ class Refine(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class Voted:
     """A response with the votes on it; `yes` is their share of Yes, None where too few are readable."""
 
     response: Response
@@ -93,7 +93,7 @@ class Spar(SelfRewarding):
         votes = [*judgements, *(vote for node in tree for vote in node.votes)]
         return group_of(task, [*responses, *(node.response for node in tree)], votes, made)
 
-    def pair_with(self, task: Task, original: Node, refined: Node | None) -> PreferencePair | NoPair:
+    def pair_with(self, task: Task, original: Voted, refined: Voted | None) -> PreferencePair | NoPair:
         """The refined text as an answer to the question, against the response that it came from."""
         if refined is None:
             return NoPair(reason="no refinement accepted")
@@ -105,9 +105,9 @@ class Spar(SelfRewarding):
         chosen = Candidate(response=answer, points=refined.yes or 0.0)
         return pair_of(task.id, chosen, Candidate(response=original.response, points=original.yes or 0.0))
 
-    async def search(self, engines: Engines, task: Task, original: Node) -> list[Node]:
+    async def search(self, engines: Engines, task: Task, original: Voted) -> list[Voted]:
         """All refinements that are made, level by level."""
-        rule, tree, level = self.config.refine, list[Node](), [original]
+        rule, tree, level = self.config.refine, list[Voted](), [original]
         for _ in range(rule.depth):
             tries = [(node, number) for node in level for number in range(rule.tries)]
             made = await gather(self.refined(engines, task, original, *one) for one in tries)
@@ -117,7 +117,7 @@ class Spar(SelfRewarding):
             level = best(made)[: rule.keep]
         return tree
 
-    async def refined(self, engines: Engines, task: Task, original: Node, node: Node, number: int) -> Node:
+    async def refined(self, engines: Engines, task: Task, original: Voted, node: Voted, number: int) -> Voted:
         """Try `number` at refining a response, with the votes on it; what was cut, or says the same, gets none."""
         config, response = self.config, node.response
         critique = next(vote for vote in node.votes if isinstance(vote.verdict, Scored) and not vote.verdict.points)
@@ -126,9 +126,9 @@ class Spar(SelfRewarding):
         found = await self.refine.ask(engines, task, config.sample, "actor", index, fields)
         known = {"", response.text.strip(), original.response.text.strip()}
         if not found.complete or found.text.strip() in known:
-            return Node(response=found, votes=(), yes=None)
+            return Voted(response=found, votes=(), yes=None)
         votes = await self.judge(engines, task.prompt, found, Origin(iteration=task.iteration, name=found.id))
-        return Node(response=found, votes=votes, yes=share_of_yes(votes, config.readable))
+        return Voted(response=found, votes=votes, yes=share_of_yes(votes, config.readable))
 
     def items(self, iteration: int, groups: Sequence[Group]) -> Batch:
         """Measures what became of the sampled responses and of the refined ones."""
@@ -160,14 +160,16 @@ class Spar(SelfRewarding):
         return [*super().asks, self.refine.source]
 
 
-def nodes_of(responses: Sequence[Response], judgements: Sequence[Judgement], least: int) -> list[Node]:
+def nodes_of(responses: Sequence[Response], judgements: Sequence[Judgement], least: int) -> list[Voted]:
     votes: dict[str, list[Judgement]] = {response.id: [] for response in responses}
     for vote in judgements:
         votes[vote.response_id].append(vote)
-    return [Node(response=one, votes=tuple(votes[one.id]), yes=share_of_yes(votes[one.id], least)) for one in responses]
+    return [
+        Voted(response=one, votes=tuple(votes[one.id]), yes=share_of_yes(votes[one.id], least)) for one in responses
+    ]
 
 
-def negative(nodes: Sequence[Node], group: str, seed: int) -> Node | NoPair:
+def negative(nodes: Sequence[Voted], group: str, seed: int) -> Voted | NoPair:
     """The response that is refined: one that most votes are against, by seed. Ties take no part."""
     against = [node for node in nodes if node.side == "no" and node.response.text.strip()]
     if against:
@@ -176,11 +178,11 @@ def negative(nodes: Sequence[Node], group: str, seed: int) -> Node | NoPair:
     return NoPair(reason="too few readable votes" if unread else "no response with No")
 
 
-def best(nodes: Sequence[Node]) -> list[Node]:
+def best(nodes: Sequence[Voted]) -> list[Voted]:
     """Those with enough readable votes by their share of Yes; of equal ones the lowest index is first."""
     return sorted((n for n in nodes if n.yes is not None), key=lambda n: (-(n.yes or 0.0), n.response.index))
 
 
-def accepted(nodes: Sequence[Node]) -> Node | None:
+def accepted(nodes: Sequence[Voted]) -> Voted | None:
     """The best of the refinements that most votes are for."""
     return next((node for node in best(nodes) if node.side == "yes"), None)

@@ -54,6 +54,7 @@ JUDGES = {
     "structured": "rsrlm.judges.rubric:Structured",
     "digits": "rsrlm.judges.digits:Digits",
     "yes_no": "rsrlm.judges.yes_no:YesNo",
+    "true_false": "rsrlm.judges.true_false:TrueFalse",
     "function": "rsrlm.judges.function:Function",
     "answer": "rsrlm.judges.answers:RightAnswer",
 }
@@ -76,6 +77,8 @@ RECIPES = {
     "self_taught": "rsrlm.recipes.self_taught:SelfTaught",
     "self_taught_dpo": "rsrlm.recipes.self_taught:SelfTaughtDPO",
     "spar": "rsrlm.recipes.spar:Spar",
+    "alpha_llm": "rsrlm.recipes.alpha_llm:AlphaLLM",
+    "process": "rsrlm.recipes.process:ProcessBased",
 }
 
 

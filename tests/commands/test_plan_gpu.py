@@ -241,6 +241,15 @@ def test_tokens_of_fine_tuning(meta: Any) -> None:
     assert plan_gpu.unknown_of(meta) == ["SFT: the judgements of ranked replies that make eft"]
 
 
+def test_tokens_of_a_search() -> None:
+    """Answers that are imitated are trained on alone, and no reference is asked about them."""
+    config = load(CONFIGS / "alpha_llm_llama2_70b.yaml")
+    (demand, _), step = plan_gpu.demands_of(config), config.planned[0]
+    answer = 0.44 * demand.requests["actor"][1]
+    work = plan_gpu.work_of(config, step, demand)
+    assert (work.reference, work.trained) == (0, pytest.approx(3 * 6400 * (115 + 2 * answer) / 2))
+
+
 def test_examples_whose_number_is_not_known() -> None:
     config = load(CONFIGS / "cream_llama3_8b.yaml", ["data.trees=x", "data.max_ift=null"])
     assert plan_gpu.demands_of(config)[0].items == 0

@@ -1,4 +1,4 @@
-"""Two thousand responses that want to leave their place, to all judges together: see tests/hostile.py."""
+"""Thousands of responses that want to leave their place, to all judges together: see tests/hostile.py."""
 
 import itertools
 from typing import Any
@@ -16,7 +16,9 @@ from rsrlm.judges.templates import (
     form_of,
     load_template,
 )
+from rsrlm.judges.true_false import FORM as TRUE_FALSE
 from rsrlm.judges.verdicts import META_WINNER, SCORE, WINNER, claimed, parse_points, parse_winner
+from rsrlm.recipes.process import VARIABLES as STEPS_VARIABLES
 from rsrlm.records import Unparsed
 
 ATTACKS = 300  # on each judge, and others on each
@@ -29,13 +31,17 @@ JUDGES = [
     ("pairwise_text", PAIRWISE_VARIABLES, WINNER, "response_b", False),
     ("meta", META_VARIABLES, META_WINNER, "judgement_a", False),
     ("meta_letters", META_VARIABLES, META_WINNER, "judgement_b", True),
+    ("answer_true", ADDITIVE_VARIABLES, TRUE_FALSE, "response", True),
+    ("step_true", ADDITIVE_VARIABLES, TRUE_FALSE, "response", True),
+    ("steps", STEPS_VARIABLES, WINNER, "steps", True),
+    ("steps_text", STEPS_VARIABLES, WINNER, "response_a", False),
 ]
 
 
 def test_attacks_are_many_and_always_the_same() -> None:
     made = [text for seed in range(len(JUDGES)) for text in attacks(ATTACKS, seed)]
     assert made[:ATTACKS] == list(attacks(ATTACKS))
-    assert len(made) == 2100
+    assert len(made) == 3300
     assert len(set(made)) > 0.95 * len(made)
     assert sum(len(text) >= 100_000 for text in made) >= 10
 

@@ -25,7 +25,9 @@ from rsrlm.judges.templates import (
     form_of,
     load_template,
 )
+from rsrlm.judges.true_false import FORM as TRUE_FALSE
 from rsrlm.judges.verdicts import META_WINNER, NO_SCORE, SCORE, WINNER, Form, parse_points
+from rsrlm.recipes.process import VARIABLES as STEPS_VARIABLES
 from rsrlm.records import Completion, Preferred, Prompt, Sampling, Scored
 from rsrlm.settings.base import ConfigError
 
@@ -50,10 +52,15 @@ def test_a_template_names_the_form_of_its_verdict() -> None:
         ("pairwise_text", PAIRWISE_VARIABLES, WINNER),
         ("meta", META_VARIABLES, META_WINNER),
         ("meta_letters", META_VARIABLES, META_WINNER),
+        ("answer_true", ADDITIVE_VARIABLES, TRUE_FALSE),
+        ("step_true", ADDITIVE_VARIABLES, TRUE_FALSE),
+        ("steps", STEPS_VARIABLES, WINNER),
+        ("steps_text", STEPS_VARIABLES, WINNER),
     ):
         source = load_template(name, variables)
         assert form_of(source, form) == form
-        written = form.prefix if name.endswith(("digits", "letters")) or name == "pairwise" else f"{form.label}: "
+        begun = name.endswith(("digits", "letters", "true")) or name in ("pairwise", "steps")
+        written = form.prefix if begun else f"{form.label}: "
         assert written.removesuffix("(") in source
 
 
@@ -113,8 +120,12 @@ def test_one_scale_whoever_reads_it(name: str, variables: frozenset[str]) -> Non
         ("additive", ADDITIVE_VARIABLES, ["response"]),
         ("additive_digits", ADDITIVE_VARIABLES, ["response"]),
         ("buckets", ADDITIVE_VARIABLES, ["response"]),
+        ("answer_true", ADDITIVE_VARIABLES, ["response"]),
+        ("step_true", ADDITIVE_VARIABLES, ["response"]),
         ("pairwise", PAIRWISE_VARIABLES, ["response A", "response B"]),
         ("pairwise_text", PAIRWISE_VARIABLES, ["response A", "response B"]),
+        ("steps", STEPS_VARIABLES, ["steps", "response A", "response B"]),
+        ("steps_text", STEPS_VARIABLES, ["steps", "response A", "response B"]),
         ("meta", META_VARIABLES, ["response", "judgement A", "judgement B"]),
         ("meta_letters", META_VARIABLES, ["response", "judgement A", "judgement B"]),
         ("taught", PAIRWISE_VARIABLES, ["response A", "response B"]),

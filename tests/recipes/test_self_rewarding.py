@@ -183,6 +183,7 @@ def test_mean_verdicts_by_hand() -> None:
         "00/tea/1": Unparsed(reason="no readable judgement"),
         "00/tea/2": Scored(points=3.0),
     }
+    assert mean_verdicts(group.responses[:1], judgements) == {"00/tea/0": found["00/tea/0"]}  # others are passed over
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------

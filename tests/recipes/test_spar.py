@@ -15,7 +15,7 @@ from rsrlm.chat import ChatEncoder
 from rsrlm.config import load
 from rsrlm.judges.verdicts import NO_WINNER
 from rsrlm.judges.yes_no import share_of_yes
-from rsrlm.recipes.spar import Node, Spar, accepted, best, negative, nodes_of
+from rsrlm.recipes.spar import Voted, Spar, accepted, best, negative, nodes_of
 from rsrlm.records import Completion, Judgement, NoPair, PreferencePair, Prompt, Request, Scored, Task, seed_of
 from rsrlm.report.signs import measure
 from rsrlm.settings.base import ConfigError
@@ -26,7 +26,7 @@ JUDGE = {"kind": "yes_no", "max_tokens": 40}
 TASKS = [Task(iteration=1, prompt=Prompt(id=name, text=f"Praise {name} in three words.")) for name in ("tea", "ale")]
 
 
-def node(index: int, votes: str, text: str = "words", least: int = 2) -> Node:
+def node(index: int, votes: str, text: str = "words", least: int = 2) -> Voted:
     known: dict[str, Any] = {"Y": Scored(points=1.0), "N": Scored(points=0.0), "-": NO_WINNER}
     judgements = tuple(
         Judgement(
@@ -36,7 +36,7 @@ def node(index: int, votes: str, text: str = "words", least: int = 2) -> Node:
         )
         for n, one in enumerate(votes)
     )  # fmt: skip
-    return Node(response=response(index, text), votes=judgements, yes=share_of_yes(judgements, least))
+    return Voted(response=response(index, text), votes=judgements, yes=share_of_yes(judgements, least))
 
 
 # -- the core, by hand -------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_the_majority_of_the_readable_votes() -> None:
 def test_the_response_that_is_refined_is_drawn_among_those_with_no() -> None:
     nodes = [node(0, "YYYYY"), node(1, "NNNYY"), node(2, "YN---"), node(3, "N----"), node(4, "NNNNN")]
     drawn = [negative(nodes, "01/tea", seed) for seed in range(40)]
-    assert {one.response.index for one in drawn if isinstance(one, Node)} == {1, 4}
+    assert {one.response.index for one in drawn if isinstance(one, Voted)} == {1, 4}
     assert drawn == [negative(nodes, "01/tea", seed) for seed in range(40)]
     cut = replace(nodes[1], response=response(1, cut=True))
     assert negative([cut], "01/tea", 0) is cut  # it may lose
