@@ -483,7 +483,7 @@ def test_a_recipe_and_a_judge_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
         ),
         (
             "recipe=dpo",
-            "recipe='dpo': known here: sft, self_rewarding, meta_rewarding, irpo, scpo, temporal, cream, oaif, or",
+            "recipe='dpo': known here: sft, self_rewarding, meta_rewarding, irpo, ",
         ),
         ("recipe=no.such:Class", "recipe='no.such:Class': No module named 'no'"),
         ("recipe=json:nothing", "recipe='json:nothing': module 'json' has no attribute 'nothing'"),

@@ -26,6 +26,7 @@ from rsrlm.settings.train import TrainRule
 
 GIB = 2**30
 LABELS: dict[Role, str] = {"actor": "responses", "judge": "judgements", "meta": "comparisons", "duel": "comparisons"}
+MORE: dict[Role, str] = {"prompter": "questions"}  # said where there are some
 BYTES = {"float32": 4, "bfloat16": 2}
 # Resident memory of a process that has imported its libraries and started, without weights and caches.
 ENGINE_BASE = 1.15 * GIB
@@ -113,7 +114,7 @@ def _iteration(config: Config, rule: TrainRule, demand: Demand, first: bool) -> 
     ever sent. Before the first one begins, M0 answers too and judges itself."""
     # A judge of no tokens asks no engine.
     none = dict.fromkeys(LABELS.values(), (0, 0))
-    asked = {name: entry for role, name in LABELS.items() if (entry := demand.requests.get(role, (0, 0)))[1]}
+    asked = {name: entry for role, name in (LABELS | MORE).items() if (entry := demand.requests.get(role, (0, 0)))[1]}
     return none | asked | _held_out(config, first) | _validation(config, rule, demand)
 
 
@@ -264,7 +265,7 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
     if max(steps) > config.train.checkpoint_every_steps or config.clock.kind == "online":
         found["checkpoint"] = 3.0 * _learning(config, model)
     found["records"] = sum(
-        float(RECORD_ON_DISK[role == "actor"] * number)
+        float(RECORD_ON_DISK[role in ("actor", "prompter")] * number)
         for demand in demands
         for role, (number, _) in demand.requests.items()
     )

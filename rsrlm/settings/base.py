@@ -65,6 +65,8 @@ RECIPES = {
     "temporal": "rsrlm.recipes.temporal:Temporal",
     "cream": "rsrlm.recipes.cream:Cream",
     "oaif": "rsrlm.recipes.oaif:Oaif",
+    "open_book": "rsrlm.recipes.autonomous:OpenBook",
+    "closed_book": "rsrlm.recipes.autonomous:ClosedBook",
 }
 
 
