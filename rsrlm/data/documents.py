@@ -24,6 +24,7 @@ REMEDY = "give a .jsonl file with id and text per line, a .txt or .md file, or a
 
 # Where a text is cut, the first where that is enough: behind paragraphs, sentences, words, characters.
 BORDERS = tuple(map(re.compile, (r"\n[^\S\n]*\n\s*", r"""(?<=[.!?…])["'”’»)\]]*\s+|[。！？]+|\n""", r"\s+", r"(?s:.)")))
+FORM = r"Question: [^\n?]+\?\nAnswer: [^\n]+"  # of what `asked` reads, where an engine holds a model to it
 _LABEL = re.compile(r"^[ \t]*(question|answer)[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _WORD = re.compile(r"\w+")
 

@@ -34,6 +34,9 @@ class Reading(Section):
     per_iteration: int | None = Field(None, gt=0, description="pieces that an iteration reads, by seed; null: all")
     write: Writing = Writing()
     template: str = Field("open_book", description="how it is asked: a name of rsrlm's or a Jinja2 file")
+    structured: bool = Field(
+        False, description="hold the model to the form, a line each, by structured outputs: small models stray from it"
+    )
     pointing: list[str] = Field([], description="drop a question with one of these in it, such as 'the passage'")
     least_overlap: Number = Field(
         0.0, ge=0, le=1, description="drop an answer if a smaller share of its words occurs in the piece"
@@ -90,6 +93,7 @@ class Reader(Recipe):
             prompt_token_ids=self.context.encoder.encode(self.source, shown),
             sampling=sampling_of(self.config.write, seed),
             priority=SAMPLE_PRIORITY,
+            regex=documents.FORM if self.config.structured else None,
             role=role,
         )
         completion = await engines.complete(request)

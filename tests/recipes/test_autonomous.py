@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from scripted import Memory, Scripted, model, recipe_of, run_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.commands import plan, plan_gpu
 from rsrlm.config import load
+from rsrlm.data.documents import FORM
 from rsrlm.recipes.autonomous import pair, text_example
 from rsrlm.recipes.base import NoItems
 from rsrlm.records import Completion, NoPair, PreferencePair, Prompt, Request, seed_of
@@ -115,9 +117,20 @@ def test_how_a_piece_is_read(config_of: Any, encoder: ChatEncoder) -> None:
         asyncio.run(recipe.iteration(run_of(engine), number, model("M0"), []))
     sampling = {request.id: request.sampling for request in engine.requests}
     assert {(one.temperature, one.top_p, one.max_tokens) for one in sampling.values()} == {(0.5, 0.9, 20)}
+    assert {request.regex for request in engine.requests} == {None}
     seeds = {f"{n:02d}/{name}/0": seed_of(0, n, name, "prompter", "0") for n in (0, 1) for name in engine.written}
     assert {name: one.seed for name, one in sampling.items()} == seeds
     assert len(set(seeds.values())) == 4
+
+
+def test_a_model_that_is_held_to_the_form(config_of: Any, encoder: ChatEncoder) -> None:
+    engine = Reads(encoder, {"aspirin.txt-0": WRITTEN, "tea.txt-0": LEAVES})
+    iteration(config_of("closed_book", structured=True), encoder, engine)
+    forms = {request.role: request.regex for request in engine.requests}
+    assert forms == {"prompter": FORM, "actor": None}
+    assert all(re.fullmatch(FORM, text) for text in (WRITTEN, LEAVES))
+    for other in ("Question: a?", "Question: a?\nAnswer: ", "Question: a\nAnswer: b", f"{WRITTEN}\n", f"So. {WRITTEN}"):
+        assert not re.fullmatch(FORM, other)
 
 
 @pytest.mark.parametrize(
