@@ -17,7 +17,7 @@ from rsrlm.commands import plan, plan_gpu
 from rsrlm.config import load
 from rsrlm.data.documents import FORM
 from rsrlm.recipes.autonomous import pair, text_example
-from rsrlm.recipes.base import NoItems
+from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import Completion, NoPair, PreferencePair, Prompt, Request, seed_of
 from rsrlm.settings.base import ConfigError
 
@@ -163,7 +163,7 @@ def test_a_text_that_was_cut_is_dropped(config_of: Any, encoder: ChatEncoder) ->
 
 def test_no_example_at_all(config_of: Any, encoder: ChatEncoder) -> None:
     engine = Reads(encoder, dict.fromkeys(("aspirin.txt-0", "tea.txt-0"), "Who knows?"))
-    with pytest.raises(NoItems, match=r"iteration 1: no piece of documents=.* gave an example: \{'no question': 2\}"):
+    with pytest.raises(NoExamples, match=r"no piece of documents=.* gave an example: \{'no question': 2\}"):
         iteration(config_of("open_book"), encoder, engine)
 
 
