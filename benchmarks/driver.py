@@ -146,7 +146,7 @@ async def measured(config: Config, store: RunFolder, prompts: int, tokens: int, 
     answers = Journals(store.folder)
     run = Run(pools, Answers(answers), Quiet(), store.event, M0, store.segments)
     engines = await run.load(M0)
-    run.begin(recipe, run.train)
+    run.begin(recipe, store.pairs)
     few = [Task(iteration=0, prompt=Prompt(id=f"warm-{index}", text="Warm up.")) for index in range(32)]
     if producers:
         engines = SimpleNamespace(model=M0, each=Engines(Instant(tokens), M0, run.answers).each)

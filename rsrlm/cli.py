@@ -139,7 +139,7 @@ def doctor(
     raise typer.Exit(checks.exit_code(findings))
 
 
-data = typer.Typer(no_args_is_help=True, help="Make training data: IFT and EFT examples, prompts.")
+data = typer.Typer(no_args_is_help=True, help="Make training data: IFT and EFT examples, judgements, prompts.")
 evaluate = typer.Typer(no_args_is_help=True, help="Measure judges against people, and two models against each other.")
 app.add_typer(data, name="data")
 app.add_typer(evaluate, name="eval")
@@ -167,6 +167,23 @@ def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
     from rsrlm.report.progress import Report
 
     _ended(lambda: commands_data.data_eft(configs.load(config, overrides), commands_engines.check_out(out), Report()))
+
+
+@data.command(
+    "judgements",
+    help="Right judgements of two answers of which one is bad by construction (recipe self_taught), by the config's "
+    "model on all of prompts.path, as JSONL. The same command goes on after an interruption.",
+)
+def data_judgements(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
+    from rsrlm.commands import data as commands_data
+    from rsrlm.commands import engines as commands_engines
+    from rsrlm.report.progress import Report
+
+    _ended(
+        lambda: commands_data.data_judgements(
+            configs.load(config, overrides), commands_engines.check_out(out), Report()
+        )
+    )
 
 
 @data.command(

@@ -21,9 +21,9 @@ from rsrlm.settings.methods import (
     Evaluate,
     JudgeConfig,
     JudgeSection,
-    Pair,
     Prompts,
     Sample,
+    Thought,
     Validator,
     judge_section,
 )
@@ -48,8 +48,8 @@ class Config(Section):
     model: ModelConfig
     prompts: Prompts
     sample: Sample
+    thought: Thought | None = Field(None, description="the model thinks before it answers; null: it only answers")
     judge: JudgeConfig
-    pair: Pair = Pair()
     train: Train
     data: Data = Data()
     self_instruct: SelfInstruct = SelfInstruct()
@@ -183,6 +183,8 @@ class Config(Section):
         if not own.external:
             return self.judge
         update: dict[str, Any] = {"model": own.model, "endpoint": own.endpoint}
+        if own.endpoint and self.judge.kind == "yes_no":
+            return self.judge.model_copy(update={**update, "structured": False})
         if own.endpoint or not self.judge.tokens:
             written = judge_section({"fence_salt": self.judge.fence_salt})
             known = {key: value for key, value in self.judge if key in type(written).model_fields and key != "kind"}
@@ -273,9 +275,8 @@ def _plain(config: Config) -> dict[str, Any]:
     """Plain data that gives the same config: every default is written out, and every step in full."""
     data = config.model_dump(mode="json")
     # Of what steps share, their own sections hold the defaults, which differ from recipe to recipe.
-    for name in ("pair", "train"):
-        data[name] = getattr(config, name).model_dump(mode="json", exclude_unset=True)
-    data["train"] = {**{name: getattr(config.train, name) for name in RANKS}, **data["train"]}
+    own = config.train.model_dump(mode="json", exclude_unset=True)
+    data["train"] = {**{name: getattr(config.train, name) for name in RANKS}, **own}
     steps = [
         {"name": step.name, "recipe": dotted(step.recipe), **step.config.model_dump(mode="json")}
         for step in config._steps

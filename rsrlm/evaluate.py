@@ -41,13 +41,14 @@ class Evaluation:
     def asks(self) -> list[str]:
         """Sources of the templates and names of the functions that it asks with."""
         comparing = [self._pairwise.source] if self._pairwise else []
-        return [self.judge.source, self.validating.source, *comparing]
+        asking = [self.context.question] if self.context.question else []
+        return [*asking, self.judge.source, self.validating.source, *comparing]
 
     def needs(self) -> dict[str, int]:
         """Tokens of each kind of request beside those of the question."""
         answer = self.config.evaluate.max_tokens
         return {
-            "evaluate.max_tokens": len(self.context.encoder.user("")) + answer,
+            "evaluate.max_tokens": len(self.context.asked("")) + answer,
             "the judge of a held-out answer": max(self.judge.needs(answer), self.validating.needs(answer)),
             "the judge of two held-out answers": self._pairwise.needs(2 * answer) if self._pairwise else 0,
         }

@@ -111,7 +111,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
     heed_last(spine, iterations, rows)
     for number, one in enumerate(iterations[len(rows) :], start=len(rows)):
         clock = Stages()
-        run.begin(one.recipe, partial(spine.train_aside, number))
+        run.begin(one.recipe, store.pairs, partial(spine.train_aside, number))
         before = await run.model_at(number)
         if number == 0:
             with clock("evaluate first model"):
@@ -192,7 +192,7 @@ def keep(store: RunFolder, iteration: int, batch: Batch, cache_share: float | No
     store.write_pairs(iteration, pairs)
     if trains == "examples":
         store.write_examples(iteration, batch.items)  # type: ignore[arg-type]
-    reasons = {"no_pair_reasons": dict(batch.dropped)} if trains == "pairs" else {}
+    reasons = {"no_pair_reasons" if trains == "pairs" else "dropped": dict(batch.dropped)}
     return {
         **summary_of(batch.groups, pairs),
         **reasons,

@@ -88,7 +88,7 @@ async def produce(spine: Spine, rounds: Sequence[Iteration], number: int) -> tup
     """The pairs of a round, by the weights that the engines hold then."""
     run, one = spine.run, rounds[number]
     actor = await run.model_at(spine.config.clock.answers(number))
-    run.begin(one.recipe)
+    run.begin(one.recipe, spine.store.pairs)
     batch = await one.recipe.iteration(run, number, actor, one.tasks)
     made = await run.aside(keep, spine.store, number, batch, run.prefix_cache_hit_share, one.recipe.trains)
     return batch, {**made, "actor": actor.name}

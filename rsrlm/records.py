@@ -140,7 +140,8 @@ class NoPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """A sampled answer. `prompt_token_ids` is the whole chat prompt that the engine saw."""
+    """A sampled answer. `prompt_token_ids` is the whole chat prompt that the engine saw. `text` is what judges see, and
+    `thought` what the model wrote before it; `token_ids` are of both."""
 
     id: str
     prompt_id: str
@@ -152,6 +153,7 @@ class Response:
     finish_reason: FinishReason
     weight_version: str
     sampling: Sampling
+    thought: str = ""
 
     @property
     def complete(self) -> bool:
@@ -212,6 +214,28 @@ class Example:
     kind: str  # "ift", "eft", "positive", or what a recipe calls it
     prompt_token_ids: tuple[int, ...]
     target_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwoViews:
+    """A judgement to learn, asked with what a teacher sees and with what a student sees (Self-J, 2409.00935): which of
+    `label_token_ids` is the answer."""
+
+    id: str
+    kind: str
+    teacher_token_ids: tuple[int, ...]
+    student_token_ids: tuple[int, ...]
+    label_token_ids: tuple[int, ...]
+    label: int
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """As an example: of the student's view, which is how the judge is asked later."""
+        return self.student_token_ids
+
+    @property
+    def target_token_ids(self) -> tuple[int, ...]:
+        return (self.label_token_ids[self.label],)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,18 +5,19 @@ A recipe is run again from its top after a kill; what lies under the verbs lets 
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rsrlm.engines import Answers, Engines, Model, NotHeld
-from rsrlm.records import Group, Role, Task
+from rsrlm.records import Group, PreferencePair, Role, Task
 from rsrlm.store.buffer import Buffer, Receipt, receipt_of
 from rsrlm.store.items import Segment
 
 Result = TypeVar("Result")
 Trainer = Callable[[Model, Sequence[Any], Any, str], Awaitable[Model]]
+Earlier = Callable[[int], Iterable[PreferencePair]]
 
 
 class Makers(Protocol):
@@ -108,6 +109,7 @@ class Run:
         self._holding = asyncio.Lock()
         self._recipe: MakesGroups | None = None
         self._trainer: Trainer | None = None
+        self._earlier: Earlier | None = None
         self.prefix_cache_hit_share: float | None = None  # of the last groups
 
     def say(self, text: str) -> None:
@@ -185,9 +187,15 @@ class Run:
         """What was made in the iteration is in its tables and trained on."""
         shutil.rmtree(self._segments / f"{iteration:02d}", ignore_errors=True)
 
-    def begin(self, recipe: MakesGroups, trainer: Trainer | None = None) -> None:
-        """The recipe of the iteration that follows, and what `train` does in it, if anything."""
-        self._recipe, self._trainer = recipe, trainer
+    def begin(self, recipe: MakesGroups, earlier: Earlier, trainer: Trainer | None = None) -> None:
+        """The recipe of the iteration that follows, where the pairs of those before it are, and what `train` does in
+        it, if anything."""
+        self._recipe, self._earlier, self._trainer = recipe, earlier, trainer
+
+    def pairs(self, iteration: int) -> Iterable[PreferencePair]:
+        """The pairs that an earlier iteration trained on, in its order of training."""
+        assert self._earlier, "`begin` comes before an iteration"
+        return self._earlier(iteration)
 
     async def train(self, start: Model, items: Sequence[Any], rule: Any, name: str) -> Model:
         """The model `name`, trained from `start` on items within an iteration; `rule` is a TrainRule."""

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rsrlm.engines import Answers, Engines, Model, gather
-from rsrlm.judges.base import Context
+from rsrlm.judges.base import context_of
 from rsrlm.meta_judging import PositionWeights, position_weights
 from rsrlm.records import Completion, Group, Prompt, Request, Task
 from rsrlm.run import Run
@@ -235,12 +235,6 @@ def run_of(engine: Any, log: Any = None, **others: Any) -> Run:
     made.segments = folder  # type: ignore[attr-defined]
     made.events = events  # type: ignore[attr-defined]
     return made
-
-
-def context_of(config: Any, encoder: Any) -> Context:
-    return Context(
-        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
-    )
 
 
 def recipe_of(config: Any, encoder: Any, number: int = 0) -> Any:

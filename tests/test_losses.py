@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from rsrlm.losses import pair as pair_losses
+from rsrlm.losses import two_views
 from rsrlm.losses.base import Loss, Sums, loss_for, sequence_sums
 from rsrlm.losses.packing import (
     ItemIds,
@@ -44,8 +45,9 @@ from rsrlm.losses.packing import (
 from rsrlm.losses.pair import PairLoss, pair_means
 from rsrlm.losses.schedule import lr_at
 from rsrlm.losses.sft import TargetLoss, target_loss
-from rsrlm.records import Example, PreferencePair
-from rsrlm.settings.train import DPO, TrainRule
+from rsrlm.losses.two_views import TwoViewsLoss
+from rsrlm.records import Example, PreferencePair, TwoViews
+from rsrlm.settings.train import DPO, Distillation, TrainRule
 
 pytestmark = pytest.mark.torch
 
@@ -453,13 +455,17 @@ def pair_loss(
     counted_P: Tensor,
     weights: Sequence[float] | None = None,
     targets: Sequence[float] | None = None,
+    scores: Sequence[float] | None = None,
     **options: Any,
 ) -> Sums:
-    """Of pairs of weight 1 and target 1 unless others are given; options are those of the train section."""
+    """Of pairs of weight 1, target 1 and scores 1 and 0 unless others are given; options are those of the train
+    section."""
     ones = [1.0] * len(counted_P)
     train = DPO(lr=1e-3, pairs_per_step=1).model_copy(update=options)
-    weight_P, target_P = (torch.tensor(given or ones, dtype=torch.float64) for given in (weights, targets))
-    return pair_losses.pair_loss(logps_R, ref_R, batch, counted_P, weight_P, target_P, train)
+    given = (weights or ones, targets or ones, scores or [1.0, 0.0] * len(counted_P))
+    weight_P, target_P, score_S = (logps_R.new_tensor(values) for values in given)
+    labels = pair_losses.Labels(weight_P=weight_P, target_P=target_P, score_S=score_S)
+    return pair_losses.pair_loss(logps_R, ref_R, batch, counted_P, labels, train)
 
 
 #
@@ -555,7 +561,7 @@ def test_each_pair_by_hand() -> None:
     assert left_out.sums["kl_tokens"] == 3
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sppo"])
 def test_the_weight_of_a_pair_multiplies_its_loss_alone(loss: str) -> None:
     """NLL included; the number of pairs, which the step's loss is divided by, and the other figures stay."""
     batch, logps, ref, counted = pack(PAIRS[:3]), *two_random(15), torch.ones(3, dtype=torch.float64)
@@ -592,6 +598,22 @@ def two_random(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 )
 def test_a_target_is_the_probability_of_the_label(target: float, options: dict[str, Any], expected: float) -> None:
     assert by_hand(targets=[target], **options).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logps", "expected"),
+    [
+        ((-1.0, -2.0, -3.0), 41_596.4),  # both ratios 0: 1000^2 (.2040^2 + .2040^2) / 2
+        ((0.0, -1.0, -4.0), 40_987.0),  # ratios 2 and -1: half of 201.952^2 + 202.952^2
+    ],
+)
+def test_win_rates_are_goals_of_the_ratios(logps: tuple[float, ...], expected: float) -> None:
+    """SPPO: scores 1, 0 and -1 give win rates .7040 and .2960, so goals of 203.952 and -203.952 with beta .001."""
+    win = (0.5 + 0.7310585786 + 0.8807970780) / 3
+    options: dict[str, Any] = {"loss": "sppo", "beta": 0.001, "scores": [win, 1 - win]}
+    found = by_hand(torch.tensor(logps, dtype=torch.float64), LOGPS, **options)
+    assert found.loss.item() == pytest.approx(expected, abs=0.05)
+    assert found.sums["margin"].item() == pytest.approx(0.001 * (0 if expected > 41_000 else 3))
 
 
 def test_weight_target_and_likelihood_together() -> None:
@@ -721,6 +743,54 @@ def test_the_loss_of_examples() -> None:
     assert loss.means(summed) == {"loss": 1.5, "sft_loss": 1.5, "examples": 1.0, "tokens_trained": 2.0}
 
 
+VIEWS = TwoViews(
+    id="v", kind="self_j", teacher_token_ids=(5, 6), student_token_ids=(5,), label_token_ids=(8, 9), label=0
+)
+
+
+def test_the_loss_of_two_views_by_hand() -> None:
+    """Teacher .7 and .3, student .4 and .6: .3567 + .3 x .9163 + 2 x .1838."""
+    logps = torch.tensor([0.7, 0.3, 0.4, 0.6], dtype=torch.float64).log().requires_grad_()
+    loss = loss_for(TwoViews, Distillation(lr=1e-3, pairs_per_step=1))
+    assert isinstance(loss, TwoViewsLoss)
+    assert loss.layout(VIEWS) == [[(5, 6), (8,), (9,)], [(5,), (8,), (9,)]]
+    assert not loss.needs_reference
+    batch = pack(loss.layout(VIEWS))
+    found = loss.sums(logps, None, batch, [VIEWS], torch.ones(1))
+    assert found.loss.item() == pytest.approx(0.9991, abs=5e-5)
+    parts = {"teacher_ce": 0.3567, "student_ce": 0.9163, "kl": 0.1838, "student_right": 0, "examples": 1}
+    assert {name: found.sums[name].item() for name in parts} == pytest.approx(parts, abs=5e-5)
+    found.loss.backward()
+    # The teacher learns from its own label alone: d(-log p0) = -1 there. The student: -.3 - 2 x .7, and -2 x .3.
+    assert logps.grad is not None
+    assert logps.grad.tolist() == pytest.approx([-1, 0, -1.7, -0.6], abs=1e-9)
+    none = loss.sums(logps, None, batch, [VIEWS], torch.zeros(1))
+    assert (none.loss.item(), none.sums["examples"].item()) == (0, 0)
+    means = loss.means({"loss": 3.0, "kl": 1.0, "examples": 2.0})
+    assert means == {"loss": 1.5, "kl": 0.5, "sft_loss": 1.5, "examples": 2.0}
+    assert loss.denominator(3, 60) == 3
+    with pytest.raises(TypeError, match="not by DPO"):
+        loss_for(TwoViews, TRAIN)
+
+
+def test_what_is_no_label_is_one_more_outcome() -> None:
+    """Teacher .5, .3 and .2 elsewhere; student .5, .1 and .4 elsewhere."""
+    logps = torch.tensor([[[0.5, 0.3], [0.5, 0.1]]], dtype=torch.float64).log()
+    rule = Distillation(lr=1e-3, pairs_per_step=1)
+    found = two_views.distillation(logps, torch.tensor([0]), torch.ones(1), rule)
+    assert found.sums["kl"].item() == pytest.approx(0.3 * math.log(3) - 0.2 * math.log(2), abs=1e-9)
+    assert found.sums["student_right"].item() == 1
+
+
+def test_two_views_of_a_real_model(llama: PreTrainedModel) -> None:
+    """Packed, the labels of both views have the log-probabilities of the next token after each prompt."""
+    loss = loss_for(TwoViews, Distillation(lr=1e-3, pairs_per_step=1))
+    with torch.no_grad():
+        logps = response_logps(llama, pack(loss.layout(VIEWS)))
+        expected = [llama(torch.tensor([list(ids)])).logits[0, -1].log_softmax(-1)[[8, 9]] for ids in ((5, 6), (5,))]
+    assert torch.allclose(logps, torch.cat(expected), atol=1e-5)
+
+
 def test_a_loss_beside_the_items_that_it_learns_from_is_found() -> None:
     class Thought(Example):
         pass
@@ -741,6 +811,7 @@ OPTIONS = [
     {"beta": 0.1},
     {"beta": 0.3, "nll_scale": 0.5},
     {"beta": 0.2, "loss": "ipo"},
+    {"beta": 0.2, "loss": "sppo"},
 ]
 
 
@@ -766,7 +837,7 @@ def step(
 
 
 @BUILDERS
-@pytest.mark.parametrize("options", OPTIONS, ids=["dpo", "smoothed-nll", "ipo-normalized"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["dpo", "nll", "ipo", "sppo"])
 def test_sums_do_not_depend_on_micro_batches_or_order(
     llama: PreTrainedModel, build: Callable[[list[ItemIds]], TokenBatch], options: dict[str, object]
 ) -> None:

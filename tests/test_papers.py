@@ -201,11 +201,12 @@ def loss(config: Config, encoder: ChatEncoder) -> float:
     import torch
 
     from rsrlm.losses.packing import pack
-    from rsrlm.losses.pair import pair_loss
+    from rsrlm.losses.pair import Labels, pair_loss
 
     batch = pack([((1, 2), (3, 4), (5,))])
     logps, reference, one = torch.tensor([-1.0, -2.0, -2.5]), torch.tensor([-1.5, -2.0, -2.0]), torch.ones(1)
-    found = pair_loss(logps, reference, batch, one, one, one, recipe_config(config).train)
+    labels = Labels(weight_P=one, target_P=one, score_S=torch.tensor([1.0, 0.0]))
+    found = pair_loss(logps, reference, batch, one, labels, recipe_config(config).train)
     return float(found.loss)
 
 

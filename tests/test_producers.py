@@ -369,7 +369,7 @@ def test_a_run_with_producers_has_the_groups_and_events_of_one_without(world: Wo
             pools, Answers(log), screen, lambda kind, **fields: events.append({"event": kind, **fields}), model("M0"),
             world.store.segments,
         )  # fmt: skip
-        run.begin(recipe, nobody_trains)
+        run.begin(recipe, lambda iteration: (), nobody_trains)
         made = await run.groups(await run.load(model("M0")), recipe, TASKS)
         # Once more in this iteration, and by a recipe that the producers do not know: by the driver.
         again = await run.groups(await run.load(model("M0")), recipe, TASKS)

@@ -1,18 +1,22 @@
-"""`rsrlm data`: IFT and EFT examples from ranked data, and prompts that a model makes."""
+"""`rsrlm data`: IFT and EFT examples from ranked data, judgements that are right by construction, and prompts that a
+model makes."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.commands.engines import context_of, loaded, on_engines, started, work_folder, write_lines
+from rsrlm.commands.engines import loaded, on_engines, started, work_folder, write_lines
 from rsrlm.config import Config
 from rsrlm.data import prompts as prompt_files
 from rsrlm.data import ranked, seed_data, self_instruct
 from rsrlm.engines import SAMPLE_PRIORITY, Engines
-from rsrlm.judges.base import judge_of, sampling_of
+from rsrlm.judges import templates
+from rsrlm.judges.base import context_of, judge_of, sampling_of
 from rsrlm.recipes.eft import accepted, check_judge, judge_replies, points_of, replies_in
+from rsrlm.recipes.self_taught import SelfTaught
 from rsrlm.recipes.sft import NoExamples
-from rsrlm.records import Judgement, Request
+from rsrlm.records import Example, Judgement, Request, Task
 from rsrlm.report.progress import Report
 from rsrlm.run import Run
 from rsrlm.runtime import setup
@@ -85,6 +89,36 @@ def data_eft(config: Config, out: Path, report: Report) -> None:
         ],
     )
     report.line(f"{len(found)} EFT examples: {out}")
+
+
+def data_judgements(config: Config, out: Path, report: Report) -> None:
+    """Right judgements of two answers of which one is bad by construction, by the config's model, as JSONL."""
+    steps = [step for step in config.planned if issubclass(step.recipe, SelfTaught)]
+    if not steps:
+        raise ConfigError(f"recipe={config.recipe}: no step makes such judgements; set recipe=self_taught")
+    known, _ = prompt_files.distinct(prompt_files.read(prompt_files.file_of(config.prompts)))
+    config, drawn = started(config, work_folder(out))
+    folder, encoder = loaded(config.model, drawn)
+    context = context_of(config, encoder)
+    recipe = SelfTaught(steps[0].config, context, context)
+    templates.check_data(recipe.asks, known, f"prompts.path={config.prompts.path}")
+    lengths = {prompt.id: len(encoder.user(prompt.text)) - len(encoder.user("")) for prompt in known}
+    prompts, long = prompt_files.usable(known, lengths, recipe.needs(), config)
+    tasks = [Task(iteration=0, prompt=prompt) for prompt in prompts]
+
+    async def work(run: Run) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+        batch = recipe.items(0, await run.groups(await run.load(run.first), recipe, tasks))
+        by_id = {one.id: (group, one) for group in batch.groups for one in group.comparisons}
+        rows = [recipe.row(*by_id[example.id]) for example in batch.items if isinstance(example, Example)]
+        run.finished(0)
+        return rows, batch.measures["taught"]
+
+    rows, taught = on_engines(config, work_folder(out), {config.model.path: folder}, work, report, drawn=drawn)
+    for what in ("right_shown_first", "right_shown_second"):
+        report.line(f"{what}: {taught[what]}")
+    enough(len(rows), config.data, {"prompts too long": len(long), **taught["dropped"]}, report)
+    write_lines(out, rows)
+    report.line(f"{len(rows)} judgements: {out}")
 
 
 def data_prompts(config: Config, number: int, out: Path, report: Report) -> None:

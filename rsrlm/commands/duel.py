@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rsrlm.commands.engines import by_validator, context_of, figure, loaded, on_engines, started, write_json
+from rsrlm.commands.engines import by_validator, figure, loaded, on_engines, started, write_json
 from rsrlm.config import Config
 from rsrlm.data import prompts as prompt_files
 from rsrlm.engines import SAMPLE_PRIORITY, Engines
 from rsrlm.evaluate import EVALUATION
-from rsrlm.judges.base import Context
+from rsrlm.judges.base import Context, context_of
 from rsrlm.judges.pairwise import Match, Pairwise, duel_judge, winner_of
 from rsrlm.judges.verdicts import combine_orders
 from rsrlm.recipes.base import respond
@@ -112,7 +112,7 @@ def eval_duel(
     # The pool that compares is the only one of its stage: no engines of another judge beside it.
     alone = _without_judge(config)
     comparing = duel_judge(config, context_of(config, encoder))
-    kept = _usable(config, [one for _, one in models.values()], comparing, prompts, report)
+    kept = _usable(config, [context_of(config, one) for _, one in models.values()], comparing, prompts, report)
     sides = []
     for side, name in (("a", first), ("b", second)):
         where, own = models[name]
@@ -144,11 +144,11 @@ def eval_duel(
 
 
 def _usable(
-    config: Config, encoders: Sequence[Any], comparing: Pairwise, prompts: Sequence[Prompt], report: Report
+    config: Config, asking: Sequence[Context], comparing: Pairwise, prompts: Sequence[Prompt], report: Report
 ) -> list[Prompt]:
     """Prompts that can be answered and compared; the others are said."""
-    chat = max(len(one.user("")) for one in encoders)
-    lengths = {prompt.id: max(len(one.user(prompt.text)) for one in encoders) - chat for prompt in prompts}
+    chat = max(len(one.asked("")) for one in asking)
+    lengths = {prompt.id: max(len(one.asked(prompt.text)) for one in asking) - chat for prompt in prompts}
     longest = config.evaluate.max_tokens
     needs = {"evaluate.max_tokens": chat + longest, "the judge of two answers": comparing.needs(2 * longest)}
     kept, long = prompt_files.usable(list(prompts), lengths, needs, config)

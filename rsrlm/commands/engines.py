@@ -9,7 +9,6 @@ from typing import Any
 from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.config import Config, in_a_job
 from rsrlm.engines import Answers, NobodyAnswers
-from rsrlm.judges.base import Context
 from rsrlm.model import folder_of, load_tokenizer
 from rsrlm.report.progress import Report
 from rsrlm.run import Run
@@ -88,12 +87,6 @@ def loaded(
     tokenizer = load_tokenizer(folder, model.trust_remote_code, key)
     check_tokenizer(tokenizer, model.path, key)
     return folder, ChatEncoder(tokenizer, datetime.fromisoformat(drawn["date"]) if drawn else None)
-
-
-def context_of(config: Config, encoder: ChatEncoder) -> Context:
-    return Context(
-        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
-    )
 
 
 def by_validator(config: Config) -> Config:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm import config as configs
-from rsrlm.commands.engines import by_validator, context_of, figure, loaded, on_engines, started, write_json
+from rsrlm.commands.engines import by_validator, figure, loaded, on_engines, started, write_json
 from rsrlm.commands.judge_measures import RatedData, scores, verdicts
 from rsrlm.config import Config
-from rsrlm.judges.base import judge_of
+from rsrlm.judges.base import context_of, judge_of
 from rsrlm.judges.pairwise import duel_judge
 from rsrlm.recipes.eft import check_judge
 from rsrlm.report.progress import Report

@@ -26,7 +26,7 @@ from rsrlm.settings.train import TrainRule
 
 GIB = 2**30
 LABELS: dict[Role, str] = {"actor": "responses", "judge": "judgements", "meta": "comparisons", "duel": "comparisons"}
-MORE: dict[Role, str] = {"prompter": "questions"}  # said where there are some
+SELDOM: dict[Role, str] = {"prompter": "prompts that are written"}  # shown where a recipe asks for them alone
 BYTES = {"float32": 4, "bfloat16": 2}
 # Resident memory of a process that has imported its libraries and started, without weights and caches.
 ENGINE_BASE = 1.15 * GIB
@@ -114,7 +114,7 @@ def _iteration(config: Config, rule: TrainRule, demand: Demand, first: bool) -> 
     ever sent. Before the first one begins, M0 answers too and judges itself."""
     # A judge of no tokens asks no engine.
     none = dict.fromkeys(LABELS.values(), (0, 0))
-    asked = {name: entry for role, name in (LABELS | MORE).items() if (entry := demand.requests.get(role, (0, 0)))[1]}
+    asked = {name: one for role, name in (LABELS | SELDOM).items() if (one := demand.requests.get(role, (0, 0)))[1]}
     return none | asked | _held_out(config, first) | _validation(config, rule, demand)
 
 
@@ -212,17 +212,15 @@ def memory(
     other models that judge and validate."""
     shape = _shape(model)
     weights = num_parameters(model) * BYTES[config.model.dtype]
-    engine, train = config.engine, config.train
-    copies = 3 if train.zero_stage == 0 else 4  # gradients, two moments; ZeRO's flat copy
-    tokens = max(
-        step.config.train.micro_batch * min(engine.max_model_len, demand.item_tokens)
-        for step, demand in zip(config.planned, demands, strict=True)
+    engine, rules = config.engine, [step.config.train for step in config.planned]
+    copies = max(3 if rule.zero_stage == 0 else 4 for rule in rules)  # gradients, two moments; ZeRO's flat copy
+    layers, hidden = shape["layers"], shape["hidden"]
+    kept = {True: layers * hidden * 2, False: layers * (14 * hidden + 4 * shape["intermediate"])}  # of a token
+    activations = BYTES[config.model.dtype] * max(
+        rule.micro_batch * min(engine.max_model_len, demand.item_tokens) * kept[rule.gradient_checkpointing]
+        for rule, demand in zip(rules, demands, strict=True)
     )
-    per_token = shape["layers"] * (14 * shape["hidden"] + 4 * shape["intermediate"])
-    if train.gradient_checkpointing:
-        per_token = shape["layers"] * shape["hidden"] * 2
-    activations = tokens * per_token * BYTES[config.model.dtype]
-    logits = 3 * min(512, 2 * train.micro_batch * config.sample.max_tokens) * shape["vocabulary"] * 4
+    logits = 12 * shape["vocabulary"] * min(512, 2 * config.sample.max_tokens * max(one.micro_batch for one in rules))
     rank = float(LEARNER_BASE + weights + copies * _learning(config, model) + activations + logits)
     return [
         Process("engine", engine.replicas, _engine(config, model)),
@@ -232,7 +230,7 @@ def memory(
             config.evaluate.judge.replicas if config.evaluate.judge.model else 0,
             _engine(config, validator or model),
         ),
-        Process("learner rank", train.workers, rank),
+        Process("learner rank", config.train.workers, rank),
         Process("producer", engine.producers, float(PRODUCER)),
         Process("driver", 1, float(DRIVER)),
         Process("ray", 1, float(RAY)),
@@ -240,9 +238,10 @@ def memory(
 
 
 def _learning(config: Config, model: Path) -> int:
-    """Bytes of the parameters that have gradients."""
-    lora, size = config.train.lora, BYTES[config.model.dtype]
-    return (shape_of(str(model)).learning(lora) if lora else num_parameters(model)) * size
+    """Bytes of the parameters that have gradients, in the iteration with the most."""
+    loras = [step.config.train.lora for step in config.planned]
+    parameters = max(shape_of(str(model)).learning(lora) if lora else num_parameters(model) for lora in loras)
+    return parameters * BYTES[config.model.dtype]
 
 
 def total_memory(processes: Sequence[Process]) -> float:
@@ -262,7 +261,8 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
     ]
     if candidates and max(candidates) > 0:  # they go when one of them is chosen
         found["candidates"] = float(max(candidates) * (weights + others))
-    if max(steps) > config.train.checkpoint_every_steps or config.clock.kind == "online":
+    every = [step.config.train.checkpoint_every_steps for step in config.planned]
+    if any(number > most for number, most in zip(steps, every, strict=True)) or config.clock.kind == "online":
         found["checkpoint"] = 3.0 * _learning(config, model)
     found["records"] = sum(
         float(RECORD_ON_DISK[role in ("actor", "prompter")] * number)

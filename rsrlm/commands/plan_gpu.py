@@ -131,8 +131,8 @@ def work_of(config: Config, step: Step, demand: Demand) -> Work:
         example = demand.item_tokens / 2  # of questions and of what they are asked about
     elif any(one.path == "eft" for one in getattr(step.config, "sources", ())):
         example = shown + judgement
-    examples = step.recipe.trains == "examples"
-    trains = demand.items * (example if examples else PAIRED * pair)
+    imitates = step.recipe.trains == "examples"
+    trains = demand.items * (example if imitates else PAIRED * pair)
     rule = step.config.train
     return Work(
         generated=responses * answer
@@ -145,7 +145,7 @@ def work_of(config: Config, step: Step, demand: Demand) -> Work:
         # The second judgement and the words around it; or both answers and all.
         + compared * (JUDGE_PROMPT + QUESTION + 2 * answer if "duel" in requests else judgement + 50),
         trained=trains * (rule.stop_after_epoch or rule.epochs),
-        reference=0.0 if examples else trains,
+        reference=0.0 if imitates else trains,
     )
 
 

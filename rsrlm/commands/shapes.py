@@ -53,6 +53,7 @@ class Shape:
 
 
 LLAMA3_8B = Shape(hidden=4096, layers=32, intermediate=14336, vocabulary=128256, heads=32, kv_heads=8, head_dim=128)
+LLAMA2_13B = Shape(hidden=5120, layers=40, intermediate=13824, vocabulary=32000, heads=40, kv_heads=40, head_dim=128)
 LLAMA2_70B = Shape(hidden=8192, layers=80, intermediate=28672, vocabulary=32000, heads=64, kv_heads=8, head_dim=128)
 # Models whose config.json is behind a licence.
 KNOWN = {
@@ -60,6 +61,8 @@ KNOWN = {
     "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA3_8B,
     "meta-llama/Llama-3.1-8B": LLAMA3_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA3_8B,
+    "meta-llama/Llama-2-13b-hf": LLAMA2_13B,
+    "meta-llama/Llama-2-13b-chat-hf": LLAMA2_13B,
     "meta-llama/Llama-2-70b-hf": LLAMA2_70B,
     "meta-llama/Llama-2-70b-chat-hf": LLAMA2_70B,
     BUILTIN_MODEL: Shape(

@@ -22,7 +22,8 @@ THINGS = ("apples", "pencils", "stamps", "marbles", "buttons", "shells")
 
 
 def problems(level: Level, number: int, seed: int, ending: str = ENDING) -> list[Prompt]:
-    """`number` different problems of a level, each with its answer in `data`; those of a smaller number come first.
+    """`number` different problems of a level, each with its answer and a reference, the calculation in one line, in
+    `data`; those of a smaller number come first.
 
     Level 1 is one operation on numbers below 10, level 2 one or two on numbers below 100, level 3 two steps in words.
     `ending` stands after each question. Raises ValueError where the level has fewer problems.
@@ -47,39 +48,44 @@ def _distinct(level: Level, seed: int, ending: str) -> Iterator[Prompt]:
     seen: set[str] = set()
     since = 0  # draws without a new problem: then there are hardly any left
     while since < 1000:
-        identifier, question, answer = {1: _small, 2: _larger, 3: _in_words}[level](draw)
+        identifier, question, calculation, answer = {1: _small, 2: _larger, 3: _in_words}[level](draw)
         since += 1
         if identifier not in seen:
             seen.add(identifier)
             since = 0
             text = f"{question} {ending}".strip()
-            yield Prompt(id=identifier, text=text, data={"answer": str(answer), "level": str(level)})
+            reference = f"{calculation} = {answer}"
+            yield Prompt(
+                id=identifier, text=text, data={"answer": str(answer), "reference": reference, "level": str(level)}
+            )
 
 
-def _small(draw: random.Random) -> tuple[str, str, int]:
+def _small(draw: random.Random) -> tuple[str, str, str, int]:
     a, b = draw.randint(2, 9), draw.randint(2, 9)
     return draw.choice((_asked(a, "plus", b), _asked(a, "times", b), _asked(a + b, "minus", b)))
 
 
-def _larger(draw: random.Random) -> tuple[str, str, int]:
+def _larger(draw: random.Random) -> tuple[str, str, str, int]:
     if draw.random() < 0.5:
         a, b = draw.randint(11, 49), draw.randint(11, 49)
         return draw.choice((_asked(a, "plus", b), _asked(a + b, "minus", b)))
     a, b, c = draw.randint(2, 9), draw.randint(2, 9), draw.randint(1, 9)
-    return f"{a}-plus-{b}-minus-{c}", f"What is {a} + {b} - {c}?", a + b - c
+    calculation = f"{a} + {b} - {c}"
+    return f"{a}-plus-{b}-minus-{c}", f"What is {calculation}?", calculation, a + b - c
 
 
-def _in_words(draw: random.Random) -> tuple[str, str, int]:
+def _in_words(draw: random.Random) -> tuple[str, str, str, int]:
     name, thing = draw.choice(NAMES), draw.choice(THINGS)
     bags, each = draw.randint(2, 9), draw.randint(2, 9)
     given = draw.randint(1, bags * each - 1)
     return (
         f"{name.lower()}-{thing}-{bags}x{each}-{given}",
         f"{name} buys {bags} bags with {each} {thing} each and gives {given} {thing} away. How many {thing} are left?",
+        f"{bags} * {each} - {given}",
         bags * each - given,
     )
 
 
-def _asked(a: int, word: str, b: int) -> tuple[str, str, int]:
+def _asked(a: int, word: str, b: int) -> tuple[str, str, str, int]:
     sign, answer = {"plus": ("+", a + b), "times": ("*", a * b), "minus": ("-", a - b)}[word]
-    return f"{a}-{word}-{b}", f"What is {a} {sign} {b}?", answer
+    return f"{a}-{word}-{b}", f"What is {a} {sign} {b}?", f"{a} {sign} {b}", answer

@@ -8,6 +8,15 @@ from typing import Any
 _TOKEN = re.compile(r"[a-z0-9]+")
 
 
+def rouge_l(one: str, other: str) -> float:
+    """F-measure of ROUGE-L of two texts, as in `PromptPool`."""
+    from rapidfuzz.distance import LCSseq
+
+    tokens = [_TOKEN.findall(text.lower()) for text in (one, other)]
+    length = sum(map(len, tokens))
+    return 2 * LCSseq.similarity(*tokens) / length if length else 0.0
+
+
 class PromptPool:
     """Prompts of which no new one is too similar to any other.
 

@@ -1,14 +1,14 @@
 """What the judges share: what they are made with, where their seeds come from, and how a judgement becomes a record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rsrlm.chat import ChatEncoder
 from rsrlm.engines import Engines
 from rsrlm.judges import templates, verdicts
 from rsrlm.records import Completion, Judgement, Prompt, Response, Role, Sampling, Verdict, seed_of
-from rsrlm.settings.base import JUDGES, plugin
+from rsrlm.settings.base import JUDGES, ConfigError, plugin
 
 LONGEST_FENCE = "0" * 8  # tokenizers split digits at least as far as letters
 
@@ -17,13 +17,28 @@ LONGEST_FENCE = "0" * 8  # tokenizers split digits at least as far as letters
 class Context:
     """What all judges and recipes of a run are made with.
 
-    `room` are the tokens of prompt and answer together; `fence_salt` makes fences unguessable.
+    `room` are the tokens of prompt and answer together; `fence_salt` makes fences unguessable. `question` is the
+    template that asks for a thought and an answer, `marker` what stands between them; without, a prompt is asked as it
+    is.
     """
 
     encoder: ChatEncoder
     seed: int
     room: int
     fence_salt: str | None = None
+    question: str = ""
+    marker: str = ""
+
+    def asked(self, text: str) -> tuple[int, ...]:
+        """The prompt that asks the model `text`."""
+        return self.encoder.encode(self.question, {"instruction": text}) if self.question else self.encoder.user(text)
+
+    def parts_of(self, text: str) -> tuple[str, str]:
+        """Thought and answer of what the model wrote. Without exactly one marker all of it is thought."""
+        if not self.marker:
+            return "", text
+        thought, _, answer = text.partition(self.marker)
+        return (text, "") if self.marker in answer else (thought.strip(), answer.strip())
 
     def seed_of(self, iteration: int, name: str, role: Role, index: str) -> int:
         return seed_of(self.seed, iteration, name, role, index)
@@ -64,6 +79,23 @@ class Judge(Protocol):
     ) -> tuple[Judgement, ...]:
         """`count` judgements of a response (`per_response` by default), in the order of their indices."""
         ...
+
+
+def context_of(config: Any, encoder: ChatEncoder) -> Context:
+    """Of a run with this config. Raises ConfigError for a template that does not ask for a thought."""
+    context = Context(
+        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
+    )
+    if config.thought is None:
+        return context
+    template, marker = config.thought.template, config.thought.marker
+    source = templates.load_template(template, templates.QUESTION_VARIABLES, "thought.template")
+    if marker not in source:
+        raise ConfigError(
+            f"thought.template={template!r}: does not name thought.marker={marker!r}, so that no answer could be told "
+            "from its thought; write it into the template"
+        )
+    return replace(context, question=source, marker=marker)
 
 
 def judge_of(config: Any, context: Context) -> Judge:

@@ -64,20 +64,30 @@ class Pairwise:
         template = len(self.context.encoder.encode(self.source, fields, self._prefix))
         return template + shown_tokens + (1 if self._letters else self._rule.max_tokens)
 
-    def _request(self, match: Match) -> Request:
+    def _fields(self, match: Match) -> dict[str, str]:
         # One fence for both orders: nothing but the order differs between them.
         texts = {**match.fields, **templates.data_fields(self.data_names, match.prompt_id, match.data)}
         shown = {name: verdicts.claimed(text, self._form, pairwise=True) for name, text in texts.items()}
-        fields = {**shown, "fence": self.context.fence(match.fence_seed)}
+        return {**shown, "fence": self.context.fence(match.fence_seed)}
+
+    def prompt_of(self, match: Match) -> tuple[int, ...]:
+        """The tokens that the judge sees."""
+        return self.context.encoder.encode(self.source, self._fields(match), self._prefix)
+
+    def text_of(self, match: Match) -> str:
+        """The user turn as text, for a model that another program asks or trains."""
+        return self.context.encoder.text(self.source, self._fields(match))
+
+    def _request(self, match: Match) -> Request:
         letters = Sampling(temperature=0.0, top_p=1.0, max_tokens=1, seed=match.seed)
         return Request(
             id=match.id,
-            prompt_token_ids=self.context.encoder.encode(self.source, fields, self._prefix),
+            prompt_token_ids=self.prompt_of(match),
             sampling=letters if self._letters else sampling_of(self._rule, match.seed),
             priority=match.priority,
             regex=self._regex,
             label_ids=self._letters,
-            text=self.context.encoder.text(self.source, fields) if self._by_text else "",
+            text=self.text_of(match) if self._by_text else "",
             role=match.role,
         )
 

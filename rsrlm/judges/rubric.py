@@ -39,12 +39,15 @@ class Text:
         def in_words(self) -> bool:
             return True
 
+    unnamed = verdicts.SCORE  # the form of verdicts where the template names none
+    by_sides = False  # whether a verdict is one of the form's sides, and not points
+
     def __init__(self, config: Any, context: Context) -> None:
         self.config, self.context = config, context
         self.template = self.template_of(config.template)
         self.source = templates.load_template(self.template, templates.ADDITIVE_VARIABLES, "judge.template")
         self.data_names = templates.data_names(self.source)
-        self.form = templates.form_of(self.source, verdicts.SCORE, f"judge.template={self.template!r}")
+        self.form = templates.form_of(self.source, self.unnamed, f"judge.template={self.template!r}")
         self.name = f"{self.template} ({config.kind})"
         self.per_response: int = config.per_response
         self.max_tokens: int = config.tokens
@@ -71,7 +74,8 @@ class Text:
         data = templates.data_fields(self.data_names, prompt.id, prompt.data)
         shown = {"instruction": prompt.text, "response": response.text, **data}
         fence = self.context.fence(self.context.seed_of(origin.iteration, origin.name, "judge", "fence"))
-        return {**{name: verdicts.claimed(text, self.form) for name, text in shown.items()}, "fence": fence}
+        claims = {name: verdicts.claimed(text, self.form, self.by_sides) for name, text in shown.items()}
+        return {**claims, "fence": fence}
 
     def sampling(self, seed: int) -> Sampling:
         return sampling_of(self.config, seed)

@@ -15,6 +15,7 @@ from rsrlm.placeholders import DATA, template_variables
 from rsrlm.records import Prompt
 from rsrlm.settings.base import ConfigError
 
+QUESTION_VARIABLES = frozenset({"instruction"})
 ADDITIVE_VARIABLES = frozenset({"instruction", "response"})
 PAIRWISE_VARIABLES = frozenset({"instruction", "response_a", "response_b"})
 META_VARIABLES = frozenset({"instruction", "response", "judgement_a", "judgement_b"})

@@ -34,7 +34,8 @@ class Sums:
 class Loss(ABC):
     """Learns from items of one type.
 
-    prompt, responses: the fields of an item that hold token ids; every response continues the prompt.
+    prompt, responses: the fields of an item that hold token ids; every response continues the prompt. A field counts as
+    often as it is named.
     needs_reference: the log-probabilities under the model before the first update are wanted too.
     """
 
@@ -46,6 +47,10 @@ class Loss(ABC):
     def __init__(self, train: TrainRule) -> None:
         self.train = train
 
+    def layout(self, item: Any) -> list[list[tuple[int, ...]]]:
+        """Token ids of each prompt of an item with the responses that continue it: one prompt, unless overridden."""
+        return [[getattr(item, name) for name in (self.prompt, *self.responses)]]
+
     @abstractmethod
     def sums(
         self,
@@ -55,7 +60,8 @@ class Loss(ABC):
         items: Sequence[Any],
         counted_N: Tensor,
     ) -> Sums:
-        """Of a micro-batch. `counted_N` is 1, and 0 for a dummy that keeps ranks in step and adds nothing."""
+        """Of a micro-batch, whose sequences are those of `layout`, item by item. `counted_N` is 1, and 0 for a dummy
+        that keeps ranks in step and adds nothing."""
 
     @abstractmethod
     def denominator(self, items: int, response_tokens: int) -> int:

@@ -5,6 +5,7 @@ Shapes in names: P pairs, S = 2P sequences (2p chosen, 2p+1 rejected), R respons
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,25 @@ from rsrlm.losses.base import Loss, Sums, sequence_sums
 from rsrlm.losses.packing import TokenBatch
 from rsrlm.records import PreferencePair
 from rsrlm.settings.train import DPO, TrainRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """What comes with P pairs: the weight of each, the probability that its chosen is the better one, and the scores of
+    both, [S]."""
+
+    weight_P: Tensor
+    target_P: Tensor
+    score_S: Tensor
+
+
+def labels_of(pairs: Sequence[PreferencePair], like: Tensor) -> Labels:
+    """As tensors of the dtype and on the device of `like`."""
+    return Labels(
+        weight_P=like.new_tensor([pair.weight for pair in pairs]),
+        target_P=like.new_tensor([pair.target for pair in pairs]),
+        score_S=like.new_tensor([score for pair in pairs for score in (pair.chosen_score, pair.rejected_score)]),
+    )
 
 
 class PairLoss(Loss):
@@ -39,10 +59,7 @@ class PairLoss(Loss):
         counted_N: Tensor,
     ) -> Sums:
         assert ref_logps_R is not None
-        weight_P, target_P = (
-            logps_R.new_tensor([getattr(pair, name) for pair in items]) for name in ("weight", "target")
-        )
-        return pair_loss(logps_R, ref_logps_R, batch, counted_N, weight_P, target_P, self.train)
+        return pair_loss(logps_R, ref_logps_R, batch, counted_N, labels_of(items, logps_R), self.train)
 
     def denominator(self, items: int, response_tokens: int) -> int:
         return items
@@ -56,16 +73,15 @@ def pair_loss(
     ref_logps_R: Tensor,
     batch: TokenBatch,
     counted_P: Tensor,
-    weight_P: Tensor,
-    target_P: Tensor,
+    labels: Labels,
     train: DPO,
 ) -> Sums:
     """Loss of P pairs from policy and reference log-probabilities of their response tokens.
 
     With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)), each summed over the
-    response's tokens, the loss of a pair is `weight_P` times (`preference_loss` of h + `train.nll_scale` times `nll`,
-    as in iterative RPO, 2404.19733). `weight_P` multiplies nothing else (ScPO, 2411.04109). `target_P` is the
-    probability that the chosen is the better one (CREAM, 2410.12735). `counted_P` is 1 for a pair, 0 for a dummy.
+    response's tokens, the loss of a pair is its weight times (`preference_loss` + `train.nll_scale` times `nll`, as in
+    iterative RPO, 2404.19733). The weight multiplies nothing else (ScPO, 2411.04109). `counted_P` is 1 for a pair, 0
+    for a dummy.
 
     sums, over the pairs that count; `each` has the same by pair, [P], apart from kl and kl_tokens:
       loss: as above; dpo_loss: its part without nll, weighted likewise.
@@ -78,17 +94,17 @@ def pair_loss(
       kl, kl_tokens: see `drift`.
     """
     # One dtype for all sums, so that they can be reduced as one tensor.
-    counted_P, weight_P, target_P = (values.to(logps_R.dtype) for values in (counted_P, weight_P, target_P))
+    counted_P = counted_P.to(logps_R.dtype)
     logp_S, ref_S = (sequence_sums(one, batch.segment_R, len(batch.length_S)) for one in (logps_R, ref_logps_R))
     ratio_S = logp_S - ref_S
     h_P = ratio_S[0::2] - ratio_S[1::2]
     nll_P = -logp_S[0::2] / batch.length_S[0::2]
-    preference_P = preference_loss(h_P, target_P, train)
-    loss_P = counted_P * weight_P * (preference_P + train.nll_scale * nll_P)
+    preference_P = preference_loss(ratio_S, labels, train)
+    loss_P = counted_P * labels.weight_P * (preference_P + train.nll_scale * nll_P)
     with torch.no_grad():
         each = {
             "loss": loss_P.detach(),
-            "dpo_loss": counted_P * weight_P * preference_P,
+            "dpo_loss": counted_P * labels.weight_P * preference_P,
             "pairs": counted_P,
             "accuracy": counted_P * (h_P > 0),
             "margin": counted_P * train.beta * h_P,
@@ -101,19 +117,26 @@ def pair_loss(
     return Sums(loss=loss_P.sum(), sums=sums, each=each)
 
 
-def preference_loss(h_P: Tensor, target_P: Tensor, train: DPO) -> Tensor:
-    """[P]: loss of each pair by the difference h of its log-ratios, whose chosen response is the better one with
-    probability t:
+def preference_loss(ratio_S: Tensor, labels: Labels, train: DPO) -> Tensor:
+    """[P]: loss of each pair by the log-ratios of its responses, whose difference is h, and of which the chosen is the
+    better one with probability t:
 
       sigmoid: -t log sigmoid(beta h) - (1 - t) log sigmoid(-beta h) (DPO, 2305.18290 eq. 7, as in self-rewarding
         sec. 2.4, for t = 1; CREAM, 2410.12735, for others)
       ipo: t (h - 1 / (2 beta))^2 + (1 - t) (h + 1 / (2 beta))^2 (2310.12036 eq. 17)
+      sppo: half the sum of (ratio - (score - 1/2) / beta)^2 over both, scores being win rates (SPPO, 2405.00675)
     """
-    if train.loss == "sigmoid":
-        return -target_P * logsigmoid(train.beta * h_P) - (1 - target_P) * logsigmoid(-train.beta * h_P)
-    if train.loss == "ipo":
-        goal = 1 / (2 * train.beta)
-        return target_P * (h_P - goal) ** 2 + (1 - target_P) * (-h_P - goal) ** 2
+    target_P = labels.target_P
+    h_P = ratio_S[0::2] - ratio_S[1::2]
+    match train.loss:
+        case "sigmoid":
+            return -target_P * logsigmoid(train.beta * h_P) - (1 - target_P) * logsigmoid(-train.beta * h_P)
+        case "ipo":
+            goal = 1 / (2 * train.beta)
+            return target_P * (h_P - goal) ** 2 + (1 - target_P) * (-h_P - goal) ** 2
+        case "sppo":
+            off_S = ratio_S - (labels.score_S - 0.5) / train.beta
+            return (off_S[0::2] ** 2 + off_S[1::2] ** 2) / 2
     raise ValueError(f"no loss {train.loss!r}")
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from rsrlm.engines import SAMPLE_PRIORITY, Engines, Model
 from rsrlm.judges.base import Context, Judge, sampling_of
-from rsrlm.records import Example, Group, PreferencePair, Prompt, Request, Response, Role, Task
+from rsrlm.records import Example, Group, PreferencePair, Prompt, Request, Response, Role, Task, TwoViews
 from rsrlm.run import Run
 
-Item = PreferencePair | Example
+Item = PreferencePair | Example | TwoViews
 JUDGE_PROMPT = 400  # tokens of a judge's template, of usual length
 
 
@@ -130,7 +130,7 @@ async def respond(
 ) -> Response:
     """One sampled answer to a task's prompt: response `index` of its group. `group` and `seed` are those of the task,
     unless what is asked is no part of an iteration."""
-    tokens = context.encoder.user(task.prompt.text)
+    tokens = context.asked(task.prompt.text)
     identifier = f"{task.id if group is None else group}/{index}"
     if seed is None:
         seed = context.seed_of(task.iteration, task.prompt.id, "actor", str(index))
@@ -138,12 +138,14 @@ async def respond(
     completion = await engines.complete(
         Request(id=identifier, prompt_token_ids=tokens, sampling=sampling, priority=SAMPLE_PRIORITY)
     )
+    thought, text = context.parts_of(completion.text)
     return Response(
         id=identifier,
         prompt_id=task.prompt.id,
         index=index,
         role="actor",
-        text=completion.text,
+        text=text,
+        thought=thought,
         token_ids=completion.token_ids,
         prompt_token_ids=tokens,
         finish_reason=completion.finish_reason,

@@ -16,7 +16,7 @@ from rsrlm.engines import Engines, Model, gather
 from rsrlm.judges import verdicts
 from rsrlm.judges.base import Context, Origin, judgement_of
 from rsrlm.pairing import Candidate, candidates, pair_of
-from rsrlm.recipes.base import Batch, Demand, respond
+from rsrlm.recipes.base import Batch, Demand, Recipe, respond
 from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Prompt, Response, Scored, Task, Verdict
@@ -80,28 +80,13 @@ class Cream(SelfRewarding):
         of_model = {}
         for model in (before, earlier, run.first):
             if model.digest not in of_model:
-                of_model[model.digest] = await self.likelihoods(run, model, groups)
+                of_model[model.digest] = await likelihoods(run, model, groups, self)
         first = of_model[run.first.digest]
         now, then = (
             rewards(of_model[model.digest], None if model.digest == run.first.digest else first)
             for model in (before, earlier)
         )
         return await run.aside(self.ranked, number, groups, before, now, then)
-
-    async def likelihoods(self, run: Run, model: Model, groups: Sequence[Group]) -> Likelihoods:
-        """Of all responses under a model. A response that fills the context to its last token lacks that token."""
-        engines = await run.load(model)
-
-        async def one(group: Group) -> dict[str, Likelihood]:
-            found = await engines.logprobs(group.responses, self.context.room)
-            return {
-                response.id: Likelihood(logprob=math.fsum(values), tokens=len(values))
-                for response, values in zip(group.responses, found, strict=True)
-            }
-
-        responses = len(groups) * self.config.sample.responses
-        run.say(f"log-probabilities of {responses} responses under {model.name}")
-        return {name: value for found in await engines.each(one, groups, self.width) for name, value in found.items()}
 
     def ranked(
         self,
@@ -121,7 +106,7 @@ class Cream(SelfRewarding):
         made = []
         for group in groups:
             target = mean if self.config.consistency == "iteration" else agreed[group.id]
-            judged = [_judgement(response, now[response.id], before) for response in group.responses]
+            judged = [reward_of(response, now[response.id], before) for response in group.responses]
             task = Task(iteration=iteration, prompt=group.prompt)
             made.append(group_of(task, group.responses, judged, pair(group.id, taking_part[group.id], target)))
         known = sum(value is not None for value in agreed.values())
@@ -133,7 +118,24 @@ class Cream(SelfRewarding):
         return replace(found, requests={"actor": found.requests["actor"]})
 
 
-def _judgement(response: Response, reward: Verdict, model: Model) -> Judgement:
+async def likelihoods(run: Run, model: Model, groups: Sequence[Group], recipe: Recipe) -> Likelihoods:
+    """Of all responses under a model. A response that fills the context to its last token lacks that token."""
+    engines = await run.load(model)
+
+    async def one(group: Group) -> dict[str, Likelihood]:
+        found = await engines.logprobs(group.responses, recipe.context.room)
+        return {
+            response.id: Likelihood(logprob=math.fsum(values), tokens=len(values))
+            for response, values in zip(group.responses, found, strict=True)
+        }
+
+    responses = len(groups) * recipe.config.sample.responses
+    run.say(f"log-probabilities of {responses} responses under {model.name}")
+    return {name: value for found in await engines.each(one, groups, recipe.width) for name, value in found.items()}
+
+
+def reward_of(response: Response, reward: Verdict, model: Model) -> Judgement:
+    """A reward as a judgement, for tables and signs."""
     return replace(
         judgement_of(
             None,

@@ -59,8 +59,8 @@ class Irpo(SelfRewarding):
 
     def solution(self, task: Task) -> Response | None:
         """The solution that came with the prompt (`data["solution"]`), if there is one."""
-        encoder, text = self.context.encoder, task.prompt.data.get("solution")
-        return given(task, text, encoder.user(task.prompt.text), encoder.target(text)) if text else None
+        context, text = self.context, task.prompt.data.get("solution")
+        return given(task, text, context.asked(task.prompt.text), context.encoder.target(text)) if text else None
 
     @classmethod
     def demand_of(cls, config: Config, prompts: int) -> Demand:

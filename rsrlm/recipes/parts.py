@@ -1,8 +1,14 @@
-"""What several recipes build: a group, a response that nobody sampled."""
+"""What several recipes build: a group, a response that nobody sampled, a prompt by a template of their own; and scores
+on a common scale."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any
 
-from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Sampling, Task
+from rsrlm.engines import SAMPLE_PRIORITY, Engines
+from rsrlm.judges import templates
+from rsrlm.judges.base import LONGEST_FENCE, Context, sampling_of
+from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Request, Response, Role, Sampling, Task
 
 NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, max_tokens=0, seed=0)
 
@@ -45,3 +51,67 @@ def given(
         weight_version="",
         sampling=NOT_SAMPLED,
     )
+
+
+def standardised(values: Sequence[float]) -> list[float]:
+    """Each less the mean of all, over their population deviation; 0 for all where they do not differ."""
+    deviation = pstdev(values) if values else 0.0
+    mean = fmean(values) if values else 0.0
+    return [(value - mean) / deviation if deviation > 1e-9 else 0.0 for value in values]
+
+
+class Turn:
+    """A prompt that a recipe writes by a template of its own, which prints `variables`, what the prompt carries, and a
+    fence."""
+
+    def __init__(self, context: Context, name: str, variables: frozenset[str], key: str) -> None:
+        """`name` is that of a template of rsrlm or a file, `key` the config's. Raises ConfigError."""
+        self.source = templates.load_template(name, variables, key)
+        self._context, self._variables = context, variables
+        self._data_names = templates.data_names(self.source)
+
+    def needs(self) -> int:
+        """Tokens of the template alone."""
+        data = templates.data_fields(self._data_names, "", dict.fromkeys(self._data_names, ""))
+        fields = {**dict.fromkeys(self._variables, ""), **data, "fence": LONGEST_FENCE}
+        return len(self._context.encoder.encode(self.source, fields))
+
+    async def ask(
+        self,
+        engines: Engines,
+        task: Task,
+        params: Any,
+        role: Role,
+        index: int,
+        fields: Mapping[str, str],
+        regex: str | None = None,
+    ) -> Response:
+        """What the model writes, as response `index` of the task's group, held to `regex` where there is one; a
+        response without text, cut at once, where the prompt leaves no room."""
+        context, name = self._context, str(index)
+        data = templates.data_fields(self._data_names, task.prompt.id, task.prompt.data)
+        fence = context.fence(context.seed_of(task.iteration, task.prompt.id, role, f"fence {name}"))
+        tokens = context.encoder.encode(self.source, {**fields, **data, "fence": fence})
+        sampling = sampling_of(params, context.seed_of(task.iteration, task.prompt.id, role, name))
+        request = Request(
+            id=f"{task.id}/{name}",
+            prompt_token_ids=tokens,
+            sampling=sampling,
+            priority=SAMPLE_PRIORITY,
+            regex=regex,
+            role=role,
+        )
+        fits = len(tokens) + params.max_tokens <= context.room
+        completion = await engines.complete(request) if fits else None
+        return Response(
+            id=request.id,
+            prompt_id=task.prompt.id,
+            index=index,
+            role=role,
+            text=completion.text if completion else "",
+            token_ids=completion.token_ids if completion else (),
+            prompt_token_ids=tokens,
+            finish_reason=completion.finish_reason if completion else "length",
+            weight_version=completion.weight_version if completion else "",
+            sampling=sampling,
+        )

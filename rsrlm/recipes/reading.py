@@ -9,11 +9,12 @@ from pydantic import Field
 
 from rsrlm.data import documents
 from rsrlm.data.documents import Asked
-from rsrlm.engines import SAMPLE_PRIORITY, Engines, Model
+from rsrlm.engines import Engines, Model
 from rsrlm.judges import templates
-from rsrlm.judges.base import LONGEST_FENCE, Context, judge_of, sampling_of
+from rsrlm.judges.base import Context, judge_of
 from rsrlm.recipes.base import Batch, Demand, Recipe
-from rsrlm.records import NoPair, Prompt, Request, Response, Role, Task
+from rsrlm.recipes.parts import Turn
+from rsrlm.records import NoPair, Prompt, Response, Task
 from rsrlm.run import Run
 from rsrlm.settings.base import ConfigError, Number, Section
 from rsrlm.settings.methods import JudgeConfig, PerIteration, SamplingParams
@@ -51,7 +52,7 @@ class Reader(Recipe):
     def __init__(self, config: Any, context: Context, judge_context: Context) -> None:
         super().__init__(config, context, judge_context)
         self.judge = judge_of(config.judge, judge_context)
-        self.source = templates.load_template(config.template, frozenset({"document"}))
+        self.turn = Turn(context, config.template, frozenset({"document"}), "template")
 
     @cached_property
     def pieces(self) -> tuple[Prompt, ...]:
@@ -66,6 +67,7 @@ class Reader(Recipe):
                 f"per_iteration={config.per_iteration} with documents={config.documents}, which make {known} pieces; "
                 "lower it, or leave it out to read all"
             )
+        templates.check_data(self.asks, self.pieces, f"template={config.template}")
         for what, tokens in self.needs().items():
             if tokens > self.context.room:
                 raise ConfigError(
@@ -85,30 +87,9 @@ class Reader(Recipe):
 
     async def written(self, engines: Engines, task: Task) -> Response:
         """What the model writes about a piece: response 0 of its group."""
-        role: Role = "prompter"
-        fence, seed = (self.context.seed_of(task.iteration, task.prompt.id, role, index) for index in ("fence", "0"))
-        shown = {"document": task.prompt.text, "fence": self.context.fence(fence)}
-        request = Request(
-            id=f"{task.id}/0",
-            prompt_token_ids=self.context.encoder.encode(self.source, shown),
-            sampling=sampling_of(self.config.write, seed),
-            priority=SAMPLE_PRIORITY,
-            regex=documents.FORM if self.config.structured else None,
-            role=role,
-        )
-        completion = await engines.complete(request)
-        return Response(
-            id=request.id,
-            prompt_id=task.prompt.id,
-            index=0,
-            role=role,
-            text=completion.text,
-            token_ids=completion.token_ids,
-            prompt_token_ids=request.prompt_token_ids,
-            finish_reason=completion.finish_reason,
-            weight_version=completion.weight_version,
-            sampling=request.sampling,
-        )
+        form = documents.FORM if self.config.structured else None
+        shown = {"document": task.prompt.text}
+        return await self.turn.ask(engines, task, self.config.write, "prompter", 0, shown, form)
 
     def asked(self, piece: Prompt, written: Response) -> Asked | NoPair:
         """The question with its answer, or why there is none to learn."""
@@ -136,8 +117,7 @@ class Reader(Recipe):
 
     def needs(self) -> dict[str, int]:
         """Tokens of each kind of request about a piece, at most."""
-        template = self.context.encoder.encode(self.source, {"document": "", "fence": LONGEST_FENCE})
-        return {"the reading of a piece": len(template) + self.config.piece_tokens + self.config.write.max_tokens}
+        return {"the reading of a piece": self.turn.needs() + self.config.piece_tokens + self.config.write.max_tokens}
 
     @property
     def inputs(self) -> Sequence[Any]:
@@ -145,4 +125,4 @@ class Reader(Recipe):
 
     @property
     def asks(self) -> list[str]:
-        return [self.source]
+        return [self.turn.source]

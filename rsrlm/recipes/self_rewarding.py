@@ -85,7 +85,7 @@ class SelfRewarding(Recipe):
     def needs(self) -> dict[str, int]:
         answer = self.config.sample.max_tokens
         return {
-            "sample.max_tokens": len(self.context.encoder.user("")) + answer,
+            "sample.max_tokens": len(self.context.asked("")) + answer,
             "the judge of a response": self.judge.needs(answer),
         }
 

@@ -137,8 +137,7 @@ class Policy:
         return outline(self._items, places, self.loss.responses)
 
     def _batch(self, items: Sequence[Any]) -> packing.TokenBatch:
-        fields = (self.loss.prompt, *self.loss.responses)
-        ids = [[getattr(item, name) for name in fields] for item in items]
+        ids = [texts for item in items for texts in self.loss.layout(item)]
         return (packing.pack(ids) if self.packed else packing.pad(ids, self._pad_id)).to(self.device)
 
     def _logps(self, batch: packing.TokenBatch, num_chunks: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from rsrlm.data.examples import read_examples
 from rsrlm.evaluate import Evaluation
 from rsrlm.iterative import Iteration
 from rsrlm.judges import templates
-from rsrlm.judges.base import Context
+from rsrlm.judges.base import Context, context_of
 from rsrlm.judges.base import judge_of as judge_of_section
 from rsrlm.model import folder_of, load_config, load_tokenizer, weight_files
 from rsrlm.recipes.base import Recipe
@@ -230,9 +230,7 @@ def recipes_of(config: Config, drawn: Mapping[str, str]) -> list[Recipe]:
 
 def _contexts(config: Config, encoder: ChatEncoder, judge_encoder: ChatEncoder) -> tuple[Context, Context]:
     """Of the model, and of who judges."""
-    context = Context(
-        encoder=encoder, seed=config.seed, room=config.engine.max_model_len, fence_salt=config.judge.fence_salt
-    )
+    context = context_of(config, encoder)
     return context, replace(context, encoder=judge_encoder)
 
 

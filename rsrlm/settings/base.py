@@ -53,6 +53,7 @@ JUDGES = {
     "text": "rsrlm.judges.rubric:Text",
     "structured": "rsrlm.judges.rubric:Structured",
     "digits": "rsrlm.judges.digits:Digits",
+    "yes_no": "rsrlm.judges.yes_no:YesNo",
     "function": "rsrlm.judges.function:Function",
     "answer": "rsrlm.judges.answers:RightAnswer",
 }
@@ -64,9 +65,19 @@ RECIPES = {
     "scpo": "rsrlm.recipes.scpo:Scpo",
     "temporal": "rsrlm.recipes.temporal:Temporal",
     "cream": "rsrlm.recipes.cream:Cream",
+    "scir": "rsrlm.recipes.scir:Scir",
+    "dice": "rsrlm.recipes.dice:Dice",
     "oaif": "rsrlm.recipes.oaif:Oaif",
     "open_book": "rsrlm.recipes.autonomous:OpenBook",
     "closed_book": "rsrlm.recipes.autonomous:ClosedBook",
+    "sppo": "rsrlm.recipes.sppo:Sppo",
+    "thinking": "rsrlm.recipes.thinking:Thinking",
+    "self_j": "rsrlm.recipes.self_j:SelfJ",
+    "spin": "rsrlm.recipes.spin:Spin",
+    "dno": "rsrlm.recipes.dno:Dno",
+    "self_taught": "rsrlm.recipes.self_taught:SelfTaught",
+    "self_taught_dpo": "rsrlm.recipes.self_taught:SelfTaughtDPO",
+    "spar": "rsrlm.recipes.spar:Spar",
 }
 
 

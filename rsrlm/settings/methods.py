@@ -42,10 +42,17 @@ class Sample(SamplingParams):
     responses: int = Field(4, ge=2, description="per prompt (K)")
 
 
+class Thought(Section):
+    """A thought before the answer (2410.10630): trained on, and shown to no judge."""
+
+    template: str = Field("thought", description="what asks for both: a name of rsrlm's or a Jinja2 file")
+    marker: str = Field("<R>", min_length=1, description="what stands between the thought and the answer, once")
+
+
 class JudgeSection(Section):
     """What every judge of responses has; `Config` of a judge extends it. Who judges holds for the whole run."""
 
-    kind: str = Field("text", description="text, structured, digits, answer, function, or package.module:Class")
+    kind: str = Field("text", description="text, structured, digits, yes_no, answer, function, or package.module:Class")
     model: str | None = Field(
         None, description="another model that judges, frozen, in a pool of its own (judge.replicas): external rewards"
     )

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rsrlm.settings.base import Number, Section
 
@@ -115,6 +115,13 @@ class TrainRule(Section):
         return -(-items // self.pairs_per_step) * (self.stop_after_epoch or self.epochs)
 
 
+class Distillation(TrainRule):
+    """Training on judgements in two views (2409.00935)."""
+
+    student_scale: Number = Field(0.3, ge=0, description="times the cross-entropy of the student's view")
+    kl_scale: Number = Field(2.0, ge=0, description="times KL(teacher || student), in which the teacher stands still")
+
+
 class DPO(TrainRule):
     """Training on preference pairs (2305.18290)."""
 
@@ -123,9 +130,20 @@ class DPO(TrainRule):
     nll_scale: Number = Field(0.0, ge=0, description="times the per-token negative log-likelihood of the chosen")
 
 
-class Train(DPO):
-    """What all iterations share: the learner's ranks, and the values that a step's own `train` leaves out."""
+class SPPO(DPO):
+    """Training on preference pairs whose scores are win rates (2405.00675): other scores are no goal of its loss."""
 
+    loss: Literal["sppo"] = "sppo"  # type: ignore[assignment]  # DPO's losses have no use for win rates
+    beta: Number = Field(0.001, gt=0, description="1 / eta: a win rate p is the goal (p - 1/2) / beta of a log-ratio")
+
+
+class Train(DPO):
+    """What all iterations share: the learner's ranks, and the values that a step's own `train` leaves out, which may be
+    keys that only its recipe knows."""
+
+    model_config = ConfigDict(extra="allow")
+
+    loss: Literal["sigmoid", "ipo", "sppo"] = "sigmoid"  # type: ignore[assignment]  # which of them, a step's rule says
     workers: int = Field(1, gt=0, description="ranks of the learner group")
     threads: int = Field(2, gt=0, description="CPU threads of one rank")
     cpus: Number = Field(0.5, ge=0, description="Ray CPUs of one rank (placement only; threads says how many it uses)")

@@ -8,7 +8,7 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,6 +158,12 @@ class RunFolder:
     def write_pairs(self, iteration: int, pairs: Iterable[PreferencePair]) -> None:
         """Parquet of the pairs that an iteration trains on, in training order."""
         tables.write_table(self.iteration(iteration) / "pairs.parquet", "pairs", pairs)
+
+    def pairs(self, iteration: int) -> Iterator[PreferencePair]:
+        """Those pairs, as a stream."""
+        for row in tables.rows(self.iteration(iteration) / "pairs.parquet"):
+            fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
+            yield PreferencePair(**fields)
 
     def write_examples(self, iteration: int, examples: Iterable[Example]) -> None:
         """Parquet of what an iteration of supervised fine-tuning trains on, in training order."""

@@ -44,7 +44,7 @@ def _schema(text: str, **others: pa.DataType) -> pa.Schema:
 SCHEMAS: dict[str, pa.Schema] = {
     "prompts": _schema("id text"),
     "responses": _schema(
-        "id prompt_id role text finish_reason weight_version",
+        "id prompt_id role text thought finish_reason weight_version",
         index=pa.int64(),
         token_ids=_TOKENS,
         prompt_token_ids=_TOKENS,

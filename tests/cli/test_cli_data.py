@@ -101,6 +101,67 @@ def test_another_setting_asks_anew_what_it_changes(
 
 
 @pytest.fixture
+def judgements(rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, engines: Answering) -> Any:
+    """`rsrlm data judgements` on 20 prompts, one of which is too long, by a judge that is right half of the time."""
+
+    def text(_: str, request: Request) -> str:
+        if request.role == "duel":
+            pair, _, number = request.id.rpartition("/")[2].partition("#")
+            right = "B" if pair.startswith("1~") else "A"
+            return f"Because.\nWinner: {right if int(number) % 2 else 'tie'}"
+        return f"{request.role} {request.id}"
+
+    engines.text = text
+    prompts = [{"id": f"p{n}", "prompt": f"Say {n}.", "reference": f"{n}."} for n in range(19)]
+    write_prompts(tmp_path / "prompts.jsonl", [*prompts, {"id": "long", "prompt": "word " * 2000}])
+
+    def run(*options: str) -> Ended:
+        return rsrlm(
+            "data", "judgements", config_file, "--out", tmp_path / "judgements.jsonl", "recipe=self_taught",
+            "compare={judgements: 4, max_tokens: 40}", "data.minimum=1", *options,
+        )  # fmt: skip
+
+    return run
+
+
+def test_judgements_as_a_file(
+    judgements: Callable[..., Ended], rsrlm: Callable[..., Ended], config_file: Path, engines: Answering, tmp_path: Path
+) -> None:
+    ended = judgements()
+    assert ended.code == 0, ended
+    assert "1  prompts too long" in ended.out
+    assert "right_shown_first: 0.5" in ended.out
+    asked = engines.take()
+    assert len(asked) == 19 * (2 + 4)  # another instruction, an answer to it, four judgements
+    out = tmp_path / "judgements.jsonl"
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    sides = [row["target"] for row in rows]
+    assert sides.count("Because.\nWinner: A") == sides.count("Because.\nWinner: B") == len(rows) / 2 > 0
+    for row in rows:
+        number = row["id"].partition("/p")[2].partition("/")[0]
+        shown = "B" if "/1~" in row["id"] else "A"
+        assert f"\nSay {number}.\n</question>" in row["prompt"]
+        assert f"\n{number}.\n</response {shown} " in row["prompt"]
+        assert f"\nactor 00/p{number}/1\n</response {'BA'[shown == 'B']} " in row["prompt"]
+    written = out.read_bytes()
+    assert judgements().code == 0
+    assert (engines.take(), engines.clusters, out.read_bytes()) == ([], 1, written)
+    planned = rsrlm("plan", config_file, f"steps=[{{recipe: sft, sources: [{out}]}}]", "data.minimum=1")
+    assert planned.code == 0, planned
+
+
+def test_judgements_that_are_too_few_or_of_another_recipe(
+    judgements: Callable[..., Ended], rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "judgements.jsonl"
+    few = judgements("data.minimum=100")
+    assert (few.code, "fewer than data.minimum=100" in few.err) == (3, True)
+    other = rsrlm("data", "judgements", config_file, "--out", out)
+    assert (other.code, "no step makes such judgements; set recipe=self_taught" in other.err) == (2, True)
+    assert not out.exists()
+
+
+@pytest.fixture
 def made(
     rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path, engines: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> Any:

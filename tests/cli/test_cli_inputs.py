@@ -43,7 +43,7 @@ def test_a_config_that_is_not_there(rsrlm: Callable[..., Ended], tmp_path: Path)
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.learning_rate=1e-5", ["train.learning_rate: unknown key; known here: ", " lr, "]),
+        ("train.learning_rate=1e-5", ["train.learning_rate='1e-5': no step uses it (recipes: SelfR", " lr, "]),
         ("trian.lr=1e-5", ["trian: unknown key; known here: ", " train, "]),
         ("train.lr=fast", ["train.lr='fast': ", "number"]),
         ("prompts.per_iteration=4.5", ["prompts.per_iteration=4.5: ", "integer"]),

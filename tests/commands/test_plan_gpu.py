@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rsrlm.commands import gpu_memory, plan_gpu
 from rsrlm.commands.gpu_memory import GB, engine_memory, host_memory, learner_memory, too_large
-from rsrlm.commands.shapes import KNOWN, LLAMA2_70B, LLAMA3_8B, Shape, from_config, shape_of
+from rsrlm.commands.shapes import KNOWN, LLAMA2_13B, LLAMA2_70B, LLAMA3_8B, Shape, from_config, shape_of
 from rsrlm.config import load
 from rsrlm.model import num_parameters
 from rsrlm.recipes.base import Demand
@@ -40,6 +40,7 @@ def test_parameters() -> None:
     assert SMALL.cached(2) == 2 * 2 * 1 * 4 * 2
     # as their checkpoints have
     assert LLAMA3_8B.parameters == 8_030_261_248
+    assert LLAMA2_13B.parameters == 13_015_864_320
     assert LLAMA2_70B.parameters == 68_976_648_192
     assert (LLAMA3_8B.cached(2), LLAMA2_70B.cached(2)) == (131_072, 327_680)
 
@@ -345,9 +346,10 @@ def rule_of(config: Any) -> TrainRule:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*_llama*b.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if "gpus: 1" in path.read_text()))
 def test_every_config_for_gpus_can_be_planned(name: str) -> None:
-    model = "meta-llama/Llama-2-70b-hf" if "70b" in name else "meta-llama/Llama-3.1-8B"
+    size = next((size for size in ("70b", "13b") if size in name), "")
+    model = f"meta-llama/Llama-2-{size}-hf" if size else "meta-llama/Llama-3.1-8B"
     said = shown(load(CONFIGS / f"{name}.yaml", ["data.trees=x", f"model.path={model}"]))
     assert "GPU hours" in said
     assert ("does not fit: train.workers=16" in said) == (name == "self_rewarding_llama2_70b")

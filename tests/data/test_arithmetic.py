@@ -31,6 +31,8 @@ def test_answers_are_right(level: Level, seed: int) -> None:
     for problem in problems(level, 20, seed):
         assert int(problem.data["answer"]) == worked_out(problem.text)
         assert problem.data["level"] == str(level)
+        calculation, _, result = problem.data["reference"].partition(" = ")
+        assert (eval(calculation), result) == (worked_out(problem.text), problem.data["answer"])
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -117,6 +117,9 @@ def test_one_scale_whoever_reads_it(name: str, variables: frozenset[str]) -> Non
         ("pairwise_text", PAIRWISE_VARIABLES, ["response A", "response B"]),
         ("meta", META_VARIABLES, ["response", "judgement A", "judgement B"]),
         ("meta_letters", META_VARIABLES, ["response", "judgement A", "judgement B"]),
+        ("taught", PAIRWISE_VARIABLES, ["response A", "response B"]),
+        ("yes_no", ADDITIVE_VARIABLES, ["response"]),
+        ("refine", frozenset({"instruction", "response", "judgement"}), ["response", "judgement"]),
     ],
 )
 def test_what_a_model_wrote_stands_between_fences(name: str, variables: frozenset[str], tags: list[str]) -> None:

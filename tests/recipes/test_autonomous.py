@@ -297,6 +297,8 @@ def test_what_is_refused(
     template = tmp_path / "mine.jinja"
     template.write_text("Ask about it.")
     refused(r"does not use document; add \{\{ document \}\}", template=str(template))
+    template.write_text("Ask about {{ document }}, as {{ data.answer }} does.")
+    refused(r"prompt 'aspirin\.txt-0' has no 'answer'", template=str(template))
     refused(
         r"piece_tokens=400 with engine\.max_model_len=512: the reading of a piece takes \d+ tokens; lower piece_tokens",
         piece_tokens=400,
@@ -323,7 +325,7 @@ def test_what_an_iteration_is(config_of: Any, encoder: ChatEncoder) -> None:
         recipe = recipe_of(config_of(name), encoder)
         assert not recipe.answers_prompts(recipe.config)
         assert (recipe.trains, recipe.width, recipe.scale) == (("examples", "pairs")[number], 1, (0, 1))
-        assert recipe.asks == [recipe.source]
+        assert recipe.asks == [recipe.turn.source]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,7 @@ def test_what_a_plan_says(
     assert (demand.requests, demand.items, demand.item_tokens) == (requests, items, tokens)
     assert made.requests(10) == {role: number for role, (number, _) in requests.items()}
     bounds = plan.bounds(config, [demand])
-    assert bounds.requests.get("questions") == (requests["prompter"][0] if requests else None)
+    assert bounds.requests.get("prompts that are written") == (requests["prompter"][0] if requests else None)
     assert bounds.requests["responses"] == requests.get("actor", (0, 0))[0]
 
 

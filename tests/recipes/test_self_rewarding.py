@@ -160,7 +160,9 @@ def test_ties_between_responses_are_drawn_by_the_seed_of_the_run(functions_here:
     made_by = config(judge, responses=8, seed=3, pair={"ties": "random"})
     groups = produce(made_by, Seeded(), iteration=2)
     expected = [
-        best_against_worst(group.responses, mean_verdicts(group.responses, group.judgements), made_by.pair, 2, seed=3)
+        best_against_worst(
+            group.responses, mean_verdicts(group.responses, group.judgements), made_by.planned[0].config.pair, 2, seed=3
+        )
         for group in groups
     ]
     assert [one for group in groups for one in group.pairs or (NoPair(reason=group.no_pair_reason),)] == expected
