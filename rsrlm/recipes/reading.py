@@ -62,6 +62,8 @@ class Reader(Recipe):
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         config, known = self.config, len(self.pieces)
+        if self.context.marker:
+            raise ConfigError("thought: an answer that is written with a document in sight has no thought; remove it")
         if (config.per_iteration or 1) > known:
             raise ConfigError(
                 f"per_iteration={config.per_iteration} with documents={config.documents}, which make {known} pieces; "

@@ -293,6 +293,7 @@ def test_what_is_refused(
 
     refused(r"per_iteration=3 with documents=.*, which make 2 pieces; lower it", per_iteration=3)
     refused(r"documents=nowhere\.txt: No such file", documents="nowhere.txt")
+    refused(r"thought: an answer that is written with a document in sight has no thought", thought={})
     refused(r"template='nowhere': neither one of rsrlm's \(.*open_book", template="nowhere")
     template = tmp_path / "mine.jinja"
     template.write_text("Ask about it.")
