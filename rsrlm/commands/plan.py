@@ -265,7 +265,7 @@ def disk(config: Config, demands: Sequence[Demand], model: Path, steps: Sequence
     if any(number > most for number, most in zip(steps, every, strict=True)) or config.clock.kind == "online":
         found["checkpoint"] = 3.0 * _learning(config, model)
     found["records"] = sum(
-        float(RECORD_ON_DISK[role == "actor"] * number)
+        float(RECORD_ON_DISK[role in ("actor", "prompter")] * number)
         for demand in demands
         for role, (number, _) in demand.requests.items()
     )

@@ -24,6 +24,7 @@ from rsrlm.commands.gpu_memory import (
 from rsrlm.commands.shapes import Shape, shape_of
 from rsrlm.config import Config
 from rsrlm.recipes.base import JUDGE_PROMPT, Demand
+from rsrlm.recipes.reading import Reading
 from rsrlm.recipes.sft import SFT
 from rsrlm.report.progress import Report
 from rsrlm.settings.steps import Step
@@ -72,19 +73,19 @@ class Seconds:
 
 
 def demands_of(config: Config) -> list[Demand]:
-    """What each iteration comes to, without prompts and seed data: of SFT what data.max_ift and data.max_eft allow."""
+    """What each iteration comes to, without prompts, documents and seed data: of SFT what data.max_ift and data.max_eft
+    allow."""
     return [_sft(config, step) if issubclass(step.recipe, SFT) else _demand(step) for step in config.planned]
 
 
 def _demand(step: Step) -> Demand:
-    found: Demand = step.recipe.demand_of(step.config, step.config.prompts.per_iteration)
+    prompts = step.config.prompts.per_iteration if step.recipe.answers_prompts(step.config) else 0
+    found: Demand = step.recipe.demand_of(step.config, prompts)
     return found
 
 
 def _sft(config: Config, step: Step) -> Demand:
     found, own = _demand(step), step.config
-    if not step.recipe.answers_prompts(own):
-        found = replace(found, requests={role: (0, tokens) for role, (_, tokens) in found.requests.items()})
     known = {"ift": own.data.max_ift or 0, "eft": own.data.max_eft or 0}
     reply = (own.data.max_chars or 4 * config.engine.max_model_len) // 4
     return replace(
@@ -108,6 +109,8 @@ def unknown_of(config: Config) -> list[str]:
                 )
             if "eft" in paths:
                 found.append(f"{step.name}: the judgements of ranked replies that make eft")
+        elif isinstance(step.config, Reading) and step.config.per_iteration is None:
+            found.append(f"{step.name}: the pieces of the documents; per_iteration bounds them")
     return found
 
 
@@ -122,13 +125,22 @@ def work_of(config: Config, step: Step, demand: Demand) -> Work:
     pair = QUESTION + 2 * answer
     if "meta" in requests:  # as many pairs of judgements as of responses
         pair = (pair + shown + 2 * judgement) / 2
-    example = shown + judgement if any(one.path == "eft" for one in getattr(step.config, "sources", ())) else pair / 2
+    asked, asked_most = requests.get("prompter", (0, 0))
+    example = pair / 2
+    if isinstance(step.config, Reading):
+        example = demand.item_tokens / 2  # of questions and of what they are asked about
+    elif any(one.path == "eft" for one in getattr(step.config, "sources", ())):
+        example = shown + judgement
     imitates = step.recipe.trains == "examples"
     trains = demand.items * (example if imitates else PAIRED * pair)
     rule = step.config.train
     return Work(
-        generated=responses * answer + judged * judgement + compared * _length(COMPARISON, meta_most),
+        generated=responses * answer
+        + judged * judgement
+        + compared * _length(COMPARISON, meta_most)
+        + asked * ANSWER * asked_most,
         prefilled=responses * QUESTION
+        + asked * (QUESTION + getattr(step.config, "piece_tokens", 0))
         + judged / max(1, config.judge.per_response) * shown
         # The second judgement and the words around it; or both answers and all.
         + compared * (JUDGE_PROMPT + QUESTION + 2 * answer if "duel" in requests else judgement + 50),

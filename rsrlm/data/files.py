@@ -15,19 +15,21 @@ from rsrlm.settings.base import ConfigError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 
 
-def jsonl(path: Path, key: str, remedy: str) -> Iterator[tuple[int, Any]]:
-    """The values of a JSONL file with the numbers of their lines; blank lines are skipped.
-
-    Raises ConfigError, which begins with `key` and the path; `remedy` is for a file that cannot be read.
-    """
+def text(path: Path, key: str, remedy: str) -> str:
+    """The text of a file. Raises ConfigError, which begins with `key` and the path; `remedy` is for a file that cannot
+    be read."""
     try:
-        # Not splitlines: JSON texts may hold U+2028 and its like as they are.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key}={path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}={path}: {getattr(error, 'strerror', None) or error}; {remedy}") from None
-    for number, line in enumerate(lines, start=1):
+
+
+def jsonl(path: Path, key: str, remedy: str) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file with the numbers of their lines; blank lines are skipped. Raises as `text` does."""
+    # Not splitlines: JSON texts may hold U+2028 and its like as they are.
+    for number, line in enumerate(text(path, key, remedy).split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)

@@ -51,19 +51,26 @@ def prompt_of(entry: Any, where: str) -> Prompt:
     """The prompt of a line. Raises ConfigError, which begins with `where`."""
     if not isinstance(entry, dict) or not entry.keys() >= {"id", "prompt"}:
         raise ConfigError(f'{where}: must be an object such as {{"id": "tea", "prompt": "Describe tea."}}')
-    identifier, text = entry["id"], entry["prompt"]
+    data = data_of(entry)
+    check(entry["id"], entry["prompt"], where, data=data)
+    return Prompt(id=entry["id"], text=entry["prompt"], data=data)
+
+
+def check(
+    identifier: Any, text: Any, where: str, *, name: str = "prompt", data: Mapping[str, str] | None = None
+) -> None:
+    """Raise ConfigError unless these are an id and a text, called `name`, that a run can work with."""
     if not isinstance(identifier, str) or not identifier or any(map(_refused, identifier)):
         raise ConfigError(
             f"{where}: id {identifier!r} must be a text without / # >, line breaks and control characters"
         )
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{where}: prompt of {identifier!r} must be a text that is not empty")
-    data = data_of(entry)
-    everything = "".join((identifier, text, *data, *data.values()))
+        raise ConfigError(f"{where}: {name} of {identifier!r} must be a text that is not empty")
+    carried = data or {}
+    everything = "".join((identifier, text, *carried, *carried.values()))
     if lone := [character for character in everything if unicodedata.category(character) == "Cs"]:
         # JSON can write it, UTF-8 cannot: no journal could take it.
         raise ConfigError(f"{where}: {lone[0]!r} is half a surrogate pair; write the whole character")
-    return Prompt(id=identifier, text=text, data=data)
 
 
 def data_of(entry: Mapping[str, Any]) -> dict[str, str]:

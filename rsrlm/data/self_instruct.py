@@ -159,7 +159,7 @@ def refused(text: str, filters: Filters) -> str:
         return "too short"
     if words > filters.max_words:
         return "too long"
-    if (keywords := _any_of(filters.keywords)) and keywords.search(text):
+    if (keywords := any_of(filters.keywords)) and keywords.search(text):
         return "asks for what a text model cannot do"
     if text.casefold().startswith(tuple(start.casefold() for start in filters.forbidden_starts)):
         return "forbidden start"
@@ -173,7 +173,8 @@ def refused(text: str, filters: Filters) -> str:
 
 
 @cache
-def _any_of(keywords: tuple[str, ...]) -> re.Pattern[str] | None:
+def any_of(keywords: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Finds any of these, in upper or lower case, as whole words; None where there are none."""
     words = (r"\s+".join(map(re.escape, keyword.split())) for keyword in keywords if keyword.strip())
     either = "|".join(words)
     return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE) if either else None

@@ -108,6 +108,11 @@ class Recipe:
         raise NotImplementedError
 
     @property
+    def inputs(self) -> Sequence[Any]:
+        """What it takes from files that its config names, as plain JSON: a run keeps it to its end."""
+        return ()
+
+    @property
     def asks(self) -> list[str]:
         """Sources of the templates and names of the functions that it asks with: a run keeps them to its end."""
         return []

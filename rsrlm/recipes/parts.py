@@ -77,17 +77,29 @@ class Turn:
         return len(self._context.encoder.encode(self.source, fields))
 
     async def ask(
-        self, engines: Engines, task: Task, params: Any, role: Role, index: int, fields: Mapping[str, str]
+        self,
+        engines: Engines,
+        task: Task,
+        params: Any,
+        role: Role,
+        index: int,
+        fields: Mapping[str, str],
+        regex: str | None = None,
     ) -> Response:
-        """What the model writes, as response `index` of the task's group; one without text, cut at once, where the
-        prompt leaves no room."""
+        """What the model writes, as response `index` of the task's group, held to `regex` where there is one; a
+        response without text, cut at once, where the prompt leaves no room."""
         context, name = self._context, str(index)
         data = templates.data_fields(self._data_names, task.prompt.id, task.prompt.data)
         fence = context.fence(context.seed_of(task.iteration, task.prompt.id, role, f"fence {name}"))
         tokens = context.encoder.encode(self.source, {**fields, **data, "fence": fence})
         sampling = sampling_of(params, context.seed_of(task.iteration, task.prompt.id, role, name))
         request = Request(
-            id=f"{task.id}/{name}", prompt_token_ids=tokens, sampling=sampling, priority=SAMPLE_PRIORITY, role=role
+            id=f"{task.id}/{name}",
+            prompt_token_ids=tokens,
+            sampling=sampling,
+            priority=SAMPLE_PRIORITY,
+            regex=regex,
+            role=role,
         )
         fits = len(tokens) + params.max_tokens <= context.room
         completion = await engines.complete(request) if fits else None

@@ -161,6 +161,11 @@ class SFT(SelfRewarding):
         return sum(math.ceil(known.get(source.path, 0) * source.weight) for source in self.config.sources)
 
     @property
+    def inputs(self) -> Sequence[Any]:
+        found = (example for examples in self.files.values() for example in examples)
+        return [[example.prompt_token_ids, example.target_token_ids] for example in found]
+
+    @property
     def sources(self) -> set[str]:
         return {source.path for source in self.config.sources}
 

@@ -278,21 +278,15 @@ def _other(
 
 
 def check_inputs(prepared: Prepared, store: RunFolder) -> None:
-    """Raises ConfigError when prompts, templates or model are no longer those that the run started with; records what
-    the start drew, and how the ranked data was divided."""
+    """Raises ConfigError when prompts, templates, training data or model are no longer those that the run started with;
+    records what the start drew, and how the ranked data was divided."""
     store.fix("drawn", prepared.drawn)  # before any other fact: see `started`
     tasks = [[task.prompt for task in one.tasks] for one in prepared.iterations]
     hands = (prepared.heldout.prompts, prepared.validation.prompts, *tasks)
     dealt = [[(prompt.id, prompt.text, dict(prompt.data)) for prompt in hand] for hand in hands]
     recipes = [one.recipe for one in prepared.iterations]
     judges = [source for recipe in recipes for source in recipe.asks]
-    files = [
-        [example.prompt_token_ids, example.target_token_ids]
-        for recipe in recipes
-        if isinstance(recipe, SFT)
-        for found in recipe.files.values()
-        for example in found
-    ]
+    files = [one for recipe in recipes for one in recipe.inputs]
     parts = (prepared.parts.ift, prepared.parts.eft) if prepared.parts else ()
     ranked = [[p.id, p.text, [(r.text, r.rank) for r in p.replies]] for part in parts for p in part]
     now = {

@@ -69,6 +69,8 @@ RECIPES = {
     "scir": "rsrlm.recipes.scir:Scir",
     "dice": "rsrlm.recipes.dice:Dice",
     "oaif": "rsrlm.recipes.oaif:Oaif",
+    "open_book": "rsrlm.recipes.autonomous:OpenBook",
+    "closed_book": "rsrlm.recipes.autonomous:ClosedBook",
     "sppo": "rsrlm.recipes.sppo:Sppo",
     "thinking": "rsrlm.recipes.thinking:Thinking",
     "self_j": "rsrlm.recipes.self_j:SelfJ",

@@ -146,18 +146,21 @@ def test_a_resume_refuses_other_prompts(rsrlm: Callable[..., Ended], config_file
 
 
 STEPS = [{"recipe": "sft", "sources": ["ift", "EXAMPLES"]}, {"judge": {"template": "TEMPLATE"}}, {}]
+STEPS.append({"recipe": "open_book", "documents": "DOCUMENTS", "on": "text"})
 
 
 @pytest.fixture
 def inputs(tmp_path: Path, ranked: Path, model: Path, other_model: Path, small_model: Path) -> dict[str, Path]:
     """All that a run reads while it goes on."""
     examples, template = tmp_path / "examples.jsonl", tmp_path / "mine.jinja"
+    (documents := tmp_path / "documents").mkdir()
+    (documents / "tea.txt").write_text("Tea is a drink.")
     examples.write_text(json.dumps({"prompt": "Say nothing.", "target": "Silence."}) + "\n")
     shutil.copy(TEMPLATES / "additive.jinja", template)
     validator = Path(shutil.copytree(small_model, tmp_path / "validator"))
     return {
         "RANKED": ranked, "EXAMPLES": examples, "TEMPLATE": template, "MODEL": model, "JUDGE": other_model,
-        "VALIDATOR": validator,
+        "VALIDATOR": validator, "DOCUMENTS": documents,
     }  # fmt: skip
 
 
@@ -170,6 +173,7 @@ def inputs(tmp_path: Path, ranked: Path, model: Path, other_model: Path, small_m
         ("MODEL", "the model"),
         ("JUDGE", "the judge's model"),
         ("VALIDATOR", "the validator's model"),
+        ("DOCUMENTS", "the training data"),
         (None, None),
     ],
 )
@@ -178,7 +182,7 @@ def test_a_resume_refuses_other_inputs(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     options = [
-        f"steps={json.dumps(STEPS)}", "iterations=3", "prompts.per_iteration=2", "model=MODEL", "data.trees=RANKED",
+        f"steps={json.dumps(STEPS)}", "iterations=4", "prompts.per_iteration=2", "model=MODEL", "data.trees=RANKED",
         "data.eft_share=0", "data.ift_share=1", "judge.kind=text", "judge.model=JUDGE", "judge.replicas=1",
         "evaluate.judge.model=VALIDATOR", "evaluate.judge.replicas=1",
     ]  # fmt: skip
@@ -189,7 +193,9 @@ def test_a_resume_refuses_other_inputs(
         started_with(lambda: rsrlm("resume", tmp_path / "runs" / "mine"))
         return
     path = inputs[changed]
-    if path.is_dir():
+    if changed == "DOCUMENTS":
+        (path / "ale.md").write_text("And so is ale.")
+    elif path.is_dir():
         write_weights(path / "model.safetensors", rows=11)
     else:
         text = path.read_text()
