@@ -157,7 +157,7 @@ def measured(folder: Path, questions: dict[str, dict[str, str]]) -> list[dict[st
         steps = [json.loads(line) for line in (folder / f"iterations/{number:02d}/steps.jsonl").open(encoding="utf-8")]
         items = Counter(row["open_book"]["examples"]) if "open_book" in row else Counter(pairs=row["pairs"])
         found = accuracy(folder, row["weight_version"], questions)
-        dropped = row["open_book"]["pieces_dropped"] if "open_book" in row else row["no_pair_reasons"]
+        dropped = row["dropped"] if "open_book" in row else row["no_pair_reasons"]
         tokens = int(sum(step["tokens"] for step in steps))
         rows.append({**found, "trained_on": dict(items), "dropped": dropped, "tokens": tokens})
     return rows

@@ -111,7 +111,7 @@ class AlphaLLM(SelfRewarding):
         examples.sort(key=lambda one: one.id)
         random.Random(f"examples {self.context.seed} {iteration}").shuffle(examples)
         means = {name: fmean(found) if found else None for name, found in (("leaves", leaves), ("best_outcome", best))}
-        measures = {"search": {"trees": len(groups), "kept": len(examples), "dropped": dict(dropped), **means}}
+        measures = {"search": {"trees": len(groups), "kept": len(examples), **means}}
         return Batch(items=examples, groups=groups, dropped=dropped, measures=measures)
 
     @property

@@ -14,11 +14,10 @@ from pydantic import Field
 
 from rsrlm.engines import Engines, Model
 from rsrlm.pairing import Candidate, pair_of
-from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand, respond
+from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand, NoItems, respond
 from rsrlm.recipes.parts import given, group_of
 from rsrlm.recipes.reading import Reader, Reading
 from rsrlm.recipes.self_rewarding import in_training_order
-from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import Example, Group, NoPair, PreferencePair, Prompt, Response, Task
 from rsrlm.run import Run
 from rsrlm.settings.methods import SamplingParams
@@ -77,15 +76,15 @@ class OpenBook(Reader):
         return [closed, asking] if self.config.keep_asking else [closed]
 
     def batch(self, iteration: int, examples: Sequence[Example], groups: Sequence[Group]) -> Batch:
-        """The examples in an order that depends on ids and seed alone. Raises NoExamples where there are none."""
+        """The examples in an order that depends on ids and seed alone. Raises NoItems where there are none."""
         dropped = reasons_of(groups)
         if not examples:
             of = f"documents={self.config.documents}"
-            raise NoExamples(f"iteration {iteration}: no piece of {of} gave an example: {dict(dropped)}")
+            raise NoItems(f"iteration {iteration}: no piece of {of} gave an example: {dict(dropped)}")
         items = sorted(examples, key=lambda example: example.id)
         random.Random(f"examples {self.context.seed} {iteration}").shuffle(items)
-        counts = {"examples": dict(Counter(one.kind for one in items)), "pieces_dropped": dict(dropped)}
-        return Batch(items=items, groups=groups, dropped=dropped, measures={"open_book": counts})
+        kinds = dict(Counter(one.kind for one in items))
+        return Batch(items=items, groups=groups, dropped=dropped, measures={"open_book": kinds})
 
     @classmethod
     def demand_of(cls, config: Any, prompts: int) -> Demand:

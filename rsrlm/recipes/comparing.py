@@ -22,7 +22,7 @@ from rsrlm.settings.train import DPO
 NOT_COMPARED = Unparsed(reason="no comparison that can be read")
 
 
-class Reading(Section):
+class HowCompared(Section):
     """How two texts are compared."""
 
     read: Literal["letters", "text", "structured"] = Field(
@@ -40,7 +40,7 @@ class Reading(Section):
         return 1 if self.read == "letters" else self.max_tokens
 
 
-class Comparison(Reading):
+class Comparison(HowCompared):
     soft: bool = Field(True, description="go by the judge's probability instead of its verdict")
 
 

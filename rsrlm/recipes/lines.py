@@ -29,11 +29,11 @@ class Lines:
     """
 
     def __init__(self, context: Context, sample: Any, line: Line) -> None:
-        """`sample` has temperature, top_p and max_tokens. Raises ConfigError for a separator that has no tokens, and where
+        """`sample` has temperature, top_p and max_tokens. Raises ConfigError for a separator without tokens, and where
         answers begin with a thought."""
         if context.marker:
             raise ConfigError(
-                "thought is set, but this recipe writes answers line by line, all of which are judged; leave out thought"
+                "thought is set, but this recipe writes answers line by line, and all lines are judged; leave it out"
             )
         self.context, self.sample, self.config = context, sample, line
         self._tokens_of(line.separator)

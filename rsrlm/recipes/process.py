@@ -16,7 +16,7 @@ from rsrlm.judges import templates, verdicts
 from rsrlm.judges.base import Context
 from rsrlm.judges.pairwise import Match, Pairwise
 from rsrlm.recipes.base import Demand
-from rsrlm.recipes.comparing import Reading
+from rsrlm.recipes.comparing import HowCompared
 from rsrlm.recipes.lines import PARTS, Line, Lines
 from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
@@ -29,7 +29,7 @@ from rsrlm.settings.train import DPO
 VARIABLES = templates.PAIRWISE_VARIABLES | {"steps"}
 
 
-class StepComparison(Reading):
+class StepComparison(HowCompared):
     template: str = Field("steps", description="a name of rsrlm's or a Jinja2 file, which also prints steps")
 
 

@@ -19,12 +19,11 @@ from rsrlm.judges import templates, verdicts
 from rsrlm.judges.base import Context
 from rsrlm.judges.pairwise import Match, Pairwise
 from rsrlm.judges.rubric import TOO_LONG
-from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand, respond
+from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand, NoItems, respond
 from rsrlm.recipes.irpo import WithLikelihood
 from rsrlm.recipes.labelled import EVENED, WORSE, evenly, pair, position, right_one
 from rsrlm.recipes.parts import Turn, given, group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
-from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import Example, Group, Judgement, NoPair, PreferencePair, Response, Task, wording
 from rsrlm.settings.base import Number, Section
 from rsrlm.settings.methods import JudgeConfig, PerIteration, SamplingParams
@@ -136,7 +135,7 @@ class SelfTaught(SelfRewarding):
         order = evenly([one.id for one in examples], self.context.seed, iteration)
         dropped = reasons_of(groups) + Counter({EVENED: len(examples) - len(order)})
         if not order:
-            raise NoExamples(f"iteration {iteration} has no judgement to imitate: {dict(dropped)}")
+            raise NoItems(f"iteration {iteration} has no judgement to imitate: {dict(dropped)}")
         items = [examples[at] for at in order]
         return Batch(items=items, groups=groups, dropped=dropped, measures={"taught": position(groups)})
 

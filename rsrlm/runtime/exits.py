@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from rsrlm.iterative import NoPairs, Stopped
-from rsrlm.recipes.sft import NoExamples
+from rsrlm.recipes.base import NoItems
 from rsrlm.runtime.endpoint import BudgetSpent, EndpointFailed
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
@@ -20,7 +20,7 @@ EXIT_OK, EXIT_USER, EXIT_NO_PAIRS, EXIT_FAILED, EXIT_STOPPED, EXIT_INTERRUPTED =
 # Ends that a run comes to by itself.
 ENDINGS: dict[type[Exception], tuple[str, int]] = {
     NoPairs: ("no_pairs", EXIT_NO_PAIRS),
-    NoExamples: ("no_examples", EXIT_NO_PAIRS),
+    NoItems: ("no_examples", EXIT_NO_PAIRS),
     Stopped: ("stopped", EXIT_STOPPED),
 }
 

@@ -282,7 +282,7 @@ def test_an_iteration(config_of: Any, encoder: ChatEncoder, tmp_path: Any) -> No
     assert batch.dropped == {"outcome not above least": 1}
     found = batch.measures["search"]
     assert found == {
-        "trees": 2, "kept": 1, "dropped": {"outcome not above least": 1}, "leaves": 2.0,
+        "trees": 2, "kept": 1, "leaves": 2.0,
         "best_outcome": pytest.approx((0.97 + 0.873) / 2),
     }  # fmt: skip
     assert [group.no_pair_reason for group in batch.groups] == ["", "outcome not above least"]

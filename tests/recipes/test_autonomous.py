@@ -17,7 +17,7 @@ from rsrlm.commands import plan, plan_gpu
 from rsrlm.config import load
 from rsrlm.data.documents import FORM
 from rsrlm.recipes.autonomous import pair, text_example
-from rsrlm.recipes.sft import NoExamples
+from rsrlm.recipes.base import NoItems
 from rsrlm.records import Completion, NoPair, PreferencePair, Prompt, Request, seed_of
 from rsrlm.settings.base import ConfigError
 
@@ -99,7 +99,7 @@ def test_open_book(config_of: Any, encoder: ChatEncoder) -> None:
     assert asking.target_token_ids == (*encoder.tokenizer.encode(WRITTEN), 2)  # as sampled
     assert f">\n{ASPIRIN}\n</text" in text(encoder, request.prompt_token_ids)
     assert batch.dropped == {"no question": 1}
-    counts = {"examples": {"closed": 1, "asking": 1}, "pieces_dropped": {"no question": 1}}
+    counts = {"closed": 1, "asking": 1}
     assert batch.measures == {"open_book": counts}
     assert [(group.id, group.no_pair_reason) for group in batch.groups if group.no_pair_reason] == [
         ("01/tea.txt-0", "no question")
@@ -163,7 +163,7 @@ def test_a_text_that_was_cut_is_dropped(config_of: Any, encoder: ChatEncoder) ->
 
 def test_no_example_at_all(config_of: Any, encoder: ChatEncoder) -> None:
     engine = Reads(encoder, dict.fromkeys(("aspirin.txt-0", "tea.txt-0"), "Who knows?"))
-    with pytest.raises(NoExamples, match=r"no piece of documents=.* gave an example: \{'no question': 2\}"):
+    with pytest.raises(NoItems, match=r"no piece of documents=.* gave an example: \{'no question': 2\}"):
         iteration(config_of("open_book"), encoder, engine)
 
 
@@ -186,7 +186,7 @@ def test_plain_training_on_the_text(config_of: Any, encoder: ChatEncoder) -> Non
     texts = {"aspirin.txt-0": ASPIRIN, "tea.txt-0": TEA}
     assert found == {name: ("text", tuple(encoder.tokenizer.encode(words))) for name, words in texts.items()}
     assert {len(one.prompt_token_ids) for one in batch.items} == {1}
-    assert batch.measures == {"open_book": {"examples": {"text": 2}, "pieces_dropped": {}}}
+    assert batch.measures == {"open_book": {"text": 2}}
 
 
 def test_a_beginning_is_no_target(config_of: Any, encoder: ChatEncoder, documents: Path) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +37,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "dno": {"judge": DIGITS, "pair": {"floor": 0.0, "margin": 0.1, "own_margin": 0.1}},
     "thinking": {"judge": DIGITS, "thought": {}},
     "self_j": {"judge": {**DIGITS, "template": "self_j"}},
+    "self_taught": {"judge": DIGITS, "compare": {"judgements": 3, "max_tokens": 24}},
+    "self_taught_dpo": {"judge": DIGITS, "compare": {"judgements": 3, "max_tokens": 24}},
+    "spar": {"judge": {"kind": "yes_no", "judgements": 3, "max_tokens": 24}, "refine": {"tries": 2, "depth": 2}},
+    "alpha_llm": {"judge": DIGITS, "least": 0.0, "search": {"simulations": 6, "rollouts": 2}},
+    "process": {"judge": DIGITS, "candidates": 3, "depth": 2},
+    "open_book": {"judge": DIGITS},
+    "closed_book": {"judge": DIGITS},
 }
+
+
+WRITTEN = {"duel": ("Winner", "AB"), "judge": ("Verdict", ("Yes", "No"))}  # where a verdict is written
 
 
 class Killed(BaseException):
@@ -66,6 +77,11 @@ class Engine:
         self.left -= 1
         self.answered[key] += 1
         text = f"So. <R> It is {'seven' if draw[1] % 3 else 'so'}, {draw[2] % 2 + 6}"
+        if request.role == "prompter":
+            text = f"Question: What is {draw[1]}?\nAnswer: {draw[2]}"
+        elif request.role in WRITTEN and not request.label_ids:
+            label, sides = WRITTEN[request.role]
+            text = f"Because.\n{label}: {sides[draw[1] % 2]}"
         return Completion(
             request_id=request.id, token_ids=(*self.tokenizer.encode(text), 2), text=text, weight_version=self.held,
             finish_reason="stop" if draw[3] % 8 else "length",
@@ -84,8 +100,10 @@ def begun(config: Any, encoder: ChatEncoder, engine: Engine, log: Memory) -> Any
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_killed_anywhere(name: str, make_config: Any, encoder: ChatEncoder) -> None:
-    keys = {"sample": {"responses": 3, "max_tokens": 24}, **METHODS[name]}
+def test_killed_anywhere(name: str, make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    (tmp_path / "tea.txt").write_text("\n\n".join(f"Tea number {n} has a colour of its own." for n in range(9)))
+    read = {"documents": str(tmp_path / "tea.txt"), "piece_tokens": 24} if name.endswith("_book") else {}
+    keys = {"sample": {"responses": 3, "max_tokens": 24}, **read, **METHODS[name]}
     config = make_config(recipe=name, engine={"max_model_len": 2048}, **keys)
     engine = Engine(encoder)
     whole = begun(config, encoder, engine, Memory())

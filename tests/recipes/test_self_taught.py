@@ -18,10 +18,10 @@ from rsrlm.judges.rubric import TOO_LONG
 from rsrlm.judges.templates import form_of
 from rsrlm.judges.verdicts import NO_WINNER, WINNER, parse_winner
 from rsrlm.losses.schedule import lr_at
+from rsrlm.recipes.base import NoItems
 from rsrlm.recipes.labelled import EVENED, evenly, is_right, pair, position, right_one, right_side
 from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_taught import SelfTaught, SelfTaughtDPO, instruction_of
-from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import (
     Completion,
     Group,
@@ -322,7 +322,7 @@ def test_judgements_without_a_pair(verdict: Any, reason: str, make_config: Any, 
 
 
 def test_an_iteration_without_a_right_judgement_has_failed(make_config: Any, encoder: ChatEncoder) -> None:
-    with pytest.raises(NoExamples, match=r"^iteration 1 has no judgement to imitate: \{'no right verdict': 2\}"):
+    with pytest.raises(NoItems, match=r"^iteration 1 has no judgement to imitate: \{'no right verdict': 2\}"):
         iteration(make_config(recipe="self_taught", **SMALL), encoder, Author(encoder, wrong))
 
 

@@ -15,7 +15,7 @@ from rsrlm.chat import ChatEncoder
 from rsrlm.config import load
 from rsrlm.judges.verdicts import NO_WINNER
 from rsrlm.judges.yes_no import share_of_yes
-from rsrlm.recipes.spar import Voted, Spar, accepted, best, negative, nodes_of
+from rsrlm.recipes.spar import Spar, Voted, accepted, best, negative, nodes_of
 from rsrlm.records import Completion, Judgement, NoPair, PreferencePair, Prompt, Request, Scored, Task, seed_of
 from rsrlm.report.signs import measure
 from rsrlm.settings.base import ConfigError
