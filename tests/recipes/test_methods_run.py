@@ -15,6 +15,8 @@ import yaml
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ANSWERS = {"kind": "answer", "where": "end"}
+SHORT = {"max_tokens": 40, "temperature": 1.0}
+WRITTEN = {"read": "structured", **SHORT}  # a model with random weights gives no letter a probability worth reading
 STEPS = [
     {"name": "I", "recipe": "irpo", "judge": ANSWERS, "pairs": 3},
     {"name": "S", "recipe": "scpo", "judge": ANSWERS, "least": 0.3},
@@ -23,10 +25,19 @@ STEPS = [
     {"name": "D", "recipe": "dice", "pair": {"least": 2, "least_chars": 1}},
     {"name": "A", "recipe": "scir"},
     {"name": "P", "recipe": "spin", "replay": [1.0]},
-    {"name": "W", "recipe": "sppo", "sample": {"responses": 3}},
+    {"name": "W", "recipe": "sppo", "sample": {"responses": 3}, "compare": WRITTEN},
     {"name": "N", "recipe": "dno", "judge": ANSWERS, "pair": {"floor": 1.0, "margin": 1.0, "own_margin": 1.0}},
     {"name": "J", "recipe": "self_j", "judge": {"template": "self_j"}},
-]
+    {"name": "R", "recipe": "spar", "judge": {"kind": "yes_no", "structured": True, "judgements": 3, **SHORT}},
+    {"name": "E", "recipe": "self_taught", "compare": {**WRITTEN, "judgements": 4}, "prompts": {"per_iteration": 16}},
+    {
+        "name": "L", "recipe": "alpha_llm", "judge": ANSWERS, "outcome": "judge", "least": 0.5,
+        "search": {"simulations": 4, "rollouts": 1, "beta_prm": 0.0}, "width": {"root_least": 4},
+    },
+    {"name": "B", "recipe": "process", "candidates": 3, "depth": 2, "compare": WRITTEN},
+    {"name": "O", "recipe": "open_book", "structured": True, "write": SHORT, "piece_tokens": 16},
+    {"name": "K", "recipe": "closed_book", "structured": True, "write": SHORT, "piece_tokens": 16},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +66,10 @@ def run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     questions = [
         {"id": f"q{i}", "prompt": f"What is {i} + {i}?", "answer": 7 if i % 2 else 3, "reference": "7"}
-        for i in range(100)
+        for i in range(140)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
+    (folder / "tea.md").write_text("\n\n".join(f"Tea number {n} has a colour of its own." for n in range(12)))
     config = {
         "name": "methods",
         "runs": str(folder),
@@ -68,6 +80,7 @@ def run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"lr": 1e-4, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every_steps": 2},
         "evaluate": {"max_tokens": 16, "duel": False},
         "engine": {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 0.5},
+        "documents": str(folder / "tea.md"),
         "steps": STEPS,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -181,3 +194,43 @@ def test_a_judge_in_two_views(run: Path) -> None:
     parts = step["teacher_ce"] + 0.3 * step["student_ce"] + 2 * step["kl"]
     assert step["sft_loss"] == pytest.approx(parts, rel=1e-4)
     assert row(run, 9)["examples_trained"] == 8
+
+
+def test_refined_responses(run: Path) -> None:
+    texts = {one["id"]: one["text"] for one in made(run, 10, "responses")}
+    for pair in made(run, 10, "pairs"):
+        assert pair["rejected_score"] < 0.5 < pair["chosen_score"]
+        assert texts[pair["chosen_id"]] != texts[pair["rejected_id"]]
+    assert row(run, 10)["spar"]["refined_yes"] >= row(run, 10)["pairs_trained"] > 0
+
+
+def test_judgements_that_found_the_bad_answer(run: Path) -> None:
+    examples = made(run, 11, "examples")
+    sides = ["B" if example["id"].rpartition("/")[2].startswith("1~") else "A" for example in examples]
+    assert sides.count("A") == sides.count("B") > 0
+    verdicts = {one["id"]: one["points"] for one in made(run, 11, "comparisons")}
+    assert [verdicts[example["id"]] for example in examples] == [1.0 if side == "A" else 0.0 for side in sides]
+
+
+def test_the_best_answer_of_a_tree(run: Path) -> None:
+    examples = made(run, 12, "examples")
+    judged = {one["response_id"]: one["points"] for one in made(run, 12, "judgements")}
+    assert examples
+    assert {judged[example["id"]] for example in examples} == {1.0}
+    assert row(run, 12)["search"]["kept"] == len(examples)
+
+
+def test_steps_that_are_compared(run: Path) -> None:
+    pairs = made(run, 13, "pairs")
+    assert pairs
+    assert {pair["kind"] for pair in pairs} == {"step"}
+
+
+def test_questions_about_documents(run: Path) -> None:
+    kinds = [example["kind"] for example in made(run, 14, "examples")]
+    assert kinds.count("closed") == kinds.count("asking") > 0
+    responses = {one["id"]: one for one in made(run, 15, "responses")}
+    pairs = made(run, 15, "pairs")
+    assert pairs
+    for pair in pairs:
+        assert (responses[pair["chosen_id"]]["role"], responses[pair["rejected_id"]]["role"]) == ("data", "actor")
