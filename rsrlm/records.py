@@ -254,6 +254,11 @@ class Group:
     pairs: tuple[PreferencePair, ...] = ()
     no_pair_reason: str = ""
 
+    @property
+    def answers(self) -> tuple[Response, ...]:
+        """The responses that a model wrote to the prompt: texts of the data and prompts that were written are none."""
+        return tuple(one for one in self.responses if one.role == "actor")
+
 
 def group_id(iteration: int, prompt_id: str) -> str:
     return f"{iteration:02d}/{prompt_id}"

@@ -94,7 +94,7 @@ class Evidence:
     form: Form
 
     def add(self, group: Group) -> None:
-        responses, judgements = group.responses, [one for one in group.judgements if one.role == "judge"]
+        responses, judgements = group.answers, [one for one in group.judgements if one.role == "judge"]
         verdicts = mean_verdicts(responses, group.judgements)
         points = {name: verdict.points for name, verdict in verdicts.items() if isinstance(verdict, Scored)}
         if len(points) > 1:
@@ -113,7 +113,7 @@ class Evidence:
             self.decided.append(first_won)
             if abs(gap) > TIE:
                 self.decided_apart.append(first_won == (gap > 0))
-        self.chars.add(responses)
+        self.chars.add(group.responses)
         self.chars.add(judgements)
 
 

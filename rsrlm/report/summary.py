@@ -19,7 +19,7 @@ def summary_of(groups: Iterable[Group], pairs: Iterable[PreferencePair]) -> dict
     kinds: Counter[str] = Counter()
     points, margins = floats(), floats()
     for group in groups:
-        responses, judgements = group.responses, group.judgements
+        responses, judgements = group.answers, group.judgements
         n["prompts"] += 1
         n["responses"] += len(responses)
         n["cut"] += sum(not response.complete for response in responses)

@@ -12,6 +12,7 @@ from scripted import Memory, Scripted, model, recipe_of, run_of
 from rsrlm.chat import ChatEncoder
 from rsrlm.recipes.dno import FarApart, pairs
 from rsrlm.records import NoPair, PreferencePair, Prompt, Request, Scored, Task, Unparsed, Verdict
+from rsrlm.report.summary import summary_of
 
 PAPER = FarApart(floor=5)
 
@@ -95,6 +96,8 @@ def test_an_iteration(make_config: Any, encoder: ChatEncoder) -> None:
     assert [one.id for one in batch.groups[0].judgements] == [f"00/tea/{name}#0" for name in "0123g"]
     assert {pair.chosen_token_ids for pair in batch.items} == {encoder.target("5 points")}
     assert len(engine.requests) == 4 + 5 + 4 + 4
+    summary = summary_of(batch.groups, batch.items)
+    assert (summary["responses"], summary["mean_score"]) == (8, 1.5)  # 0, 1, 2 and 3: of the model's own alone
     again = asyncio.run(recipe.iteration(run, 0, model("M0"), tasks))
     assert (list(again.items), len(engine.requests)) == (list(batch.items), 17)
 
