@@ -13,7 +13,7 @@ from typing import Any, Self
 import yaml
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from rsrlm.settings.base import NAME, ConfigError, Section
+from rsrlm.settings.base import JUDGES, NAME, ConfigError, Section, plugin
 from rsrlm.settings.data import Data, SelfInstruct
 from rsrlm.settings.machine import Clock, Engine, ModelConfig, Ray, Wandb, Watched, Weights
 from rsrlm.settings.methods import (
@@ -187,7 +187,10 @@ class Config(Section):
             return self.judge.model_copy(update={**update, "structured": False})
         if own.endpoint or not self.judge.tokens:
             written = judge_section({"fence_salt": self.judge.fence_salt})
-            known = {key: value for key, value in self.judge if key in type(written).model_fields and key != "kind"}
+            # A template that asks for one of two words has no points for a judge that reads them.
+            by_sides = getattr(plugin(self.judge.kind, JUDGES, "judge.kind"), "by_sides", False)
+            apart = {"kind", "template"} if by_sides else {"kind"}
+            known = {key: value for key, value in self.judge if key in type(written).model_fields.keys() - apart}
             return written.model_copy(update={**known, **update})
         return self.judge.model_copy(update=update)
 
@@ -264,6 +267,8 @@ def without_steps(config: Config, overrides: list[str] | None) -> Config:
     """The same models and judge without any steps, with overrides on top. Raises ConfigError."""
     data = {key: value for key, value in _plain(config).items() if key in Config.model_fields}
     data |= {"steps": [], "recipe": "self_rewarding"}
+    # Of what trains, which nobody does: another recipe's keys and loss are none of this one's.
+    data["train"] = {key: value for key, value in data["train"].items() if key in Train.model_fields and key != "loss"}
     for override in overrides or []:
         if override.startswith("judge.kind="):  # another judge has other keys
             data["judge"] = {key: data["judge"][key] for key in WHO_JUDGES}

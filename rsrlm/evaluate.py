@@ -41,8 +41,12 @@ class Evaluation:
     def asks(self) -> list[str]:
         """Sources of the templates and names of the functions that it asks with."""
         comparing = [self._pairwise.source] if self._pairwise else []
-        asking = [self.context.question] if self.context.question else []
-        return [*asking, self.judge.source, self.validating.source, *comparing]
+        return [*self.questions, self.judge.source, self.validating.source, *comparing]
+
+    @property
+    def questions(self) -> list[str]:
+        """The template that prompts are asked with, if they are not asked as they are."""
+        return [self.context.question] if self.context.question else []
 
     def needs(self) -> dict[str, int]:
         """Tokens of each kind of request beside those of the question."""

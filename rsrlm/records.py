@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "string"]  # the model ended it, the limit did, or a stop string
 Role = Literal["actor", "judge", "meta", "duel", "data", "prompter", "learner"]
 
 
@@ -45,7 +45,7 @@ class Task:
 class Sampling:
     """Sampling parameters of one request. `top_p` 1 means off; `seed` is a 63-bit integer.
 
-    The text ends before the first of the `stop` strings that the model writes; the model ended it then ("stop").
+    The text ends with the first of the `stop` strings that the model writes ("string").
     """
 
     temperature: float
@@ -80,11 +80,10 @@ class Request:
 class Completion:
     """What an engine answers to a `Request`.
 
-    `token_ids` are as sampled: an end token is the last one only if the model wrote it. Where a stop string ended the
-    text they are the fewest that hold all of it, and at least one: there is no end token, and the last one may hold the
-    beginning of the stop string. `weight_version` is the one that the engine held when it sampled the oldest token.
-    `label_logprobs` are natural logs, one per `label_ids`; `prompt_logprobs` one per token of the prompt from
-    `score_from` on.
+    `token_ids` are as sampled: an end token is the last one only if the model wrote it, and where a stop string ended
+    the text the last one may say more than that. `weight_version` is the one that the engine held when it sampled the
+    oldest token. `label_logprobs` are natural logs, one per `label_ids`; `prompt_logprobs` one per token of the prompt
+    from `score_from` on.
     """
 
     request_id: str

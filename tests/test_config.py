@@ -562,3 +562,18 @@ def test_a_job_writes_nothing_where_ray_deletes_it(
     assert make_config(runs="/data/runs").folder == Path("/data/runs/test")
     monkeypatch.chdir(tmp_path)
     assert make_config(runs="runs").folder == tmp_path / "runs" / "test"
+
+
+def test_a_section_that_no_step_knows_is_refused_by_key(make_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"compare\.sofft=False: no step uses it \(recipes: Sppo\); known"):
+        make_config(recipe="sppo", compare={"sofft": False})
+    make_config(recipe="sppo", pair={}, meta={})  # an empty one says nothing
+
+
+def test_a_judge_of_two_words_does_not_score_with_its_template(make_config: Any) -> None:
+    """Behind an endpoint points are written: a template that asks for True or False gives none."""
+    server = {"endpoint": {"url": "http://localhost:1/v1", "model": "x"}, "read": "text"}
+    made = make_config(judge={"kind": "true_false"}, evaluate={"judge": server})
+    assert (made.validating.kind, made.validating.template) == ("text", "additive")
+    own = make_config(judge={"kind": "digits", "template": "buckets"}, evaluate={"judge": server})
+    assert own.validating.template == "buckets"

@@ -54,11 +54,9 @@ class Writer:
         tokens = (*self.encode(text), self.tokenizer.eos_token_id)
         for number in range(1, min(len(tokens), request.sampling.max_tokens) + 1):
             written = self.decode(tokens[:number])
-            places = [place for stop in request.sampling.stop if (place := written.find(stop)) >= 0]
-            if places:
-                text = written[: min(places)]
-                fewest = next(n for n in range(1, number + 1) if len(self.decode(tokens[:n])) >= len(text))
-                return Completion(**made, token_ids=tokens[:fewest], text=text, finish_reason="stop")  # type: ignore[arg-type]
+            ends = [place + len(stop) for stop in request.sampling.stop if (place := written.find(stop)) >= 0]
+            if ends:
+                return Completion(**made, token_ids=tokens[:number], text=written[: min(ends)], finish_reason="string")  # type: ignore[arg-type]
         kept = tokens[: request.sampling.max_tokens]
         finish = "stop" if len(kept) == len(tokens) else "length"
         return Completion(**made, token_ids=kept, text=self.decode(kept), finish_reason=finish)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """`rsrlm judge`: the config's judge over a file of responses, which may be of any model or of people."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def judge_file(
 
 
 def rows_of(one: Given, verdicts: dict[str, Verdict], threshold: float | None, best: bool) -> list[dict[str, Any]]:
-    """A row for each response; with `best` that of the best alone, and none where none could be read."""
+    """A row for each response; with `best` that of the best alone, or one without a response where none is readable."""
     rows = []
     for response, good in zip(one.responses, one.good, strict=True):
         verdict = verdicts[response.id]
@@ -106,7 +107,9 @@ def rows_of(one: Given, verdicts: dict[str, Verdict], threshold: float | None, b
     if not best:
         return rows
     readable = [row for row in rows if row["points"] is not None]
-    return [max(readable, key=lambda row: row["points"])] if readable else []
+    return (
+        [max(readable, key=lambda row: row["points"])] if readable else [{**rows[0], "index": None, "response": None}]
+    )
 
 
 def _say_risk(rows: Sequence[dict[str, Any]], report: Report) -> None:
@@ -117,7 +120,9 @@ def _say_risk(rows: Sequence[dict[str, Any]], report: Report) -> None:
     table = []
     for risk in RISKS:
         found = threshold_for(curve, risk)
-        shown = {name: f"{value:.3f}" for name, value in asdict(found).items()} if found else {"threshold": "none"}
+        shown = {name: f"{value:.3f}" for name, value in asdict(found).items()} if found else {}
+        # Rounded down: what it is read from must not be refused by it.
+        shown["threshold"] = f"{math.floor(found.threshold * 1e4) / 1e4:.4f}" if found else "none"
         table.append({"at most": f"{risk:.0%} bad", **shown})
     columns = {"at most": "at most", "threshold": "threshold", "coverage": "coverage", "risk": "risk"}
     report.table(f"Refusal: risk {curve[-1].risk:.3f} without it, area {area(curve):.3f}", table, columns)

@@ -25,7 +25,8 @@ REMEDY = "give a .jsonl file with id and text per line, a .txt or .md file, or a
 # Where a text is cut, the first where that is enough: behind paragraphs, sentences, words, characters.
 BORDERS = tuple(map(re.compile, (r"\n[^\S\n]*\n\s*", r"""(?<=[.!?…])["'”’»)\]]*\s+|[。！？]+|\n""", r"\s+", r"(?s:.)")))
 FORM = r"Question: [^\n?]+\?\nAnswer: [^\n]+"  # of what `asked` reads, where an engine holds a model to it
-_LABEL = re.compile(r"^[ \t]*(question|answer)[ \t]*:", re.IGNORECASE | re.MULTILINE)
+# A second one is found though it be numbered or in bold: what follows it belongs to another question.
+_LABEL = re.compile(r"^[\s*_#>-]*(question|answer)[ \t]*\d*[.*_ \t]*:[*_]*", re.IGNORECASE | re.MULTILINE)
 _WORD = re.compile(r"\w+")
 
 
@@ -61,6 +62,8 @@ def read(source: str, key: str = "documents") -> tuple[Document, ...]:
     places: dict[str, str] = {}
     for one in paths:
         for where, identifier, text in _entries(one, path, key):
+            if path.is_dir() and isinstance(text, str) and not text.strip():
+                continue  # an empty file beside others
             prompts.check(identifier, text, where, name="text")
             if identifier in places:
                 raise ConfigError(f"{where}: id {identifier!r} is that of {places[identifier]} already; ids are unique")

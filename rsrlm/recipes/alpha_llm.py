@@ -91,8 +91,11 @@ class AlphaLLM(SelfRewarding):
     async def iteration(self, run: Run, number: int, before: Model, tasks: Sequence[Task]) -> Batch:
         batch = await super().iteration(run, number, before, tasks)
         if not batch.items:
-            why = f"nothing to train on: {dict(batch.dropped)}; lower least, or raise search.simulations"
-            raise NoItems(f"iteration {number} has {why}")
+            best = batch.measures["search"]["best_outcome"]
+            raise NoItems(
+                f"iteration {number} has nothing to train on: {dict(batch.dropped)}; the best outcome of a tree was "
+                f"{best} on average: lower least, or raise search.simulations"
+            )
         return batch
 
     def items(self, iteration: int, groups: Sequence[Group]) -> Batch:
@@ -127,7 +130,9 @@ class AlphaLLM(SelfRewarding):
         """At most: each option sampled as often as may be, and as long as an answer; the two requests for a line share
         its tokens."""
         search, most = config.search, config.sample.max_tokens
-        nodes, judged = prompts * search.simulations, 1 + search.rollouts_wanted
+        nodes, judged = prompts * search.simulations, bool(search.beta_prm) * 1
+        if config.outcome == "model":
+            judged = max(1, judged + search.rollouts_wanted)  # of a leaf its outcome alone
         options, rollouts = nodes * ATTEMPTS, nodes * search.rollouts_wanted
         requests = options * PARTS + rollouts
         each = math.ceil(most * (options + rollouts) / requests)

@@ -98,7 +98,7 @@ class OpenBook(Reader):
         )
 
     def needs(self) -> dict[str, int]:
-        return super().needs() if self.config.on == "questions" else {}
+        return super().needs() if self.config.on == "questions" else {"a piece": self.config.piece_tokens + 1}
 
 
 class ClosedBook(Reader):

@@ -77,8 +77,9 @@ class Recipe:
 
     @classmethod
     def asks_one_model(cls) -> bool:
-        """Whether an iteration asks one model alone, and trains none: the online clock takes no other recipe."""
-        return cls.iteration is Recipe.iteration
+        """Whether an iteration asks one model alone, trains none, and gives pairs: the online clock takes no other
+        recipe, since a round may have nothing to train on."""
+        return cls.iteration is Recipe.iteration and cls.trains == "pairs"
 
     @property
     def width(self) -> int:

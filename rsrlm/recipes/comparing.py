@@ -22,7 +22,7 @@ from rsrlm.settings.train import DPO
 NOT_COMPARED = Unparsed(reason="no comparison that can be read")
 
 
-class HowCompared(Section):
+class Comparison(Section):
     """How two texts are compared."""
 
     read: Literal["letters", "text", "structured"] = Field(
@@ -33,15 +33,12 @@ class HowCompared(Section):
     temperature: Number = Field(0.0, ge=0, description="of a written verdict")
     top_p: Number = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(300, gt=0, description="of a written verdict")
+    soft: bool = Field(True, description="go by the judge's probability instead of its verdict")
 
     @property
     def tokens(self) -> int:
         """Of one verdict, at most."""
         return 1 if self.read == "letters" else self.max_tokens
-
-
-class Comparison(HowCompared):
-    soft: bool = Field(True, description="go by the judge's probability instead of its verdict")
 
 
 class Comparing(SelfRewarding):
@@ -137,7 +134,8 @@ def win_rates(responses: Sequence[Response], compared: Sequence[Judgement], soft
     found = {(one.response_id, int(one.id.rpartition("~")[2])): one.verdict for one in compared}
 
     def against(one: Response, other: Response) -> float | Unparsed:
-        return preference(found[one.id, other.index], found[other.id, one.index], soft)
+        first, second = found.get((one.id, other.index)), found.get((other.id, one.index))
+        return preference(first, second, soft) if first and second else NOT_COMPARED
 
     beaten = {
         one.id: [

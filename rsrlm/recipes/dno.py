@@ -16,11 +16,11 @@ from rsrlm.engines import Engines
 from rsrlm.judges.base import Origin, mean_verdicts
 from rsrlm.pairing import TIE, candidates, pair_of
 from rsrlm.recipes.base import Batch, Demand
-from rsrlm.recipes.parts import given, group_of
+from rsrlm.recipes.parts import check_given, given_answer, group_of
 from rsrlm.recipes.replay import Share, replayed
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.recipes.spin import REFERENCE
-from rsrlm.records import Group, NoPair, PreferencePair, Response, Task, Verdict
+from rsrlm.records import Group, NoPair, PreferencePair, Prompt, Response, Task, Verdict
 from rsrlm.run import Run
 from rsrlm.settings.base import Number, Section
 from rsrlm.settings.methods import JudgeConfig, PerIteration, Sample, TakingPart
@@ -45,11 +45,12 @@ class Dno(SelfRewarding):
             [0.3, 0.15], description="shares of the pairs of the iteration before, of the one before it, and so on"
         )
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check_given(self.context, prompts, REFERENCE)
+
     async def group(self, engines: Engines, task: Task) -> Group:
         responses, judgements = await self.scored(engines, task)
-        if text := task.prompt.data.get(REFERENCE, "").strip():
-            context = self.context
-            reference = given(task, text, context.asked(task.prompt.text), context.encoder.target(text))
+        if reference := given_answer(self.context, task, REFERENCE):
             origin = Origin(iteration=task.iteration, name=reference.id)
             judgements += await self.judge(engines, task.prompt, reference, origin)
             responses += (reference,)
@@ -65,7 +66,7 @@ class Dno(SelfRewarding):
         found, scored = super().demand_of(config, prompts), config.sample.responses + 1
         return Demand(
             requests={**found.requests, "judge": (prompts * scored * config.judge.per_response, config.judge.tokens)},
-            items=round(prompts * math.comb(scored, 2) * (1 + sum(config.replay))),
+            items=math.ceil(prompts * math.comb(scored, 2) * (1 + sum(config.replay))),
             item_tokens=found.item_tokens,
         )
 

@@ -15,7 +15,7 @@ from rsrlm.judges.answers import RightAnswer, gold
 from rsrlm.judges.base import mean_verdicts
 from rsrlm.pairing import Candidate, pair_of
 from rsrlm.recipes.base import Demand
-from rsrlm.recipes.parts import given, group_of
+from rsrlm.recipes.parts import check_given, given_answer, group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, NoPair, PreferencePair, Prompt, Response, Scored, Task, Verdict
 from rsrlm.settings.base import Number, Section
@@ -47,6 +47,7 @@ class Irpo(SelfRewarding):
             return self
 
     def check(self, prompts: Sequence[Prompt]) -> None:
+        check_given(self.context, prompts, "solution")
         if isinstance(self.judge, RightAnswer):
             for prompt in prompts:
                 gold(prompt, self.judge.config)
@@ -59,8 +60,7 @@ class Irpo(SelfRewarding):
 
     def solution(self, task: Task) -> Response | None:
         """The solution that came with the prompt (`data["solution"]`), if there is one."""
-        context, text = self.context, task.prompt.data.get("solution")
-        return given(task, text, context.asked(task.prompt.text), context.encoder.target(text)) if text else None
+        return given_answer(self.context, task, "solution")
 
     @classmethod
     def demand_of(cls, config: Config, prompts: int) -> Demand:

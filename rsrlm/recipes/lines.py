@@ -29,14 +29,12 @@ class Lines:
     """
 
     def __init__(self, context: Context, sample: Any, line: Line) -> None:
-        """`sample` has temperature, top_p and max_tokens. Raises ConfigError for a separator without tokens, and where
-        answers begin with a thought."""
+        """`sample` has temperature, top_p and max_tokens. Raises ConfigError where answers begin with a thought."""
         if context.marker:
             raise ConfigError(
                 "thought is set, but this recipe writes answers line by line, and all lines are judged; leave it out"
             )
         self.context, self.sample, self.config = context, sample, line
-        self._tokens_of(line.separator)
 
     def start(self, task: Task, name: str) -> Response:
         """Nothing is written yet."""
@@ -105,41 +103,34 @@ class Lines:
         )
 
     def _with(self, before: Response, completion: Completion, sampling: Sampling) -> Response:
-        """The beginning with what was written after it. A stop string is no end of the answer, and leaves no end token;
-        where the tokens that are kept lack a part of it, it is added, so that the next line begins behind it."""
+        """The beginning with what was written after it. A stop string is no end of the answer."""
         text, tokens = completion.text, completion.token_ids
-        stopped = completion.finish_reason == "stop"
-        complete = stopped and (not sampling.stop or tokens[-1:] == (self.context.encoder.tokenizer.eos_token_id,))
-        if stopped and not complete:
-            tail = self._tail(completion)
-            separator = self.config.separator
-            rest = separator.removeprefix(tail) if separator.startswith(tail) else ""
-            text, tokens = text + tail + rest, tokens + self._tokens_of(rest)
+        if completion.finish_reason == "string":
+            text += self._tail(completion)
+        elif completion.finish_reason == "length" and sampling.stop:
+            text, tokens = self._whole_characters(text, tokens)
         return replace(
             before,
             text=before.text + text,
             token_ids=before.token_ids + tokens,
-            finish_reason="stop" if complete else "length",
+            finish_reason="stop" if completion.finish_reason == "stop" else "length",
             weight_version=completion.weight_version,
             sampling=sampling,
         )
 
-    def _tail(self, completion: Completion) -> str:
-        """What the last token says beyond the text that ends before a stop string, such as the line break of ".\\n"."""
-        # Blanks aside: tokenizers leave out one at the start of what they decode.
+    def _whole_characters(self, text: str, tokens: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """Without the first bytes of a character that the limit of a line has cut: what follows them is no text."""
+        while len(tokens) > 1 and self._said(tokens).endswith("\ufffd"):
+            tokens = tokens[:-1]
+        return text.rstrip("\ufffd"), tokens
+
+    def _said(self, tokens: tuple[int, ...]) -> str:
         decode = self.context.encoder.tokenizer.decode
-        said = decode(completion.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip(" ")
+        return str(decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _tail(self, completion: Completion) -> str:
+        """What the last token says beyond a stop string, such as the second line break of a token of two."""
+        # Blanks aside: tokenizers leave out one at the start of what they decode.
+        said = self._said(completion.token_ids).lstrip(" ")
         text = completion.text.lstrip(" ")
         return said[len(text) :] if said.startswith(text) else ""
-
-    def _tokens_of(self, text: str) -> tuple[int, ...]:
-        """The tokens of a separator, or of a part of it, between two words."""
-        encoder = self.context.encoder
-        word, both = encoder.target("x")[:-1], encoder.target(f"x{text}x")[:-1]
-        own = both[len(word) : -1]
-        if text and (both[: len(word)] != word or not own or encoder.tokenizer.decode(both[-1:]).strip() != "x"):
-            raise ConfigError(
-                f"line.separator={self.config.separator!r}: this model's tokenizer has no tokens of its own for it; "
-                "use '\n'"
-            )
-        return own if text else ()

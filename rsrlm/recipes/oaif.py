@@ -28,6 +28,8 @@ class Oaif(Comparing):
 
     async def group(self, engines: Engines, task: Task) -> Group:
         responses = await self.sampled(engines, task)
+        if not all(response.text.strip() for response in responses):
+            return group_of(task, responses, (), NoPair(reason="no text"))
         if responses[0].text == responses[1].text:
             return group_of(task, responses, (), NoPair(reason="same text"))
         compared = await self.compared(engines, task, responses)

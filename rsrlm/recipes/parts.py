@@ -8,7 +8,8 @@ from typing import Any
 from rsrlm.engines import SAMPLE_PRIORITY, Engines
 from rsrlm.judges import templates
 from rsrlm.judges.base import LONGEST_FENCE, Context, sampling_of
-from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Request, Response, Role, Sampling, Task
+from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Prompt, Request, Response, Role, Sampling, Task
+from rsrlm.settings.base import ConfigError
 
 NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, max_tokens=0, seed=0)
 
@@ -51,6 +52,23 @@ def given(
         weight_version="",
         sampling=NOT_SAMPLED,
     )
+
+
+def given_answer(context: Context, task: Task, key: str) -> Response | None:
+    """The answer that came with the prompt under this key; None where there is none, or it leaves no room."""
+    text = task.prompt.data.get(key, "")
+    prompt, target = context.asked(task.prompt.text), context.encoder.target(text)
+    return given(task, text, prompt, target) if text.strip() and len(prompt) + len(target) <= context.room else None
+
+
+def check_given(context: Context, prompts: Sequence[Prompt], key: str) -> None:
+    """Raise ConfigError for a prompt with such an answer in a run whose answers begin with a thought: none comes with
+    it, and to prefer it would teach the model not to think."""
+    for prompt in prompts:
+        if context.marker and prompt.data.get(key, "").strip():
+            raise ConfigError(
+                f"prompt {prompt.id!r} has {key!r}, an answer without a thought, and thought is set: leave out one"
+            )
 
 
 def standardised(values: Sequence[float]) -> list[float]:

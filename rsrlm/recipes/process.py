@@ -16,11 +16,11 @@ from rsrlm.judges import templates, verdicts
 from rsrlm.judges.base import Context
 from rsrlm.judges.pairwise import Match, Pairwise
 from rsrlm.recipes.base import Demand
-from rsrlm.recipes.comparing import HowCompared
+from rsrlm.recipes.comparing import Comparison, win_rates
 from rsrlm.recipes.lines import PARTS, Line, Lines
 from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
-from rsrlm.recipes.steps import pair, wins
+from rsrlm.recipes.steps import pair
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Task
 from rsrlm.settings.base import Section
 from rsrlm.settings.methods import JudgeConfig, PerIteration, SamplingParams
@@ -29,7 +29,8 @@ from rsrlm.settings.train import DPO
 VARIABLES = templates.PAIRWISE_VARIABLES | {"steps"}
 
 
-class StepComparison(HowCompared):
+class StepComparison(Comparison):
+    soft: bool = Field(False, description="go by the judge's probability instead of its verdict, as the paper does not")
     template: str = Field("steps", description="a name of rsrlm's or a Jinja2 file, which also prints steps")
 
 
@@ -78,7 +79,8 @@ class ProcessBased(SelfRewarding):
             made = [self.lines.step(begun, one, index) for index, one in enumerate(answers)]
             said = await self.compare(engines, self.matches(task, begun.text, made, name))
             steps, compared = [*steps, *made], [*compared, *said]
-            found = pair(task.id, made, wins(made, said), [self.may_win(one) for one in answers])
+            rates = win_rates(made, said, self.config.compare.soft)
+            found = pair(task.id, made, rates, [self.may_win(one) for one in answers])
             if isinstance(found, PreferencePair):
                 path.append((next(one for one in answers if one.id == found.chosen_id), found))
                 continue
@@ -136,7 +138,7 @@ class ProcessBased(SelfRewarding):
 
     @property
     def scale(self) -> tuple[int, int]:
-        return (0, self.config.candidates - 1)
+        return (0, 1)
 
     def needs(self) -> dict[str, int]:
         answer = self.config.sample.max_tokens

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from math import floor
 from typing import Annotated
 
 from pydantic import Field
@@ -17,14 +18,15 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 def earlier(run: Run, number: int, shares: Sequence[float], seed: int) -> Iterator[PreferencePair]:
-    """About `shares[0]` of the pairs that the iteration before made, `shares[1]` of those of the one before it, and so
-    on. Each is drawn by seed and id. Those that an iteration itself trained on again are left out."""
+    """`shares[0]` of the pairs that the iteration before made, `shares[1]` of those of the one before it, and so on,
+    drawn by seed and ids. Those that an iteration itself trained on again are left out."""
     for age, share in enumerate(shares, start=1):
         before = number - age
-        for pair in run.pairs(before) if share and before >= 0 else ():
-            own = pair.id.startswith(group_id(before, ""))
-            if own and random.Random(f"replay {seed} {number} {pair.id}").random() < share:
-                yield pair
+        if not share or before < 0:
+            continue
+        own = sorted(pair.id for pair in run.pairs(before) if pair.id.startswith(group_id(before, "")))
+        drawn = set(random.Random(f"replay {seed} {number} {before}").sample(own, floor(share * len(own) + 1e-9)))
+        yield from (pair for pair in run.pairs(before) if pair.id in drawn)
 
 
 def replayed(run: Run, number: int, groups: Sequence[Group], shares: Sequence[float], seed: int) -> Batch:

@@ -22,7 +22,7 @@ from rsrlm.recipes.base import Batch, Demand
 from rsrlm.recipes.parts import Turn, group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Scored, Task
-from rsrlm.settings.base import Section
+from rsrlm.settings.base import ConfigError, Section
 from rsrlm.settings.methods import JudgeConfig, PerIteration, Sample
 from rsrlm.settings.train import DPO
 
@@ -63,6 +63,8 @@ class Spar(SelfRewarding):
 
         @model_validator(mode="after")
         def _votes(self) -> Self:
+            if self.judge.endpoint:
+                raise ValueError("judge.endpoint cannot vote for recipe spar; use judge.model, or leave both out")
             if not isinstance(self.judge, YesNo.Config):
                 raise ValueError(
                     f"recipe spar refines what is judged with No, but judge.kind={self.judge.kind}; use "
@@ -78,6 +80,8 @@ class Spar(SelfRewarding):
     judge: YesNo
 
     def __init__(self, config: Any, context: Context, judge_context: Context) -> None:
+        if context.marker:
+            raise ConfigError("thought is set, but a refined answer of recipe spar has none: leave out thought")
         super().__init__(config, context, judge_context)
         names = frozenset({"instruction", "response", "judgement"})
         self.refine = Turn(context, config.refine.template, names, "refine.template")

@@ -5,6 +5,7 @@ as the data does has nothing left to learn, so this is a better supervised fine-
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from pydantic import Field
 from rsrlm.engines import Engines
 from rsrlm.pairing import Candidate, pair_of
 from rsrlm.recipes.base import Batch, Demand, respond
-from rsrlm.recipes.parts import given, group_of
+from rsrlm.recipes.parts import check_given, given_answer, group_of
 from rsrlm.recipes.replay import Share, replayed
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, NoPair, PreferencePair, Prompt, Response, Task
@@ -37,6 +38,7 @@ class Spin(SelfRewarding):
     width = 1
 
     def check(self, prompts: Sequence[Prompt]) -> None:
+        check_given(self.context, prompts, REFERENCE)
         for prompt in prompts:
             if not prompt.data.get(REFERENCE, "").strip():
                 raise ConfigError(
@@ -45,10 +47,10 @@ class Spin(SelfRewarding):
                 )
 
     async def group(self, engines: Engines, task: Task) -> Group:
-        context, text = self.context, task.prompt.data[REFERENCE]
-        own = await respond(engines, context, task, 0, self.config.sample)
-        reference = given(task, text, own.prompt_token_ids, context.encoder.target(text))
-        return group_of(task, [own], (), pair(task.id, reference, own))
+        own = await respond(engines, self.context, task, 0, self.config.sample)
+        reference = given_answer(self.context, task, REFERENCE)
+        made = pair(task.id, reference, own) if reference else NoPair(reason="reference too long")
+        return group_of(task, [own], (), made)
 
     async def from_groups(self, run: Run, number: int, groups: Sequence[Group]) -> Batch:
         return await run.aside(replayed, run, number, groups, self.config.replay, self.context.seed)
@@ -57,7 +59,7 @@ class Spin(SelfRewarding):
     def demand_of(cls, config: Any, prompts: int) -> Demand:
         return Demand(
             requests={"actor": (prompts, config.sample.max_tokens)},
-            items=round(prompts * (1 + sum(config.replay))),
+            items=ceil(prompts * (1 + sum(config.replay))),
             item_tokens=2 * config.sample.max_tokens + 64,  # with a prompt of usual length
         )
 

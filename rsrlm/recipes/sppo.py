@@ -22,7 +22,8 @@ class Sppo(Comparing):
 
     async def group(self, engines: Engines, task: Task) -> Group:
         responses = await self.sampled(engines, task)
-        compared = await self.compared(engines, task, responses)
-        wins = win_rates(responses, compared, self.config.compare.soft)
+        answers = [response for response in responses if response.text.strip()]
+        compared = await self.compared(engines, task, answers)
+        wins = win_rates(answers, compared, self.config.compare.soft)
         made = best_against_worst(responses, wins, self.config.pair, task.iteration, self.context.seed)
         return replace(group_of(task, responses, (), made), comparisons=compared)

@@ -25,6 +25,15 @@ class Width(Section):
     most: int = Field(10, gt=0)
     alpha: Number = Field(1.0, ge=0, description="options for each point between a node and the furthest of its own")
 
+    @model_validator(mode="after")
+    def _least_is_less(self) -> Self:
+        for least, most in (("root_least", "root_most"), ("least", "most")):
+            if getattr(self, least) > getattr(self, most):
+                raise ValueError(
+                    f"width.{least}={getattr(self, least)} is more than width.{most}={getattr(self, most)}; lower it"
+                )
+        return self
+
 
 class Search(Section):
     simulations: int = Field(55, gt=0, description="of a tree; each adds one option, or comes to a finished answer")

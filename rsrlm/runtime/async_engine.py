@@ -60,7 +60,7 @@ class AsyncEngine:
                 pass
             if output is None:
                 return EngineDead(f"replica {self._replica}: no output for {request.id}")
-            return completion_of(request, output, engine)
+            return completion_of(request, output)
         except EngineDeadError as error:
             return EngineDead(f"replica {self._replica}: {error!r}")
         except RequestFailed as error:

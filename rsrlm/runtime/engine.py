@@ -6,7 +6,6 @@ parallel, GPUs.
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 from rsrlm.config import Config
@@ -129,6 +128,7 @@ def sampling_params(request: Request) -> Any:
         max_tokens=sampling.max_tokens,
         seed=sampling.seed if sampling.temperature > 0 else None,
         stop=list(sampling.stop),
+        include_stop_str_in_output=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
         structured_outputs=StructuredOutputsParams(regex=request.regex) if request.regex else None,
         logprob_token_ids=list(request.label_ids) or None,
@@ -136,28 +136,8 @@ def sampling_params(request: Request) -> Any:
     )
 
 
-def tokens_of(text: str, token_ids: Sequence[int], prompt_token_ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
-    """The fewest of the first tokens that hold all of a text, and at least one. They are decoded one after the other in
-    vLLM's own way, since what a token says may depend on those before it."""
-    from vllm import SamplingParams
-    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
-
-    made: Any = SimpleNamespace(
-        request_id="", prompt_token_ids=list(prompt_token_ids), prompt_embeds=None, sampling_params=SamplingParams()
-    )
-    decoder: Any = IncrementalDetokenizer.from_new_request(tokenizer, made)
-    for number, token in enumerate(token_ids, 1):
-        decoder.update([token], False)
-        if len(decoder.output_text) >= len(text):
-            return tuple(token_ids[:number])
-    return tuple(token_ids)
-
-
-def completion_of(request: Request, output: Any, engine: Any) -> Completion:
+def completion_of(request: Request, output: Any) -> Completion:
     """The record of a finished output of vLLM's engine. The oldest token's weight version counts.
-
-    vLLM ends the text before a stop string, but keeps the tokens that the stop string is made of: they are cut off, or
-    training would see what no judge saw.
 
     Raises RequestFailed where the engine gave up on the request or left out what it asked for.
     """
@@ -179,14 +159,11 @@ def completion_of(request: Request, output: Any, engine: Any) -> Completion:
         raise RequestFailed(f"request {request.id} came back without a log-probability: {error!r}") from None
     if not answer.weight_versions:
         raise RequestFailed(f"request {request.id} came back without the version of its weights")
-    token_ids = tuple(answer.token_ids)
-    if request.sampling.stop and isinstance(answer.stop_reason, str):
-        token_ids = tokens_of(answer.text, token_ids, request.prompt_token_ids, engine.get_tokenizer())
     return Completion(
         request_id=request.id,
-        token_ids=token_ids,
+        token_ids=tuple(answer.token_ids),
         text=answer.text,
-        finish_reason=answer.finish_reason,
+        finish_reason="string" if isinstance(answer.stop_reason, str) else answer.finish_reason,
         weight_version=answer.weight_versions[0].version,
         label_logprobs=label_logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -76,7 +76,7 @@ class InProcessEngine:
                     if output.finished and output.request_id in self._waiting:
                         request, answer = self._waiting.pop(output.request_id)
                         try:
-                            answer.set_result(completion_of(request, output, self._engine))
+                            answer.set_result(completion_of(request, output))
                         except RequestFailed as error:  # the engine goes on
                             answer.set_exception(error)
                         except Exception as error:

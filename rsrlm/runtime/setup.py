@@ -114,7 +114,7 @@ def prepare(
     needs = _needs(recipes) | (evaluation.needs() if config.prompts.heldout or config.prompts.validation else {})
     with busy(f"checking {len(prompts)} prompts"):
         asks = [*evaluation.asks, *_asks(recipes)]
-        usable, left_out = _usable(config, encoder, prompts, asks, needs)
+        usable, left_out = _usable(config, context, prompts, asks, needs)
     dealt = prompt_files.deal(usable, config, seed_data.trained_on(parts, wordings).wordings)
     templates.check_data(evaluation.asks, [*dealt.heldout, *dealt.validation], f"prompts.path={path}")
     for recipe, hand in zip(recipes, dealt.hands, strict=True):
@@ -187,16 +187,16 @@ def _asks(recipes: Sequence[Recipe]) -> list[str]:
 
 
 def _usable(
-    config: Config, encoder: ChatEncoder, prompts: list[Prompt], asks: Sequence[str], needs: Mapping[str, int]
+    config: Config, context: Context, prompts: list[Prompt], asks: Sequence[str], needs: Mapping[str, int]
 ) -> tuple[list[Prompt], list[str]]:
     """Usable prompts and ids of the others, where the length of a prompt is that of its text and of those of its data
     that the templates in `asks` print."""
-    chat = len(encoder.user(""))
+    user, chat, asked = context.encoder.user, len(context.encoder.user("")), len(context.asked(""))
     names = {name for source in asks for name in templates.data_names(source)}
 
     def tokens(prompt: Prompt) -> int:
-        texts = (prompt.text, *(prompt.data.get(name, "") for name in names))
-        return sum(len(encoder.user(text)) - chat for text in texts)
+        data = sum(len(user(prompt.data.get(name, ""))) - chat for name in names)
+        return data + max(len(user(prompt.text)) - chat, len(context.asked(prompt.text)) - asked)
 
     lengths = {prompt.id: tokens(prompt) for prompt in prompts}
     return prompt_files.usable(prompts, lengths, needs or {"a chat prompt": chat}, config)
@@ -291,7 +291,7 @@ def check_inputs(prepared: Prepared, store: RunFolder) -> None:
     ranked = [[p.id, p.text, [(r.text, r.rank) for r in p.replies]] for part in parts for p in part]
     now = {
         "prompts": _digest(json.dumps(dealt)),
-        "judge": _digest(json.dumps([prepared.heldout.judge.source, judges])),
+        "judge": _digest(json.dumps([prepared.heldout.judge.source, judges, *prepared.heldout.questions])),
         "training data": _digest(json.dumps([files, ranked])),
         "model": [[file.name, file.stat().st_size] for file in weight_files(prepared.model)],
         **{

@@ -52,7 +52,9 @@ class Thought(Section):
 class JudgeSection(Section):
     """What every judge of responses has; `Config` of a judge extends it. Who judges holds for the whole run."""
 
-    kind: str = Field("text", description="text, structured, digits, yes_no, answer, function, or package.module:Class")
+    kind: str = Field(
+        "text", description="text, structured, digits, yes_no, true_false, answer, function, or module:Class"
+    )
     model: str | None = Field(
         None, description="another model that judges, frozen, in a pool of its own (judge.replicas): external rewards"
     )

@@ -1,7 +1,7 @@
 """The steps of a run: each has a recipe, and that recipe's keys over the defaults of the same name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def resolved(config: Any, raw: Mapping[str, Any], source: str) -> list[Step]:
         made.append(_step(config, raw, entry, names[number], where))
     if len({"M0", *names}) <= len(names):
         raise ConfigError(f"{source}: steps: the models M0, {', '.join(names)} need names of their own")
-    _check_defaults(raw, made, source)
+    _check_defaults(raw, made, type(config).model_fields, source)
     for step in made:
         try:
             config.step_fits(step.config)
@@ -100,11 +100,11 @@ def _over(default: Any, own: Any, model: type[BaseModel], key: str) -> Any:
     return {**{name: value for name, value in default.items() if name in known}, **own}
 
 
-def _check_defaults(raw: Mapping[str, Any], steps: list[Step], source: str) -> None:
-    """Raises ConfigError for a key at the top that neither the run nor any step uses."""
+def _check_defaults(raw: Mapping[str, Any], steps: list[Step], own: Collection[str], source: str) -> None:
+    """Raises ConfigError for a key at the top that neither the run, whose sections are `own`, nor any step uses."""
     models = {step.recipe.Config for step in steps}
     for key, value in raw.items():
-        if key in ("pair", "meta", "train") and isinstance(value, dict):
+        if (key == "train" or key not in own) and isinstance(value, dict):
             used = {name for model in models if key in model.model_fields for name in keys_at(model, (key,))}
             used |= set(RANKS) if key == "train" else set()
             if unused := sorted(value.keys() - used):
@@ -125,7 +125,8 @@ def unknown_keys(data: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     except ConfigError:  # said where the step is resolved
         return []
     known = {*own, *(field for recipe in recipes for field in recipe.Config.model_fields)}
-    return [f"{key}: unknown key; known here: {', '.join(sorted(known))}" for key in data if key not in known]
+    unknown = [key for key, value in data.items() if key not in known and value != {}]
+    return [f"{key}: unknown key; known here: {', '.join(sorted(known))}" for key in unknown]
 
 
 def refuse_moved(data: Mapping[str, Any], source: str) -> None:

@@ -61,6 +61,13 @@ def test_the_best_of_each_prompt(judge: Callable[..., Ended], tmp_path: Path) ->
     ]
 
 
+def test_no_best_where_nothing_is_readable(judge: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = judge([{"id": "gin", "prompt": "Why gin?", "responses": ["a", "b"]}], "--best", "--threshold", "1")
+    assert "1 responses, 1 unreadable" in ended.out
+    (row,) = written(tmp_path)
+    assert (row["id"], row["response"], row["points"], row["refused"]) == ("gin", None, None, True)
+
+
 def test_where_nobody_says_what_is_good(judge: Callable[..., Ended], tmp_path: Path) -> None:
     ended = judge([{"id": "ale", "prompt": "Why ale?", "response": "five"}])
     assert (ended.code, "Refusal" in ended.out) == (0, False)

@@ -187,3 +187,20 @@ def test_answers_that_are_not_in_the_text() -> None:
     assert refused(found, ASPIRIN, (), 0.66) == ""
     assert refused(found, ASPIRIN, (), 0.67) == "answer not in the text"
     assert refused(Asked(question="What?", answer="..."), ASPIRIN, (), 0.0) == ""
+
+
+@pytest.mark.parametrize(
+    "more", ["\n\nQuestion 2: c?\nAnswer 2: d", "\n**Question:** c?", "\n- Answer: d", "\n# question 3.: c?"]
+)
+def test_a_second_question_is_found_however_it_is_marked(more: str) -> None:
+    assert isinstance(asked(f"Question: a?\nAnswer: b{more}"), NoPair)
+    assert asked("**Question:** a?\n**Answer:** b") == Asked(question="a?", answer="b")
+    assert asked("Question: a?\nAnswer: the question is open") == Asked(question="a?", answer="the question is open")
+
+
+def test_an_empty_file_beside_others_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("Tea.")
+    (tmp_path / "b.md").write_text(" \n")
+    assert [one.id for one in read(str(tmp_path))] == ["a.md"]
+    with pytest.raises(ConfigError, match="must be a text that is not empty"):
+        read(str(tmp_path / "b.md"))

@@ -311,7 +311,9 @@ def test_the_order_goes_by_ids_and_seed_alone(config_of: Any, encoder: ChatEncod
 def test_nothing_to_train_on_is_said(config_of: Any, encoder: ChatEncoder) -> None:
     recipe = recipe_of(config_of(least=0.97), encoder)
     run = run_of(Writer(encoder.tokenizer, write, says))
-    with pytest.raises(NoItems, match=r"iteration 1 has nothing to train on: \{'outcome not above least': 1\}; lower"):
+    with pytest.raises(
+        NoItems, match=r"iteration 1 has nothing to train on: \{'outcome not above least': 1\}; the best outcome"
+    ):
         asyncio.run(recipe.iteration(run, 1, model("M1"), [TEA]))
 
 

@@ -316,8 +316,8 @@ def test_an_answer_from_memory_must_fit_too(config_of: Any, encoder: ChatEncoder
     with pytest.raises(ConfigError, match=r"an answer from memory takes 5\d\d tokens"):
         recipe_of(config, encoder).check([])
     plain = recipe_of(config_of("open_book", on="text", piece_tokens=5000), encoder)
-    plain.check([])
-    assert plain.needs() == {}
+    with pytest.raises(ConfigError, match=r"a piece takes 5001 tokens"):
+        plain.check([])
 
 
 def test_what_an_iteration_is(config_of: Any, encoder: ChatEncoder) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,7 @@ from writer import Writer
 from rsrlm.chat import ChatEncoder
 from rsrlm.judges.base import Context
 from rsrlm.recipes.lines import Line, Lines
-from rsrlm.records import Prompt, Request, Response, Task, seed_of
-from rsrlm.settings.base import ConfigError
+from rsrlm.records import Completion, Prompt, Request, Response, Task, seed_of
 from rsrlm.settings.methods import SamplingParams
 
 TASK = Task(iteration=2, prompt=Prompt(id="tea", text="What is 3 + 4?"))
@@ -86,20 +86,45 @@ def test_lines_have_the_tokens_of_the_whole(
         assert engine.decode(one.token_ids).lstrip(" ") == one.text
 
 
-def test_a_blank_line_belongs_to_the_next(encoder: ChatEncoder) -> None:
-    """The model writes the second line break at the start of the next line, and is asked once more for the rest of it.
-    After three more there is a line of nothing else."""
-    engine = Teller(encoder, "Add them.\n\n3 + 4 = 7\n\n\n\nSo 7.")
+def test_a_blank_line_is_of_the_tokens_that_the_model_wrote(encoder: ChatEncoder) -> None:
+    """Its tokenizer has one for two line breaks, and one for four."""
+    engine = Teller(encoder, text := "Add them.\n\n3 + 4 = 7\n\n\n\nSo 7.")
     found = followed(lines_of(encoder), engine)
-    assert [piece.strip() for piece in pieces(found)] == ["Add them.", "3 + 4 = 7", "", "So 7."]
-    assert found[-1].text == "Add them.\n\n3 + 4 = 7\n\n\n\nSo 7."
-    assert engine.decode(found[-1].token_ids) == found[-1].text
-    ids = [request.id for request in engine.requests]
-    assert ids == [f"02/tea/t{n}@1" for n in (0, 1, 1, 2, 2, 3)]
+    assert [piece.strip() for piece in pieces(found)] == ["Add them.", "3 + 4 = 7", "So 7."]
+    assert found[-1].text == text
+    assert found[-1].token_ids == (*engine.encode(text), encoder.tokenizer.eos_token_id)
+    assert [one.id for one in found] == [f"02/tea/t{n}" for n in range(3)]
+
+
+def test_a_line_break_at_the_start_is_asked_beyond(encoder: ChatEncoder) -> None:
+    """A line of nothing but its end is no option: the model is asked once more."""
+    engine = Teller(encoder, "\nSo 7.")
+    (one,) = followed(lines_of(encoder), engine)
+    assert one.text == "\nSo 7."
+    assert [request.id for request in engine.requests] == ["02/tea/t0@1"] * 2
     seeds = [request.sampling.seed for request in engine.requests]
-    names = ["t0@1", "t1@1", "t1@1.1", "t2@1", "t2@1.1", "t3@1"]
-    assert seeds == [seed_of(5, 2, "tea", "actor", name) for name in names]
-    assert [one.id for one in found] == [f"02/tea/t{n}" for n in range(4)]
+    assert seeds == [seed_of(5, 2, "tea", "actor", name) for name in ("t0@1", "t0@1.1")]
+
+
+def test_any_end_of_the_models_own_ends_the_answer(encoder: ChatEncoder) -> None:
+    """Some models have several end tokens, and their tokenizer names one."""
+
+    class Ending(Teller):
+        async def generate(self, request: Request) -> Completion:
+            made = await super().generate(request)
+            return replace(made, token_ids=(*made.token_ids[:-1], 1)) if made.finish_reason == "stop" else made
+
+    engine = Ending(encoder, "Add.\nSo 7.")
+    assert [one.complete for one in followed(lines_of(encoder), engine)] == [False, True]
+
+
+@pytest.mark.parametrize("most", range(5, 11))  # a character of this kind has four tokens, and one a blank
+def test_a_character_of_several_tokens_is_not_cut(most: int, encoder: ChatEncoder) -> None:
+    engine = Teller(encoder, text := "Add \U0001f9ee\U0001f9ee now.\nSo 7.")
+    found = followed(lines_of(encoder, max_tokens=most), engine)
+    assert found[-1].text == text
+    assert engine.decode(found[-1].token_ids) == text
+    assert not any("\ufffd" in engine.decode(one.token_ids) for one in found)
 
 
 def test_what_is_asked(encoder: ChatEncoder) -> None:
@@ -137,10 +162,3 @@ def test_a_model_that_writes_line_breaks_alone_ends(encoder: ChatEncoder) -> Non
     found = followed(lines_of(encoder, most=20), Teller(encoder, "\n" * 999))
     assert len(found[-1].token_ids) >= 20
     assert not found[-1].complete
-
-
-def test_a_separator_without_tokens_is_refused(encoder: ChatEncoder) -> None:
-    with pytest.raises(
-        ConfigError, match=r"line\.separator='y': this model's tokenizer has no tokens of its own for it"
-    ):
-        lines_of(encoder, separator="y")

@@ -14,7 +14,8 @@ from writer import Writer
 from rsrlm.chat import ChatEncoder
 from rsrlm.engines import JUDGE_PRIORITY
 from rsrlm.judges.base import judgement_of
-from rsrlm.recipes.steps import EQUAL, pair, wins
+from rsrlm.recipes.comparing import win_rates
+from rsrlm.recipes.steps import EQUAL, pair
 from rsrlm.records import (
     Judgement,
     NoPair,
@@ -23,8 +24,10 @@ from rsrlm.records import (
     Prompt,
     Request,
     Response,
+    Scored,
     Task,
     Unparsed,
+    Verdict,
     Winner,
     seed_of,
 )
@@ -62,47 +65,63 @@ def both(beats: list[tuple[int, int]]) -> dict[tuple[int, int], Winner | None]:
     return found
 
 
+def rates(steps: list[Response], winners: Mapping[tuple[int, int], Winner | None]) -> dict[str, Verdict]:
+    return win_rates(steps, said(steps, winners), soft=False)
+
+
+def scored(*points: float) -> dict[str, Verdict]:
+    return {one.id: Scored(points=points[index]) for index, one in enumerate(steps_of(len(points)))}
+
+
 def test_wins_by_hand() -> None:
-    """[2 1 0] is the pair (0, 2)."""
+    """Wins [2 1 0] are the pair (0, 2): of three, itself included with a half, 0 wins against 2.5."""
     steps = steps_of(3)
-    won = wins(steps, said(steps, both([(0, 1), (0, 2), (1, 2)])))
-    assert won == [2, 1, 0]
-    found = pair("01/tea", steps, won, [True] * 3)
+    found = pair("01/tea", steps, rates(steps, both([(0, 1), (0, 2), (1, 2)])), [True] * 3)
     assert isinstance(found, PreferencePair)
-    assert (found.id, found.kind, found.chosen_score, found.rejected_score) == ("01/tea/s1.0>s1.2", "step", 2.0, 0.0)
-    reverse = wins(steps, said(steps, both([(2, 1), (2, 0), (1, 0)])))
-    assert reverse == [0, 1, 2]
+    assert (found.id, found.kind) == ("01/tea/s1.0>s1.2", "step")
+    assert (found.chosen_score, found.rejected_score) == pytest.approx((2.5 / 3, 0.5 / 3))
+    reverse = pair("01/tea", steps, rates(steps, both([(2, 1), (2, 0), (1, 0)])), [True] * 3)
+    assert isinstance(reverse, PreferencePair)
+    assert reverse.id == "01/tea/s1.2>s1.0"
 
 
 def test_a_circle_is_no_pair() -> None:
     """A beats B, B beats C, C beats A."""
     steps = steps_of(3)
-    won = wins(steps, said(steps, both([(0, 1), (1, 2), (2, 0)])))
-    assert won == [1, 1, 1]
-    assert pair("01/tea", steps, won, [True] * 3) == EQUAL
+    assert pair("01/tea", steps, rates(steps, both([(0, 1), (1, 2), (2, 0)])), [True] * 3) == EQUAL
 
 
-def test_who_wins_in_one_order_alone_does_not_win() -> None:
+def test_who_wins_in_one_place_alone_does_not_win() -> None:
     steps = steps_of(2)
-    orders: list[tuple[Winner | None, Winner | None]] = [("A", "A"), ("B", "B"), ("tie", "B"), (None, "B"), ("A", None)]
-    for first, second in orders:
-        assert wins(steps, said(steps, {(0, 1): first, (1, 0): second})) == [0, 0]
-    assert wins(steps, []) == [0, 0]  # not compared, as their texts are the same
-    assert wins(steps, said(steps, {(0, 1): "B", (1, 0): "A"})) == [0, 1]
+    for side in ("A", "B"):
+        assert pair("01/tea", steps, rates(steps, {(0, 1): side, (1, 0): side}), [True] * 2) == EQUAL  # type: ignore[dict-item]
+    same = [replace(one, text="the same") for one in steps]
+    assert pair("01/tea", same, rates(same, {}), [True] * 2) == EQUAL  # not compared
+
+
+def test_a_step_of_which_nothing_could_be_read_is_not_the_worst() -> None:
+    """0 may be the best of all; 1 beats 2."""
+    steps = steps_of(3)
+    unread = {(0, 1): None, (1, 0): None, (0, 2): None, (2, 0): None}
+    found = pair("01/tea", steps, rates(steps, {**unread, **both([(1, 2)])}), [True] * 3)
+    assert isinstance(found, PreferencePair)
+    assert found.id == "01/tea/s1.1>s1.2"
+    none = {(a, b): None for a, b in permutations(range(3), 2)}
+    assert pair("01/tea", steps, rates(steps, none), [True] * 3) == NoPair(reason="no comparison that can be read")
 
 
 def test_what_was_cut_may_lose_and_never_wins() -> None:
     steps = steps_of(3)
-    found = pair("01/tea", steps, [2, 1, 0], [False, True, True])
+    found = pair("01/tea", steps, scored(2, 1, 0), [False, True, True])
     assert isinstance(found, PreferencePair)
     assert found.id == "01/tea/s1.1>s1.2"
-    assert pair("01/tea", steps, [2, 0, 0], [False, True, True]) == EQUAL
-    assert pair("01/tea", steps, [2, 1, 0], [False] * 3) == NoPair(reason="no step that goes on")
-    equals = pair("01/tea", steps_of(4), [2, 2, 0, 0], [True] * 4)
+    assert pair("01/tea", steps, scored(2, 0, 0), [False, True, True]) == EQUAL
+    assert pair("01/tea", steps, scored(2, 1, 0), [False] * 3) == NoPair(reason="no step that goes on")
+    equals = pair("01/tea", steps_of(4), scored(2, 2, 0, 0), [True] * 4)
     assert isinstance(equals, PreferencePair)
     assert equals.id == "01/tea/s1.0>s1.2"  # the first of equals
     same = [replace(one, token_ids=(5, 2)) for one in steps]
-    assert pair("01/tea", same, [2, 1, 0], [True] * 3) == NoPair(reason="same tokens")
+    assert pair("01/tea", same, scored(2, 1, 0), [True] * 3) == NoPair(reason="same tokens")
 
 
 # -- whole iterations --------------------------------------------------------------------------------------------------
@@ -161,7 +180,7 @@ def test_an_iteration(config_of: Any, encoder: ChatEncoder, tmp_path: Any) -> No
     assert second.prompt_token_ids == question + begun
     assert second.chosen_token_ids == encoder.target("Right, it is 7.")  # the model ended it
     assert second.rejected_token_ids == encoder.target("Bad line.\n")[:-1]
-    assert {(one.kind, one.chosen_score, one.rejected_score, one.weight) for one in batch.items} == {("step", 2, 0, 1)}
+    assert {(one.kind, one.weight) for one in batch.items} == {("step", 1)}
     (group,) = batch.groups
     assert [one.id for one in group.responses] == [f"01/tea/s{n}.{i}" for n in (1, 2) for i in range(3)]
     assert all(one.complete for one in group.responses)
@@ -286,7 +305,7 @@ def test_what_a_plan_says(read: str, tokens: int, config_of: Any, encoder: ChatE
     assert recipe.needs()["sample.max_tokens"] == len(encoder.user("")) + 60
     assert recipe.asks == [recipe.compare.source]
     assert recipe.compare.name == ("steps (letters)" if read == "letters" else "steps_text (text)")
-    assert (recipe.width, recipe.scale) == (4, (0, 3))
+    assert (recipe.width, recipe.scale) == (4, (0, 1))
 
 
 def test_what_it_cannot_do_is_refused(config_of: Any, encoder: ChatEncoder) -> None:

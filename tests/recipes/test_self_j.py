@@ -3,6 +3,7 @@
 import asyncio
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from scripted import Memory, Scripted, model, recipe_of, run_of
 
 from rsrlm.chat import ChatEncoder
-from rsrlm.config import dump, resolve
+from rsrlm.config import dump, load, resolve, without_steps
 from rsrlm.data.prompt_pool import rouge_l
 from rsrlm.judges.verdicts import LITTLE_DIGIT_MASS, Form, read_distribution
 from rsrlm.recipes.base import NoItems
@@ -132,3 +133,18 @@ def test_keys_of_its_own_may_stand_at_the_top(make_config: Any) -> None:
     with pytest.raises(ConfigError, match=r"train\.kl_scale=1: no step uses it \(recipes: SelfRewarding\)"):
         make_config(train={"kl_scale": 1})
     assert resolve(yaml.safe_load(dump(config))).planned[0].config == config.planned[0].config
+
+
+def test_its_run_can_be_measured(make_config: Any) -> None:
+    """As a run of plain self-rewarding, which trains nothing here."""
+    for config in (make_config(recipe="self_j", judge=JUDGE, train={"kl_scale": 1}), make_config(recipe="sppo")):
+        plain = without_steps(config, None)
+        assert plain.planned[0].config.train.loss == "sigmoid"
+        assert plain.judge == config.judge
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        without_steps(load(path, ["data.trees=x"]), None)
+
+
+def test_it_has_nothing_to_do_on_the_online_clock(make_config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"recipe=self_j with clock\.kind=online"):
+        make_config(recipe="self_j", judge=JUDGE, clock="online")

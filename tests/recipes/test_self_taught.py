@@ -346,7 +346,7 @@ def test_a_bias_towards_the_first_position_shows(seed: int, make_config: Any, en
 
 
 def test_responses_that_are_too_long_to_judge(make_config: Any, encoder: ChatEncoder) -> None:
-    task = replace(TASKS[0], prompt=replace(TEA, data={"reference": "word " * 1000}))
+    task = replace(TASKS[0], prompt=replace(TEA, data={"reference": "word " * 900}))
     engine = Author(encoder, both)
     batch, _ = iteration(make_config(recipe="self_taught_dpo", **SMALL), encoder, engine, tasks=[task])
     assert batch.dropped == {TOO_LONG.reason: 1}

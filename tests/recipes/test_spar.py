@@ -332,3 +332,12 @@ def test_the_config_carries_the_papers_values() -> None:
     rule = step.train
     assert (rule.beta, rule.nll_scale, rule.lr, rule.schedule, rule.epochs) == (0.1, 0.1, 2e-7, "linear", 1)
     assert step.prompts.per_iteration == 10000
+
+
+def test_what_it_refuses(make_config: Any, encoder: ChatEncoder) -> None:
+    votes = {"kind": "yes_no", "judgements": 3}
+    with pytest.raises(ConfigError, match=r"thought is set, but a refined answer of recipe spar has none"):
+        recipe_of(make_config(recipe="spar", judge=votes, thought={}), encoder)
+    server = {"kind": "text", "endpoint": {"url": "http://localhost:1/v1", "model": "x"}}
+    with pytest.raises(ConfigError, match=r"judge\.endpoint cannot vote for recipe spar; use judge\.model"):
+        make_config(recipe="spar", judge=server, evaluate={"duel": False})

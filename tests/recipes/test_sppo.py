@@ -113,3 +113,19 @@ def test_its_loss_is_its_own(make_config: Any) -> None:
         make_config(recipe="sppo", train={"loss": "sigmoid"})
     with pytest.raises(ConfigError, match=r"train\.loss"):
         make_config(recipe="self_rewarding", train={"loss": "sppo"})
+
+
+def test_what_has_no_answer_is_not_compared(make_config: Any, encoder: ChatEncoder) -> None:
+    """A response of a thought alone would lose against each, and push the others up."""
+    texts = ["So. <R> tea", "No marker", "So. <R> tea tea"]
+
+    def thinking(shown: dict[str, str], request: Request, held: str) -> str:
+        return words(shown, request, held) if request.label_ids else texts[int(request.id.rpartition("/")[2])]
+
+    engine = Scripted(encoder.tokenizer, thinking)
+    for recipe, keys, compared in (("sppo", {"sample": {"responses": 3}}, 2), ("oaif", {}, 0)):
+        config = make_config(recipe=recipe, thought={}, engine={"max_model_len": 2048}, **keys)
+        batch = asyncio.run(recipe_of(config, encoder).iteration(run_of(engine), 1, model("M1"), TASKS[:1]))
+        assert len(batch.groups[0].comparisons) == compared
+        assert {pair.id for pair in batch.items} <= {"01/tea/2>0"}
+    assert batch.dropped == {"no text": 1}
