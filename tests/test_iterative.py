@@ -175,6 +175,7 @@ def test_a_row_says_what_was_made_and_trained(world: Callable[..., World]) -> No
         "judgements_unreadable": 0,
         "unreadable_reasons": {},
         "comparisons": 0,
+        "comparisons_unreadable": 0,
         "pairs": 3,
         "pairs_of_kind": {"actor": 3},
         "no_pair_reasons": {},

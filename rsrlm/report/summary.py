@@ -27,6 +27,7 @@ def summary_of(groups: Iterable[Group], pairs: Iterable[PreferencePair]) -> dict
         n["tokens"] += sum(len(response.token_ids) for response in responses)
         n["judgements"] += len(judgements)
         n["comparisons"] += len(group.comparisons)
+        n["comparisons_unreadable"] += sum(isinstance(one.verdict, Unparsed) for one in group.comparisons)
         unread.update(one.verdict.reason for one in judgements if isinstance(one.verdict, Unparsed))
         points.extend(v.points for v in mean_verdicts(responses, judgements).values() if isinstance(v, Scored))
     for pair in pairs:
@@ -42,6 +43,7 @@ def summary_of(groups: Iterable[Group], pairs: Iterable[PreferencePair]) -> dict
         "judgements_unreadable": unread.total(),
         "unreadable_reasons": dict(unread),
         "comparisons": n["comparisons"],
+        "comparisons_unreadable": n["comparisons_unreadable"],
         "pairs": kinds.total(),
         "pairs_of_kind": dict(kinds),
         "mean_score": mean(points),

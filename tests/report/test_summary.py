@@ -8,7 +8,7 @@ from typing import Any
 
 from samples import PAIR, made_for, response
 
-from rsrlm.records import Group, PreferencePair, Scored
+from rsrlm.records import Group, PreferencePair, Scored, Unparsed
 from rsrlm.report.metrics import MIN_N
 from rsrlm.report.signs import measure
 from rsrlm.report.summary import summary_of
@@ -20,12 +20,13 @@ def test_summary() -> None:
     tea = made_for("tea")  # each response with one judgement of a third of its index, and one that cannot be read
     milk = made_for("milk", responses=1)
     whole = replace(response(0), id="00/milk/0", finish_reason="stop", text=" \n", token_ids=(1, 2, 3, 4, 5))
-    milk = replace(milk, responses=(whole,), comparisons=milk.judgements[:1])
+    milk = replace(milk, responses=(whole,), comparisons=(replace(milk.judgements[0], verdict=Unparsed(reason="cut")),))
     pairs = [replace(PAIR, chosen_score=score) for score in (1.0, 2.0)] + [replace(PAIR, kind="judge")]
     found = summary_of(iter([tea, milk]), iter(pairs))
     assert found == {
         "prompts": 2, "responses": 3, "responses_cut": 2, "responses_empty": 1, "judgements": 6,
         "judgements_unreadable": 3, "unreadable_reasons": {"no score line": 3}, "comparisons": 1, "pairs": 3,
+        "comparisons_unreadable": 1,
         "pairs_of_kind": {"actor": 2, "judge": 1}, "mean_score": 1 / 9, "responses_scored": 3,
         "mean_response_tokens": 3.0, "mean_margin": 1.5,
     }  # fmt: skip
