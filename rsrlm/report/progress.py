@@ -127,11 +127,15 @@ class Report:
     def table(self, title: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
         """Rows as a table; `columns` maps keys to headings."""
         table = Table(title=title, title_justify="left")
-        for heading in columns.values():
-            table.add_column(heading, justify="right")
+        for key, heading in columns.items():
+            sentences = any(len(str(row.get(key))) > SENTENCE for row in rows)
+            table.add_column(heading, justify="left" if sentences else "right")
         for row in rows:
             table.add_row(*(shown(row.get(key)) for key in columns))
         self.console.print(table)
+
+
+SENTENCE = 60  # characters: longer values are read from the left, figures from the right
 
 
 def shown(value: Any) -> str:
