@@ -23,7 +23,6 @@ STEPS = [
     {"name": "T", "recipe": "temporal"},
     {"name": "C", "recipe": "cream"},
     {"name": "D", "recipe": "dice", "pair": {"least": 2, "least_chars": 1}},
-    {"name": "A", "recipe": "scir"},
     {"name": "P", "recipe": "spin", "replay": [1.0]},
     {"name": "W", "recipe": "sppo", "sample": {"responses": 3}, "compare": WRITTEN},
     {"name": "N", "recipe": "dno", "judge": ANSWERS, "pair": {"floor": 1.0, "margin": 1.0, "own_margin": 1.0}},
@@ -77,7 +76,7 @@ def run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompts": {"path": str(folder / "questions.jsonl"), "per_iteration": 8, "heldout": 2},
         "sample": {"responses": 6, "max_tokens": 16, "temperature": 1.0},
         "judge": {"kind": "digits", "min_mass": 0.0, "fence_salt": ""},
-        "train": {"lr": 1e-4, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every_steps": 2},
+        "train": {"lr": 1e-6, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every_steps": 2},
         "evaluate": {"max_tokens": 16, "duel": False},
         "engine": {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 0.5},
         "documents": str(folder / "tea.md"),
@@ -147,31 +146,25 @@ def test_a_price_per_character(run: Path) -> None:
         assert pair["chosen_score"] > pair["rejected_score"]
 
 
-def test_pairs_that_the_likelihood_does_not_contradict(run: Path) -> None:
-    agreement, pairs = row(run, 5)["agreement"], made(run, 5, "pairs")
-    assert agreement["kept"] == len(pairs) > 0
-    assert agreement["of"] == len(pairs) + row(run, 5)["no_pair_reasons"].get("judge and likelihood disagree", 0)
-
-
 def test_the_answers_of_the_data_and_pairs_of_the_iteration_before(run: Path) -> None:
-    pairs = made(run, 6, "pairs")
-    own = [pair for pair in pairs if pair["id"].startswith("06/")]
-    again = [pair for pair in pairs if pair["id"].startswith("05/")]
-    assert {pair["id"] for pair in again} == {pair["id"] for pair in made(run, 5, "pairs")}
-    assert len(own) + len(again) == len(pairs) == row(run, 6)["pairs_trained"]
-    assert row(run, 6)["replay"] == {"pairs": len(again)}
-    texts = {one["id"]: one["text"] for one in made(run, 6, "responses")}
+    pairs = made(run, 5, "pairs")
+    own = [pair for pair in pairs if pair["id"].startswith("05/")]
+    again = [pair for pair in pairs if pair["id"].startswith("04/")]
+    assert {pair["id"] for pair in again} == {pair["id"] for pair in made(run, 4, "pairs")}
+    assert len(own) + len(again) == len(pairs) == row(run, 5)["pairs_trained"]
+    assert row(run, 5)["replay"] == {"pairs": len(again)}
+    texts = {one["id"]: one["text"] for one in made(run, 5, "responses")}
     assert own  # the data says 7: who answered 3 learns from it
     assert {texts[pair["rejected_id"]] for pair in own} == {"3"}
 
 
 def test_win_rates(run: Path) -> None:
-    pairs, comparisons = made(run, 7, "pairs"), made(run, 7, "comparisons")
+    pairs, comparisons = made(run, 6, "pairs"), made(run, 6, "comparisons")
     assert len(comparisons) == 8 * 3 * 2
     assert pairs
     for pair in pairs:
         assert 0 < pair["rejected_score"] < pair["chosen_score"] < 1
-    steps = [json.loads(line) for line in (run / "iterations/07/steps.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (run / "iterations/06/steps.jsonl").read_text().splitlines()]
     goals = [(1000 * (pair[f"{side}_score"] - 0.5)) ** 2 / 2 for pair in pairs for side in ("chosen", "rejected")]
     # Before the first step the log-ratios are 0, and the loss is what the goals are squared.
     first = {pair["id"]: place for place, pair in enumerate(pairs)}
@@ -180,57 +173,57 @@ def test_win_rates(run: Path) -> None:
 
 
 def test_all_pairs_far_enough_apart(run: Path) -> None:
-    judged = {one["response_id"]: one["points"] for one in made(run, 8, "judgements")}
-    pairs = made(run, 8, "pairs")
-    own = [pair for pair in pairs if pair["id"].startswith("08/")]
+    judged = {one["response_id"]: one["points"] for one in made(run, 7, "judgements")}
+    pairs = made(run, 7, "pairs")
+    own = [pair for pair in pairs if pair["id"].startswith("07/")]
     assert {(judged[pair["chosen_id"]], judged[pair["rejected_id"]]) for pair in own} == {(1.0, 0.0)}
-    assert row(run, 8)["replay"]["pairs"] == len(pairs) - len(own)
+    assert row(run, 7)["replay"]["pairs"] == len(pairs) - len(own)
 
 
 def test_a_judge_in_two_views(run: Path) -> None:
-    examples = made(run, 9, "examples")
+    examples = made(run, 8, "examples")
     assert len({example["target_token_ids"][0] for example in examples}) == len(examples) == 8  # grades 0, 1, 2, 3, 5..
-    (step, *_) = [json.loads(line) for line in (run / "iterations/09/steps.jsonl").read_text().splitlines()]
+    (step, *_) = [json.loads(line) for line in (run / "iterations/08/steps.jsonl").read_text().splitlines()]
     parts = step["teacher_ce"] + 0.3 * step["student_ce"] + 2 * step["kl"]
     assert step["sft_loss"] == pytest.approx(parts, rel=1e-4)
-    assert row(run, 9)["examples_trained"] == 8
+    assert row(run, 8)["examples_trained"] == 8
 
 
 def test_refined_responses(run: Path) -> None:
-    texts = {one["id"]: one["text"] for one in made(run, 10, "responses")}
-    for pair in made(run, 10, "pairs"):
+    texts = {one["id"]: one["text"] for one in made(run, 9, "responses")}
+    for pair in made(run, 9, "pairs"):
         assert pair["rejected_score"] < 0.5 < pair["chosen_score"]
         assert texts[pair["chosen_id"]] != texts[pair["rejected_id"]]
-    assert row(run, 10)["spar"]["refined_yes"] >= row(run, 10)["pairs_trained"] > 0
+    assert row(run, 9)["spar"]["refined_yes"] >= row(run, 9)["pairs_trained"] > 0
 
 
 def test_judgements_that_found_the_bad_answer(run: Path) -> None:
-    examples = made(run, 11, "examples")
+    examples = made(run, 10, "examples")
     sides = ["B" if example["id"].rpartition("/")[2].startswith("1~") else "A" for example in examples]
     assert sides.count("A") == sides.count("B") > 0
-    verdicts = {one["id"]: one["points"] for one in made(run, 11, "comparisons")}
+    verdicts = {one["id"]: one["points"] for one in made(run, 10, "comparisons")}
     assert [verdicts[example["id"]] for example in examples] == [1.0 if side == "A" else 0.0 for side in sides]
 
 
 def test_the_best_answer_of_a_tree(run: Path) -> None:
-    examples = made(run, 12, "examples")
-    judged = {one["response_id"]: one["points"] for one in made(run, 12, "judgements")}
+    examples = made(run, 11, "examples")
+    judged = {one["response_id"]: one["points"] for one in made(run, 11, "judgements")}
     assert examples
     assert {judged[example["id"]] for example in examples} == {1.0}
-    assert row(run, 12)["search"]["kept"] == len(examples)
+    assert row(run, 11)["search"]["kept"] == len(examples)
 
 
 def test_steps_that_are_compared(run: Path) -> None:
-    pairs = made(run, 13, "pairs")
+    pairs = made(run, 12, "pairs")
     assert pairs
     assert {pair["kind"] for pair in pairs} == {"step"}
 
 
 def test_questions_about_documents(run: Path) -> None:
-    kinds = [example["kind"] for example in made(run, 14, "examples")]
+    kinds = [example["kind"] for example in made(run, 13, "examples")]
     assert kinds.count("closed") == kinds.count("asking") > 0
-    responses = {one["id"]: one for one in made(run, 15, "responses")}
-    pairs = made(run, 15, "pairs")
+    responses = {one["id"]: one for one in made(run, 14, "responses")}
+    pairs = made(run, 14, "pairs")
     assert pairs
     for pair in pairs:
         assert (responses[pair["chosen_id"]]["role"], responses[pair["rejected_id"]]["role"]) == ("data", "actor")
