@@ -42,7 +42,7 @@ STEPS = [
 @pytest.fixture(scope="module")
 def digits_model(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Answers "3" or "7", of one token and the end. The first residual dimension is constant (see conftest): it favours
-    the two digits. The second tells what came before: the end follows a digit, and not the line break of the prompt."""
+    the two digits. The second tells what came before: the end follows a digit, and not the line break of the prompt. Where it must write a verdict, both are as likely."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,6 +56,10 @@ def digits_model(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory
         ):  # fmt: skip
             model.model.embed_tokens.weight[token, 0] = first
             model.model.embed_tokens.weight[token, 1] = second
+        for one, other in (("A", "B"), (" A", " B"), ("Yes", "No"), (" Yes", " No")):
+            this, that = (tokenizer.encode(text) for text in (one, other))
+            assert len(this) == len(that) == 1
+            model.model.embed_tokens.weight[that[0]] = model.model.embed_tokens.weight[this[0]]
     model.save_pretrained(folder)
     return folder
 
