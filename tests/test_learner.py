@@ -158,6 +158,7 @@ def test_loss_and_gradients_do_not_depend_on_the_split(tiny_model: Path, tmp_pat
 
 
 @pytest.mark.ray
+@pytest.mark.full
 def test_precision_checkpointing_and_divided_weights(smollm2: Path, tmp_path: Path) -> None:
     """Weights that are large enough to be divided under ZeRO 3, in float32 and in bfloat16, made again in the backward
     pass or kept, against one float32 rank."""

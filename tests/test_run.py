@@ -325,6 +325,7 @@ def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path
     assert not list((folder / "segments").glob("*/*"))
 
 
+@pytest.mark.full
 def test_a_run_takes_an_engine_more(whole: tuple[Path, str], config_file: Path) -> None:
     """While it samples; what it makes stays the same."""
     folder = config_file.parent / "runs" / "scaled"

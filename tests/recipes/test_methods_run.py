@@ -34,15 +34,14 @@ STEPS = [
         "search": {"simulations": 4, "rollouts": 1, "beta_prm": 0.0}, "width": {"root_least": 4},
     },
     {"name": "B", "recipe": "process", "candidates": 3, "depth": 2, "compare": WRITTEN},
-    {"name": "O", "recipe": "open_book", "structured": True, "write": SHORT, "piece_tokens": 16},
-    {"name": "K", "recipe": "closed_book", "structured": True, "write": SHORT, "piece_tokens": 16},
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def digits_model(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Answers "3" or "7", of one token and the end. The first residual dimension is constant (see conftest): it favours
-    the two digits. The second tells what came before: the end follows a digit, and not the line break of the prompt. Where it must write a verdict, both are as likely."""
+    the two digits. The second tells what came before: the end follows a digit, and not the line break of the prompt.
+    Of two verdicts, where one must be written, both are as likely."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +71,6 @@ def run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(140)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
-    (folder / "tea.md").write_text("\n\n".join(f"Tea number {n} has a colour of its own." for n in range(12)))
     config = {
         "name": "methods",
         "runs": str(folder),
@@ -83,7 +81,6 @@ def run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"lr": 1e-6, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every_steps": 2},
         "evaluate": {"max_tokens": 16, "duel": False},
         "engine": {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 0.5},
-        "documents": str(folder / "tea.md"),
         "steps": STEPS,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -221,13 +218,3 @@ def test_steps_that_are_compared(run: Path) -> None:
     pairs = made(run, 12, "pairs")
     assert pairs
     assert {pair["kind"] for pair in pairs} == {"step"}
-
-
-def test_questions_about_documents(run: Path) -> None:
-    kinds = [example["kind"] for example in made(run, 13, "examples")]
-    assert kinds.count("closed") == kinds.count("asking") > 0
-    responses = {one["id"]: one for one in made(run, 14, "responses")}
-    pairs = made(run, 14, "pairs")
-    assert pairs
-    for pair in pairs:
-        assert (responses[pair["chosen_id"]]["role"], responses[pair["rejected_id"]]["role"]) == ("data", "actor")
