@@ -17,10 +17,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ANSWERS = {"kind": "answer", "where": "end"}
 SHORT = {"max_tokens": 40, "temperature": 1.0}
 WRITTEN = {"read": "structured", **SHORT}  # a model with random weights gives no letter a probability worth reading
+FAST = {"train": {"lr": 1e-4}}  # enough to change a ranking, and so little that both answers stay likely
 STEPS = [
-    {"name": "I", "recipe": "irpo", "judge": ANSWERS, "pairs": 3},
-    {"name": "S", "recipe": "scpo", "judge": ANSWERS, "least": 0.3},
-    {"name": "T", "recipe": "temporal"},
+    {"name": "I", "recipe": "irpo", "judge": ANSWERS, "pairs": 3, **FAST},
+    {"name": "S", "recipe": "scpo", "judge": ANSWERS, "least": 0.3, **FAST},
+    {"name": "T", "recipe": "temporal", **FAST},
     {"name": "C", "recipe": "cream"},
     {"name": "D", "recipe": "dice", "pair": {"least": 2, "least_chars": 1}},
     {"name": "P", "recipe": "spin", "replay": [1.0]},
