@@ -38,15 +38,15 @@ HELDOUT = 96
 PROBLEMS: dict[Level, int] = {1: 100, 2: 260}
 READ = AnswerForm(where="end", value="number")
 KNOWS = {"kind": "answer", "where": "end", "value": "number"}
-SELF = {"kind": "digits", "fence_salt": ""}
+SELF = {"kind": "digits"}
 
 BASE: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
     "prompts": {"heldout": HELDOUT},
     "sample": {"responses": 4, "temperature": 0.8, "max_tokens": 48},
-    "judge": SELF,
+    "judge": {**KNOWS, "fence_salt": ""},  # of held-out answers, whoever gives the rewards
     "train": {
-        "lr": 5.0e-6, "lr_final": 5.0e-7, "pairs_per_step": 8, "micro_batch": 4, "checkpoint_every_steps": 1000,
+        "lr": 2.0e-5, "lr_final": 2.0e-6, "pairs_per_step": 4, "micro_batch": 4, "checkpoint_every_steps": 1000,
     },
     "engine": {"max_model_len": 1024, "max_num_seqs": 48},
     "evaluate": {"temperature": 0.0, "max_tokens": 48, "duel": False},
@@ -79,7 +79,8 @@ METHODS: dict[str, tuple[list[dict[str, Any]], int]] = {
 def config_of(method: str, seed: int, runs: Path) -> dict[str, Any]:
     steps, each = METHODS[method]
     prompts = {**BASE["prompts"], "path": str(runs / "problems.jsonl"), "per_iteration": ANSWERS // each}
-    return {**BASE, "name": name_of(method, seed), "runs": str(runs), "seed": seed, "prompts": prompts, "steps": steps}
+    judged = [{**step, "judge": {**SELF, **step.get("judge", {})}} for step in steps]
+    return {**BASE, "name": name_of(method, seed), "runs": str(runs), "seed": seed, "prompts": prompts, "steps": judged}
 
 
 def name_of(method: str, seed: int) -> str:
