@@ -764,6 +764,7 @@ class Core:
         name = self.queue.pop(0)
         answer = {"finish_reason": "stop", "token_ids": [5], "text": "a", "logprobs": None}
         answer["weight_versions"] = [SimpleNamespace(version="M0")]
+        answer["stop_reason"] = None
         output = {"finished": True, "request_id": name, "prompt_logprobs": None}
         return [SimpleNamespace(outputs=[SimpleNamespace(**{**answer, **self.outputs.get(name, {})})], **output)]
 
