@@ -371,6 +371,7 @@ def test_a_loss_that_is_not_finite_stops_before_weights_are_published(config_fil
     assert published == []
 
 
+@pytest.mark.full
 def test_the_real_model_learns_something(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct through the same command: one small iteration of the quickstart."""
     config = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
