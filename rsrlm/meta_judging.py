@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rsrlm.judges.verdicts import mean_points
+from rsrlm.pairing import pair_of_judgements
 from rsrlm.records import Judgement, NoPair, PreferencePair, Preferred, Response, Scored
 
 RIDGE = 0.01  # times the sum of squared Bradley-Terry scores
@@ -173,20 +174,8 @@ def judge_pair(
         return NoPair(reason="same tokens")
     if rule.max_chosen_chars is not None and len(chosen.text) > rule.max_chosen_chars:
         return NoPair(reason="chosen too long")
-    return PreferencePair(
-        id=f"{chosen.id}>{rejected.index}",
-        prompt_id=chosen.prompt_id,
-        kind="judge",
-        chosen_id=chosen.id,
-        rejected_id=rejected.id,
-        prompt_token_ids=tuple(prompt_token_ids),
-        chosen_token_ids=chosen.token_ids,
-        rejected_token_ids=rejected.token_ids,
-        # Rounded: a resumed run on another machine must come to the same pair.
-        chosen_score=round(best, 6),
-        rejected_score=round(worst, 6),
-        weight_version=chosen.weight_version,
-    )
+    # Rounded: a resumed run on another machine must come to the same pair.
+    return pair_of_judgements(chosen, rejected, prompt_token_ids, (round(best, 6), round(worst, 6)))
 
 
 def _drawn(ranked: Sequence[tuple[Judgement, float]], score: float, draw: random.Random) -> tuple[Judgement, float]:

@@ -7,10 +7,12 @@ the bad (2407.19594v2, section 2.2).
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
-from rsrlm.records import NoPair, PreferencePair, Response, Scored, Verdict, group_id
+from rsrlm.records import Judgement, NoPair, PreferencePair, Response, Scored, Verdict, group_id
 from rsrlm.settings.methods import Pair, TakingPart
 
+POINTS = attrgetter("points")  # of a Candidate
 TIE = 1e-9  # means of N judgements are not exact: a smaller difference is a tie
 
 
@@ -112,4 +114,23 @@ def pair_of(
         weight_version=winner.weight_version,
         weight=weight,
         target=target,
+    )
+
+
+def pair_of_judgements(
+    chosen: Judgement, rejected: Judgement, prompt_token_ids: Sequence[int], scores: tuple[float, float]
+) -> PreferencePair:
+    """The pair of two judgements that answered the same prompt."""
+    return PreferencePair(
+        id=f"{chosen.id}>{rejected.index}",
+        prompt_id=chosen.prompt_id,
+        kind="judge",
+        chosen_id=chosen.id,
+        rejected_id=rejected.id,
+        prompt_token_ids=tuple(prompt_token_ids),
+        chosen_token_ids=chosen.token_ids,
+        rejected_token_ids=rejected.token_ids,
+        chosen_score=scores[0],
+        rejected_score=scores[1],
+        weight_version=chosen.weight_version,
     )

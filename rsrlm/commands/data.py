@@ -102,7 +102,7 @@ def data_judgements(config: Config, out: Path, report: Report) -> None:
     context = context_of(config, encoder)
     recipe = SelfTaught(steps[0].config, context, context)
     templates.check_data(recipe.asks, known, f"prompts.path={config.prompts.path}")
-    lengths = {prompt.id: len(encoder.user(prompt.text)) - len(encoder.user("")) for prompt in known}
+    lengths = {prompt.id: len(context.asked(prompt.text)) - len(context.asked("")) for prompt in known}
     prompts, long = prompt_files.usable(known, lengths, recipe.needs(), config)
     tasks = [Task(iteration=0, prompt=prompt) for prompt in prompts]
 

@@ -19,7 +19,7 @@ class Digits(Text):
         kind: str = "digits"
         template: str = Field("additive", description="name of a template of rsrlm, or path of a Jinja2 file")
         min_mass: Number = Field(
-            verdicts.LEAST_MASS, ge=0, le=1, description="less probability than this on the scale is unreadable"
+            verdicts.LEAST_MASS, ge=0, le=1, description="less probability than this on all labels is unreadable"
         )
 
         @property
@@ -28,7 +28,8 @@ class Digits(Text):
 
     def __init__(self, config: Any, context: Context) -> None:
         super().__init__(config, context)
-        self.labels = verdicts.label_ids(context.encoder.tokenizer, self.form.prefix, self.form.labels)
+        labels = self.form.sides if self.by_sides else self.form.labels
+        self.labels = verdicts.label_ids(context.encoder.tokenizer, self.form.prefix, labels)
         self.prefix = self.form.prefix
 
     def template_of(self, name: str) -> str:

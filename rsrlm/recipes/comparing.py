@@ -41,28 +41,33 @@ class Comparison(Section):
         return 1 if self.read == "letters" else self.max_tokens
 
 
-class Comparing(SelfRewarding):
-    class Config(Section):
-        prompts: PerIteration
-        sample: Sample
-        judge: JudgeConfig
-        compare: Comparison = Comparison()
-        train: DPO
+class Compares(Section):
+    """The keys of every recipe that compares."""
 
-        @model_validator(mode="after")
-        def _an_endpoint_writes(self) -> Self:
-            if self.judge.endpoint and self.compare.read != "text":
-                raise ValueError(
-                    f"compare.read={self.compare.read}: judge.endpoint compares in text; set compare.read=text"
-                )
-            return self
+    prompts: PerIteration
+    judge: JudgeConfig
+    compare: Comparison = Comparison()
+    train: DPO
+
+    @model_validator(mode="after")
+    def _an_endpoint_writes(self) -> Self:
+        if self.judge.endpoint and self.compare.read != "text":
+            raise ValueError(
+                f"compare.read={self.compare.read}: judge.endpoint compares in text; set compare.read=text"
+            )
+        return self
+
+
+class Comparing(SelfRewarding):
+    class Config(Compares):
+        sample: Sample
+
+    shown = templates.PAIRWISE_VARIABLES  # what the template of a comparison prints
 
     def __init__(self, config: Any, context: Context, judge_context: Context) -> None:
         super().__init__(config, context, judge_context)
         by_text = config.judge.endpoint is not None
-        self.compare = Pairwise(
-            config.compare, judge_context, templates.PAIRWISE_VARIABLES, "compare", verdicts.WINNER, by_text
-        )
+        self.compare = Pairwise(config.compare, judge_context, self.shown, "compare", verdicts.WINNER, by_text)
 
     async def sampled(self, engines: Engines, task: Task) -> list[Response]:
         sample = self.config.sample

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from rsrlm.engines import Model
-from rsrlm.pairing import Candidate, candidates, pair_of
+from rsrlm.pairing import POINTS, Candidate, candidates, pair_of
 from rsrlm.recipes.base import Batch
 from rsrlm.recipes.cream import Cream, Likelihoods, likelihoods, reward_of, rewards
 from rsrlm.recipes.parts import group_of
@@ -87,7 +87,7 @@ def price(groups: Sequence[Sequence[Candidate]]) -> tuple[float, float | None]:
 def best_and_worst(group: str, ranked: Sequence[Candidate], alpha: float) -> PreferencePair | NoPair:
     """By points less alpha a character, which are the scores of the pair; of equal ones the lowest index counts."""
     after = [replace(one, points=one.points - alpha * len(one.response.text)) for one in ranked]
-    return pair_of(group, max(after, key=lambda one: one.points), min(after, key=lambda one: one.points))
+    return pair_of(group, max(after, key=POINTS), min(after, key=POINTS))
 
 
 def _figures(one: Candidate) -> tuple[float, int]:

@@ -16,10 +16,9 @@ from rsrlm.engines import Engines
 from rsrlm.judges.base import Origin, mean_verdicts
 from rsrlm.pairing import TIE, candidates, pair_of
 from rsrlm.recipes.base import Batch, Demand
-from rsrlm.recipes.parts import check_given, given_answer, group_of
+from rsrlm.recipes.parts import REFERENCE, check_given, given_answer, group_of
 from rsrlm.recipes.replay import Share, replayed
 from rsrlm.recipes.self_rewarding import SelfRewarding
-from rsrlm.recipes.spin import REFERENCE
 from rsrlm.records import Group, NoPair, PreferencePair, Prompt, Response, Task, Verdict
 from rsrlm.run import Run
 from rsrlm.settings.base import Number, Section

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from rsrlm.pairing import pair_of_judgements
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Preferred, Unparsed
 
 WORSE = 1  # index of the worse response
@@ -40,19 +41,7 @@ def pair(judgements: Sequence[Judgement], prompt_token_ids: Sequence[int], seed:
     if not wrong:
         return NoPair(reason="no wrong verdict")
     rejected = random.Random(f"wrong {seed} {wrong[0].id}").choice(wrong)
-    return PreferencePair(
-        id=f"{chosen.id}>{rejected.index}",
-        prompt_id=chosen.prompt_id,
-        kind="judge",
-        chosen_id=chosen.id,
-        rejected_id=rejected.id,
-        prompt_token_ids=tuple(prompt_token_ids),
-        chosen_token_ids=chosen.token_ids,
-        rejected_token_ids=rejected.token_ids,
-        chosen_score=1.0,
-        rejected_score=0.0,
-        weight_version=chosen.weight_version,
-    )
+    return pair_of_judgements(chosen, rejected, prompt_token_ids, (1.0, 0.0))
 
 
 def evenly(ids: Sequence[str], seed: int, iteration: int) -> list[int]:

@@ -11,6 +11,7 @@ from rsrlm.judges.base import LONGEST_FENCE, Context, sampling_of
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Prompt, Request, Response, Role, Sampling, Task
 from rsrlm.settings.base import ConfigError
 
+REFERENCE = "reference"  # in the data of a prompt: a good answer
 NOT_SAMPLED = Sampling(temperature=0.0, top_p=1.0, max_tokens=0, seed=0)
 
 
@@ -59,6 +60,13 @@ def given_answer(context: Context, task: Task, key: str) -> Response | None:
     text = task.prompt.data.get(key, "")
     prompt, target = context.asked(task.prompt.text), context.encoder.target(text)
     return given(task, text, prompt, target) if text.strip() and len(prompt) + len(target) <= context.room else None
+
+
+def check_carried(prompts: Sequence[Prompt], key: str, use: str) -> None:
+    """Raise ConfigError for a prompt that lacks what a recipe needs; `use` says what for."""
+    for prompt in prompts:
+        if not prompt.data.get(key, "").strip():
+            raise ConfigError(f"prompt {prompt.id!r} has no {key!r}, {use}; add it to the line of the prompt")
 
 
 def check_given(context: Context, prompts: Sequence[Prompt], key: str) -> None:

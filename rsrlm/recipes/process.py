@@ -7,26 +7,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rsrlm.engines import JUDGE_PRIORITY, Engines, gather
-from rsrlm.judges import templates, verdicts
+from rsrlm.judges import templates
 from rsrlm.judges.base import Context
-from rsrlm.judges.pairwise import Match, Pairwise
+from rsrlm.judges.pairwise import Match
 from rsrlm.recipes.base import Demand
-from rsrlm.recipes.comparing import Comparison, win_rates
+from rsrlm.recipes.comparing import Compares, Comparing, Comparison, win_rates
 from rsrlm.recipes.lines import PARTS, Line, Lines
 from rsrlm.recipes.parts import group_of
-from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.recipes.steps import pair
 from rsrlm.records import Group, Judgement, NoPair, PreferencePair, Response, Task
-from rsrlm.settings.base import Section
-from rsrlm.settings.methods import JudgeConfig, PerIteration, SamplingParams
-from rsrlm.settings.train import DPO
-
-VARIABLES = templates.PAIRWISE_VARIABLES | {"steps"}
+from rsrlm.settings.methods import SamplingParams
 
 
 class StepComparison(Comparison):
@@ -34,31 +29,20 @@ class StepComparison(Comparison):
     template: str = Field("steps", description="a name of rsrlm's or a Jinja2 file, which also prints steps")
 
 
-class ProcessBased(SelfRewarding):
-    class Config(Section):
-        prompts: PerIteration
+class ProcessBased(Comparing):
+    class Config(Compares):
         sample: SamplingParams
         line: Line = Line()
         candidates: int = Field(6, ge=2, description="for each step (w)")
         depth: int = Field(20, gt=0, description="steps of an answer, at most")
         rollbacks: int = Field(3, ge=0, description="of an answer; after one more it ends with the pairs that it has")
-        judge: JudgeConfig
         compare: StepComparison = StepComparison()
-        train: DPO
 
-        @model_validator(mode="after")
-        def _a_server_compares_in_text(self) -> Self:
-            if self.judge.endpoint and self.compare.read != "text":
-                raise ValueError(
-                    f"compare.read={self.compare.read}: judge.endpoint compares in text; set compare.read=text"
-                )
-            return self
+    shown = templates.PAIRWISE_VARIABLES | {"steps"}
 
     def __init__(self, config: Any, context: Context, judge_context: Context) -> None:
         super().__init__(config, context, judge_context)
         self.lines = Lines(context, config.sample, config.line)
-        by_text = config.judge.endpoint is not None
-        self.compare = Pairwise(config.compare, judge_context, VARIABLES, "compare", verdicts.WINNER, by_text)
 
     async def group(self, engines: Engines, task: Task) -> Group:
         """Where no candidate is better than another, the step before is taken back with its pair, and sampled anew. At
@@ -136,16 +120,8 @@ class ProcessBased(SelfRewarding):
     def width(self) -> int:
         return int(self.config.candidates)
 
-    @property
-    def scale(self) -> tuple[int, int]:
-        return (0, 1)
-
     def needs(self) -> dict[str, int]:
         answer = self.config.sample.max_tokens
         shown = answer + self.config.line.max_tokens  # of two steps, one stands beside the rest
-        own = {"sample.max_tokens": len(self.context.encoder.user("")) + answer}
+        own = {"sample.max_tokens": len(self.context.asked("")) + answer}
         return {**own, "the judge of two steps": self.compare.needs(shown)}
-
-    @property
-    def asks(self) -> list[str]:
-        return [self.compare.source]

@@ -7,7 +7,6 @@ trains the two to agree; what was read of it does not say how.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from rsrlm.engines import Model
 from rsrlm.recipes.base import Batch
@@ -29,10 +28,6 @@ class Scir(SelfRewarding):
         made = [without_contradictions(group, own, first) for group in groups]
         found, kept = (sum(len(group.pairs) for group in some) for some in (groups, made))
         return replace(self.items(number, made), measures={"agreement": {"kept": kept, "of": found}})
-
-    def needs(self) -> dict[str, int]:
-        needs: dict[str, Any] = super().needs()
-        return {**needs, "the log-probabilities of a response": needs["sample.max_tokens"] + 1}
 
 
 def without_contradictions(group: Group, own: Likelihoods, first: Likelihoods) -> Group:

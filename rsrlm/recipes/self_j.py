@@ -20,14 +20,12 @@ from rsrlm.engines import Engines
 from rsrlm.judges.base import Context, Origin, judge_of
 from rsrlm.judges.digits import Digits
 from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand, NoItems, respond
-from rsrlm.recipes.parts import group_of, standardised
+from rsrlm.recipes.parts import REFERENCE, check_carried, group_of, standardised
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, Prompt, Scored, Task, TwoViews, Unparsed
 from rsrlm.settings.base import ConfigError, Section
 from rsrlm.settings.methods import JudgeConfig, PerIteration, SamplingParams
 from rsrlm.settings.train import Distillation
-
-REFERENCE = "reference"
 
 
 class SelfJ(SelfRewarding):
@@ -65,12 +63,7 @@ class SelfJ(SelfRewarding):
             )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            if not prompt.data.get(REFERENCE, "").strip():
-                raise ConfigError(
-                    f"prompt {prompt.id!r} has no {REFERENCE!r}, which recipe self_j compares the model's answer with; "
-                    "add it to the line of the prompt"
-                )
+        check_carried(prompts, REFERENCE, "which recipe self_j compares the model's answer with")
 
     async def group(self, engines: Engines, task: Task) -> Group:
         response = await respond(engines, self.context, task, 0, self.config.sample)

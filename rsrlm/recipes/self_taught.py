@@ -22,7 +22,7 @@ from rsrlm.judges.rubric import TOO_LONG
 from rsrlm.recipes.base import JUDGE_PROMPT, Batch, Demand, NoItems, respond
 from rsrlm.recipes.irpo import WithLikelihood
 from rsrlm.recipes.labelled import EVENED, WORSE, evenly, pair, position, right_one
-from rsrlm.recipes.parts import Turn, given_answer, group_of
+from rsrlm.recipes.parts import REFERENCE, Turn, given_answer, group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Example, Group, Judgement, NoPair, PreferencePair, Response, Task, wording
 from rsrlm.settings.base import Number, Section
@@ -97,7 +97,7 @@ class SelfTaught(SelfRewarding):
 
     def reference(self, task: Task) -> Response | None:
         """The good answer that came with the prompt, if there is one."""
-        return given_answer(self.context, task, "reference")
+        return given_answer(self.context, task, REFERENCE)
 
     def matches(self, task: Task, responses: Sequence[Response]) -> list[Match]:
         """The two responses for each judgement, always in the same order, which is drawn by seed."""

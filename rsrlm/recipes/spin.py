@@ -13,16 +13,14 @@ from pydantic import Field
 from rsrlm.engines import Engines
 from rsrlm.pairing import Candidate, pair_of
 from rsrlm.recipes.base import Batch, Demand, respond
-from rsrlm.recipes.parts import check_given, given_answer, group_of
+from rsrlm.recipes.parts import REFERENCE, check_carried, check_given, given_answer, group_of
 from rsrlm.recipes.replay import Share, replayed
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Group, NoPair, PreferencePair, Prompt, Response, Task
 from rsrlm.run import Run
-from rsrlm.settings.base import ConfigError, Section
+from rsrlm.settings.base import Section
 from rsrlm.settings.methods import JudgeConfig, PerIteration, SamplingParams
 from rsrlm.settings.train import DPO
-
-REFERENCE = "reference"
 
 
 class Spin(SelfRewarding):
@@ -39,12 +37,7 @@ class Spin(SelfRewarding):
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         check_given(self.context, prompts, REFERENCE)
-        for prompt in prompts:
-            if not prompt.data.get(REFERENCE, "").strip():
-                raise ConfigError(
-                    f"prompt {prompt.id!r} has no {REFERENCE!r}, the answer that recipe spin prefers to the model's; "
-                    "add it to the line of the prompt, or use a recipe that judges"
-                )
+        check_carried(prompts, REFERENCE, "the answer that recipe spin prefers to the model's")
 
     async def group(self, engines: Engines, task: Task) -> Group:
         own = await respond(engines, self.context, task, 0, self.config.sample)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rsrlm.pairing import Candidate, pair_of
+from rsrlm.pairing import POINTS, Candidate, pair_of
 from rsrlm.records import NoPair, PreferencePair, Response, Scored, Verdict
 
 EQUAL = NoPair(reason="no step is better than another")
@@ -21,15 +21,11 @@ def pair(
     ]
     if not ranked:
         return NoPair(reason="no comparison that can be read" if len({one.text for one in steps}) > 1 else EQUAL.reason)
-    best = max((one for one in ranked if one.may_win), key=_points, default=None)
-    worst = min(ranked, key=_points)
+    best = max((one for one in ranked if one.may_win), key=POINTS, default=None)
+    worst = min(ranked, key=POINTS)
     if best is None:
         return NoPair(reason="no step that goes on")
     if best.points <= worst.points:
         return EQUAL
     made = pair_of(group, best, worst)
     return made if isinstance(made, NoPair) else replace(made, kind="step")
-
-
-def _points(candidate: Candidate) -> float:
-    return candidate.points

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from rsrlm.engines import Engines, Model, gather
 from rsrlm.judges.base import Origin, mean_verdicts
-from rsrlm.pairing import TIE, Candidate, candidates, pair_of
+from rsrlm.pairing import POINTS, TIE, Candidate, candidates, pair_of
 from rsrlm.recipes.base import Batch, Demand, respond
 from rsrlm.recipes.parts import group_of
 from rsrlm.recipes.self_rewarding import SelfRewarding
@@ -130,14 +130,10 @@ def chosen_and_rejected(
     winners = [candidate for candidate in present if candidate.may_win]
     if not winners:
         return NoPair(reason="no complete response" if present else "no scored response")
-    chosen, rejected = max(winners, key=_points), min(present, key=_points)
-    better = max((candidate for candidate in future if candidate.may_win), key=_points, default=chosen)
-    worse = min(past, key=_points, default=rejected)
+    chosen, rejected = max(winners, key=POINTS), min(present, key=POINTS)
+    better = max((candidate for candidate in future if candidate.may_win), key=POINTS, default=chosen)
+    worse = min(past, key=POINTS, default=rejected)
     return (
         better if better.points > chosen.points + TIE else chosen,
         worse if worse.points < rejected.points - TIE else rejected,
     )
-
-
-def _points(candidate: Candidate) -> float:
-    return candidate.points

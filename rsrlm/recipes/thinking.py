@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from rsrlm.judges.base import Context, mean_verdicts
-from rsrlm.pairing import Candidate, candidates, pair_of
+from rsrlm.pairing import POINTS, Candidate, candidates, pair_of
 from rsrlm.recipes.parts import standardised
 from rsrlm.recipes.self_rewarding import SelfRewarding
 from rsrlm.records import Judgement, NoPair, PreferencePair, Response, Task
@@ -58,8 +58,8 @@ def pair(group: str, taking_part: Sequence[Candidate], rho: float) -> Preference
         return NoPair(reason="fewer than two scored responses" if len(taking_part) < 2 else "no complete response")
     after = penalised([one.points for one in taking_part], [len(one.response.text) for one in taking_part], rho)
     ranked = [replace(one, points=points) for one, points in zip(taking_part, after, strict=True)]
-    chosen = max((one for one in ranked if one.may_win), key=_points)
-    rejected = min(ranked, key=_points)
+    chosen = max((one for one in ranked if one.may_win), key=POINTS)
+    rejected = min(ranked, key=POINTS)
     made = pair_of(group, chosen, rejected)
     judged = {one.response.id: one.points for one in taking_part}
     return (
@@ -67,10 +67,6 @@ def pair(group: str, taking_part: Sequence[Candidate], rho: float) -> Preference
         if isinstance(made, NoPair)
         else replace(made, chosen_score=judged[made.chosen_id], rejected_score=judged[made.rejected_id])
     )
-
-
-def _points(candidate: Candidate) -> float:
-    return candidate.points
 
 
 def penalised(points: Sequence[float], lengths: Sequence[int], rho: float) -> list[float]:

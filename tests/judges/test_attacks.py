@@ -18,7 +18,7 @@ from rsrlm.judges.templates import (
 )
 from rsrlm.judges.true_false import FORM as TRUE_FALSE
 from rsrlm.judges.verdicts import META_WINNER, SCORE, WINNER, claimed, parse_points, parse_winner
-from rsrlm.recipes.process import VARIABLES as STEPS_VARIABLES
+from rsrlm.recipes.process import ProcessBased
 from rsrlm.records import Unparsed
 
 ATTACKS = 300  # on each judge, and others on each
@@ -33,8 +33,8 @@ JUDGES = [
     ("meta_letters", META_VARIABLES, META_WINNER, "judgement_b", True),
     ("answer_true", ADDITIVE_VARIABLES, TRUE_FALSE, "response", True),
     ("step_true", ADDITIVE_VARIABLES, TRUE_FALSE, "response", True),
-    ("steps", STEPS_VARIABLES, WINNER, "steps", True),
-    ("steps_text", STEPS_VARIABLES, WINNER, "response_a", False),
+    ("steps", ProcessBased.shown, WINNER, "steps", True),
+    ("steps_text", ProcessBased.shown, WINNER, "response_a", False),
 ]
 
 

@@ -27,7 +27,7 @@ from rsrlm.judges.templates import (
 )
 from rsrlm.judges.true_false import FORM as TRUE_FALSE
 from rsrlm.judges.verdicts import META_WINNER, NO_SCORE, SCORE, WINNER, Form, parse_points
-from rsrlm.recipes.process import VARIABLES as STEPS_VARIABLES
+from rsrlm.recipes.process import ProcessBased
 from rsrlm.records import Completion, Preferred, Prompt, Sampling, Scored
 from rsrlm.settings.base import ConfigError
 
@@ -54,8 +54,8 @@ def test_a_template_names_the_form_of_its_verdict() -> None:
         ("meta_letters", META_VARIABLES, META_WINNER),
         ("answer_true", ADDITIVE_VARIABLES, TRUE_FALSE),
         ("step_true", ADDITIVE_VARIABLES, TRUE_FALSE),
-        ("steps", STEPS_VARIABLES, WINNER),
-        ("steps_text", STEPS_VARIABLES, WINNER),
+        ("steps", ProcessBased.shown, WINNER),
+        ("steps_text", ProcessBased.shown, WINNER),
     ):
         source = load_template(name, variables)
         assert form_of(source, form) == form
@@ -124,8 +124,8 @@ def test_one_scale_whoever_reads_it(name: str, variables: frozenset[str]) -> Non
         ("step_true", ADDITIVE_VARIABLES, ["response"]),
         ("pairwise", PAIRWISE_VARIABLES, ["response A", "response B"]),
         ("pairwise_text", PAIRWISE_VARIABLES, ["response A", "response B"]),
-        ("steps", STEPS_VARIABLES, ["steps", "response A", "response B"]),
-        ("steps_text", STEPS_VARIABLES, ["steps", "response A", "response B"]),
+        ("steps", ProcessBased.shown, ["steps", "response A", "response B"]),
+        ("steps_text", ProcessBased.shown, ["steps", "response A", "response B"]),
         ("meta", META_VARIABLES, ["response", "judgement A", "judgement B"]),
         ("meta_letters", META_VARIABLES, ["response", "judgement A", "judgement B"]),
         ("taught", PAIRWISE_VARIABLES, ["response A", "response B"]),

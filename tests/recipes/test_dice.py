@@ -73,3 +73,12 @@ def test_who_takes_part(make_config: Any, encoder: ChatEncoder) -> None:
     batch = asyncio.run(recipe_of(config, encoder).iteration(run_of(engine), 0, model("M0"), TASKS))
     assert (list(batch.items), batch.dropped) == ([], {"too few whole responses": 2})
     assert batch.measures == {"length": {"alpha": 0.0, "chars_chosen_less_rejected": None}}
+
+
+def test_the_first_model_goes_by_its_own_likelihood(make_config: Any, encoder: ChatEncoder) -> None:
+    """There is no ratio to itself: the mean of a token's log-probability ranks, as for cream."""
+    config = make_config(recipe="dice", sample={"responses": 3}, pair={"least": 3, "least_chars": 1})
+    engine = Written(encoder, lambda index, *_: "abc"[index], lambda index, _: [-30.0, -10.0, -20.0][index])
+    batch = asyncio.run(recipe_of(config, encoder).iteration(run_of(engine), 0, model("M0"), TASKS))
+    assert {pair.id for pair in batch.items} == {"01/tea/1>0", "01/ale/1>0"}
+    assert len(engine.requests) == 2 * 2 * 3  # asked of one model alone

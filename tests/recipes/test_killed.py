@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import PAIR
 from scripted import Memory, model, recipe_of, run_of
 
 from rsrlm.chat import ChatEncoder
@@ -94,7 +95,7 @@ def begun(config: Any, encoder: ChatEncoder, engine: Engine, log: Memory) -> Any
     run = run_of(engine, log)
     run.names = ["M0", "M1"]
     recipe = recipe_of(config, encoder)
-    run.begin(recipe, lambda iteration: ())
+    run.begin(recipe, lambda iteration: [replace(PAIR, id="00/gin/1>0")])  # what spin and dno train on again
     batch = asyncio.run(asyncio.wait_for(recipe.iteration(run, 1, model("M1"), TASKS), 60))
     return replace(batch, items=list(batch.items))  # they lie in a folder that goes with the run
 

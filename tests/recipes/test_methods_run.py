@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from scipy.stats import kendalltau
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -132,11 +133,33 @@ def test_responses_of_several_models(run: Path) -> None:
     assert {one["weight_version"] for one in made(run, 2, "judgements")} == {"S"}
 
 
+def agreement_of(run: Path, iteration: int) -> float:
+    """C of an iteration, from the log-probabilities in the journal: of its model, of the one before, and of the first,
+    in the order in which they were asked. Equal responses to a prompt are asked about once."""
+    responses = made(run, iteration, "responses")
+    text = {one["id"]: (one["prompt_id"], tuple(one["token_ids"])) for one in responses}
+    sums: dict[Any, list[float]] = {}
+    for line in (run / "journal.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        identifier, _, what = entry["id"].rpartition("/")
+        if what == "logprobs" and identifier in text:
+            sums.setdefault(text[identifier], []).append(sum(entry["prompt_logprobs"]))
+    agreed = []
+    for prompt in {one["prompt_id"] for one in responses}:
+        rewards = [
+            (now - first, before - first)
+            for now, before, first in (sums[text[one["id"]]] for one in responses if one["prompt_id"] == prompt)
+        ]
+        if all(len(set(column)) > 1 for column in zip(*rewards, strict=True)):
+            agreed.append((kendalltau(*zip(*rewards, strict=True)).statistic + 1) / 2)
+    return sum(agreed) / len(agreed)
+
+
 def test_soft_labels_of_two_rankings(run: Path) -> None:
     pairs, measure = made(run, 3, "pairs"), row(run, 3)["consistency"]
     assert pairs
     assert {pair["target"] for pair in pairs} == {measure["mean"]}
-    assert 0 < measure["mean"] <= 1
+    assert measure["mean"] == pytest.approx(agreement_of(run, 3))
     rewards = {one["response_id"]: one["points"] for one in made(run, 3, "judgements")}
     assert all(rewards[pair["chosen_id"]] == pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
 
@@ -144,7 +167,9 @@ def test_soft_labels_of_two_rankings(run: Path) -> None:
 def test_a_price_per_character(run: Path) -> None:
     """Both answers have one character: whatever its price, chosen and rejected are as long."""
     assert row(run, 4)["length"] == {"alpha": 0.0, "chars_chosen_less_rejected": 0.0}
-    for pair in made(run, 4, "pairs"):
+    pairs = made(run, 4, "pairs")
+    assert pairs
+    for pair in pairs:
         assert pair["chosen_score"] > pair["rejected_score"]
 
 
