@@ -9,13 +9,14 @@ if __name__ == "__main__" and sys.path[0] == os.getcwd():
 
 import logging
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rsrlm import config as configs
+from rsrlm.command_line import making, measuring
+from rsrlm.command_line.parts import ConfigPath, Overrides, RunPath
 from rsrlm.settings.base import ConfigError, NotYet
 
 app = typer.Typer(
@@ -27,11 +28,8 @@ app = typer.Typer(
     "3 no pairs or too few examples, 4 a failure, 5 stopped by a limit of watch, 130 interrupted.",
 )
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY.SUB=VALUE", help="override keys of the file, such as train.lr=1e-5 name=try2"),
-]
+app.add_typer(making.app, name="data")
+app.add_typer(measuring.app)
 
 
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")
@@ -64,7 +62,7 @@ def run(
 
 @app.command(help="Go on with a run that was interrupted or killed. Nothing that is finished is done again.")
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder, such as runs/quickstart")],
+    folder: RunPath,
 ) -> None:
     from rsrlm.commands import running
     from rsrlm.report.progress import Report
@@ -75,7 +73,7 @@ def resume(
 
 @app.command(help="Ask a run for more engines, or fewer, while it runs: `rsrlm scale runs/NAME engines=3 judges=1`.")
 def scale(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder, such as runs/quickstart")],
+    folder: RunPath,
     wanted: Annotated[list[str], typer.Argument(metavar="POOL=NUMBER", help="engines, judges or validators")],
 ) -> None:
     from rsrlm.commands import running
@@ -137,168 +135,6 @@ def doctor(
     console = Console()
     console.print(checks.render(findings, console.is_terminal), soft_wrap=not console.is_terminal, highlight=False)
     raise typer.Exit(checks.exit_code(findings))
-
-
-data = typer.Typer(no_args_is_help=True, help="Make training data: IFT and EFT examples, judgements, prompts.")
-evaluate = typer.Typer(no_args_is_help=True, help="Measure judges against people, and two models against each other.")
-app.add_typer(data, name="data")
-app.add_typer(evaluate, name="eval")
-
-Out = Annotated[Path, typer.Option("--out", help="file to write; what is in hand meanwhile is kept beside it")]
-
-
-@data.command("ift", help="Questions with the reply that people ranked best, from data.trees, as JSONL.")
-def data_ift(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    _make("data_ift", config, overrides, out)
-
-
-@data.command(
-    "eft",
-    help="Judgements of ranked replies, written by the config's model and kept where they agree with people, as JSONL. "
-    "The same command goes on after an interruption.",
-)
-def data_eft(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    _make("data_eft", config, overrides, out)
-
-
-@data.command(
-    "judgements",
-    help="Right judgements of two answers of which one is bad by construction (recipe self_taught), by the config's "
-    "model on all of prompts.path, as JSONL. The same command goes on after an interruption.",
-)
-def data_judgements(config: ConfigPath, out: Out, overrides: Overrides = None) -> None:
-    _make("data_judgements", config, overrides, out)
-
-
-@data.command(
-    "prompts",
-    help="New prompts by the config's model in the manner of Self-Instruct, from those of prompts.path. The same "
-    "command goes on after an interruption.",
-)
-def data_prompts(
-    config: ConfigPath,
-    out: Out,
-    number: Annotated[int, typer.Option("--number", min=1, help="prompts to make")] = 100,
-    overrides: Overrides = None,
-) -> None:
-    _make("data_prompts", config, overrides, out, number)
-
-
-@evaluate.command(
-    "judge",
-    help="How well the judge agrees with people: of a config's model, or of all models of a run (its folder). On Open "
-    "Assistant trees, chosen/rejected pairs, scored responses or AlpacaEval preferences.",
-)
-def eval_judge(
-    config: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="YAML file, or the folder of a run")],
-    source: Annotated[str, typer.Option("--data", help="ranked data: a file or a Hugging Face id")],
-    out: Annotated[Path | None, typer.Option("--out", help="folder; default: eval/NAME in the run folder")] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(
-            "--part",
-            help="all, ift, eft or evaluation: parts by data.ift_share and data.eft_share; default: all but the "
-            "questions that are trained on",
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="prompts at most, drawn by seed")] = None,
-    model: Annotated[
-        list[str] | None, typer.Option("--model", help="of a run: only this model, such as M0; may be repeated")
-    ] = None,
-    pairwise: Annotated[bool, typer.Option("--pairwise", help="the pairwise judge (evaluate.judge)")] = False,
-    overrides: Overrides = None,
-) -> None:
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.commands import judge as commands_judge
-    from rsrlm.commands import judge_measures
-    from rsrlm.report.progress import Report
-
-    if part not in (None, "all", "ift", "eft", "evaluation"):
-        raise ConfigError(f"--part {part}: write all, ift, eft or evaluation")
-    resolved, models, store = commands_judge.models_of(config, model or [], overrides)
-    report = Report()
-    default = (store or resolved).folder / "eval" / Path(source).name.split(".")[0]
-    folder = commands_engines.check_out(out or default, folder=True)
-
-    def work() -> None:
-        seen = judge_measures.trained_on(resolved, store)
-        prompts = judge_measures.rated(resolved, source, part, limit, seen, report)
-        commands_judge.eval_judge(resolved, models, prompts, folder, pairwise, report)
-        report.line(f"written to {folder}")
-
-    _ended(work)
-
-
-@evaluate.command(
-    "duel",
-    help="Two models head to head on the prompts of a file: both answer, a judge compares in both orders. Writes the "
-    "answers in AlpacaEval's format too.",
-)
-def eval_duel(
-    config: ConfigPath,
-    first: Annotated[str, typer.Argument(metavar="A", help="Hugging Face id or folder of a model")],
-    second: Annotated[str, typer.Argument(metavar="B", help="likewise")],
-    out: Annotated[Path, typer.Option("--out", help="folder to write")],
-    judge: Annotated[
-        str | None, typer.Option("--judge", help="model that compares; default: the config's judge")
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    from rsrlm.commands import duel as commands_duel
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.data import prompts as prompt_files
-    from rsrlm.report.progress import Report
-
-    resolved = configs.load(config, overrides)
-    prompts = prompt_files.read(prompt_files.file_of(resolved.prompts))
-    commands_engines.check_out(out, folder=True)
-    _ended(lambda: commands_duel.eval_duel(resolved, first, second, judge, prompts, out, Report()))
-
-
-@app.command(
-    "judge",
-    help="Score a file of responses with the config's judge: lines with id, prompt, and response or responses. Where "
-    "they say which are good, shows what refusing below a threshold would spare. The same command goes on after an "
-    "interruption.",
-)
-def judge_file(
-    config: ConfigPath,
-    source: Annotated[str, typer.Option("--data", help="responses: a file or a Hugging Face id")],
-    out: Out,
-    threshold: Annotated[float | None, typer.Option(help="responses with fewer points are marked as refused")] = None,
-    best: Annotated[bool, typer.Option("--best", help="write the best response to each prompt alone")] = False,
-    overrides: Overrides = None,
-) -> None:
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.commands import score
-    from rsrlm.report.progress import Report
-
-    resolved, given, path = configs.load(config, overrides), score.read(source), commands_engines.check_out(out)
-    _ended(lambda: score.judge_file(resolved, given, path, threshold, best, Report()))
-
-
-def _make(name: str, config: str, overrides: list[str] | None, out: Path, *more: Any) -> None:
-    """Run a command of rsrlm.commands.data."""
-    from rsrlm.commands import data as commands_data
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.report.progress import Report
-
-    making = getattr(commands_data, name)
-    _ended(lambda: making(configs.load(config, overrides), *more, commands_engines.check_out(out), Report()))
-
-
-def _ended(work: Callable[[], Any]) -> None:
-    """Run a command; too few examples and an interruption have exit codes of their own."""
-    import asyncio
-
-    from rsrlm.runtime.exits import failure
-
-    try:
-        work()
-    except (Exception, asyncio.CancelledError, KeyboardInterrupt) as error:
-        _, code, reason = failure(error)
-        print(f"rsrlm: {reason or 'interrupted; the same command goes on'}", file=sys.stderr)
-        raise typer.Exit(code) from None
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ LAYERS = (
     {"meta_judging", "recipes", "evaluate", "candidates", "training", "iterative", "online"},
     {"runtime"},
     {"commands"},
+    {"command_line"},
     {"cli"},
 )
 # Who may import what is heavy, anywhere in the module.
