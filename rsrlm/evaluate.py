@@ -6,7 +6,8 @@ orders; orders that disagree are a tie. Answers of two models are compared promp
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -16,12 +17,15 @@ from rsrlm.judges import verdicts
 from rsrlm.judges.base import Context, Judge, Origin, mean_verdicts
 from rsrlm.judges.pairwise import Match, duel_judge, winner_of
 from rsrlm.recipes.base import respond
-from rsrlm.records import Judgement, Prompt, Response, Scored, Task, Unparsed
+from rsrlm.records import Group, Judgement, Prompt, Response, Scored, Task, Unparsed
 from rsrlm.report import metrics
 from rsrlm.run import Run
 from rsrlm.settings.methods import SamplingParams
 
 EVALUATION = 1_000_000  # an iteration number of its own: no seed of an evaluation meets one of the training
+
+
+Keep = Callable[[str, Sequence[Group]], None]
 
 
 class Evaluation:
@@ -86,11 +90,15 @@ class Evaluation:
         found = await gather([one(prompt, answer) for prompt, answer in zip(self.prompts, answers, strict=True)])
         return [judgement for judged in found for judgement in judged]
 
-    async def duel(self, engines: Engines, by: str, new: Sequence[Response], old: Sequence[Response]) -> dict[str, Any]:
-        """Share of the prompts that the new answers win, tie and lose, by the pairwise judge in both orders."""
-        outcomes = await self.outcomes(engines, by, new, old)
+    async def duel(
+        self, engines: Engines, by: str, new: Sequence[Response], old: Sequence[Response]
+    ) -> tuple[dict[str, Any], list[Judgement]]:
+        """Share of the prompts that the new answers win, tie and lose, by the pairwise judge in both orders; and what
+        it said."""
+        compared = await self._compared(engines, by, new, old)
+        outcomes = [outcome_of(orders) for orders in compared]
         readable = [outcome for outcome in outcomes if not isinstance(outcome, Unparsed)]
-        return {
+        found = {
             "judge": f"{self._pairwise.name if self._pairwise else 'none'} by {named(by)}, both orders",
             "n": len(readable),
             "unreadable": len(outcomes) - len(readable),
@@ -98,20 +106,27 @@ class Evaluation:
             "tie": share(readable, "tie"),
             "loss": share(readable, "second"),
         }
+        return found, [one for orders in compared for one in orders]
 
     async def outcomes(
         self, engines: Engines, by: str, new: Sequence[Response], old: Sequence[Response]
     ) -> list[verdicts.Decided | Unparsed]:
         """Which answer to each prompt is better, "first" being the new one; orders that disagree are a tie."""
+        return [outcome_of(orders) for orders in await self._compared(engines, by, new, old)]
 
-        async def one(prompt: Prompt, a: Response, b: Response) -> verdicts.Decided | Unparsed:
+    async def _compared(
+        self, engines: Engines, by: str, new: Sequence[Response], old: Sequence[Response]
+    ) -> list[Sequence[Judgement]]:
+        """Both orders of each prompt, the new answer shown first in the first of them; none where the answers are the
+        same."""
+
+        async def one(prompt: Prompt, a: Response, b: Response) -> Sequence[Judgement]:
             if a.token_ids == b.token_ids:
                 engines.count("duel", 2)
-                return "tie"
+                return ()
             assert self._pairwise is not None
             matches = [self._match(prompt, a, b, 0, by), self._match(prompt, b, a, 1, by)]
-            first, second = await self._pairwise(engines, matches)
-            return verdicts.combine_orders(winner_of(first), winner_of(second))
+            return await self._pairwise(engines, matches)
 
         return await gather([one(prompt, a, b) for prompt, a, b in zip(self.prompts, new, old, strict=True)])
 
@@ -130,9 +145,11 @@ class Evaluation:
         )
 
 
-async def evaluate(run: Run, evaluation: Evaluation, model: Model, before: Model | None) -> dict[str, Any]:
+async def evaluate(
+    run: Run, evaluation: Evaluation, model: Model, before: Model | None, keep: Keep | None = None
+) -> dict[str, Any]:
     """A model on the held-out prompts: its own judgement, that of the validator or else of the frozen M0, and a duel
-    with the model before it."""
+    with the model before it. `keep` is given what was made, by model."""
     config, prompts = evaluation.config, len(evaluation.prompts)
     if not prompts:
         return {}
@@ -148,6 +165,8 @@ async def evaluate(run: Run, evaluation: Evaluation, model: Model, before: Model
         drawn = await evaluation.samples(engines) if before and config.evaluate.kl else []
         own_logprobs = await engines.logprobs(drawn, evaluation.context.room)
         own = await evaluation.scores(evaluation.judge, engines, current, answers)
+    frozen: list[Judgement] = []
+    compared: list[Judgement] = []
     found = {
         "model": model.name,
         "answers": lengths(answers),
@@ -163,13 +182,42 @@ async def evaluate(run: Run, evaluation: Evaluation, model: Model, before: Model
             frozen = await evaluation.scores(evaluation.validating, validators, by, answers)
             found["score_by_first"] = {"judge": first, **mean_score(answers, frozen)}
             if before and duels:
-                found[f"duel_with_{before.name}"] = await evaluation.duel(validators, by, answers, earlier)
+                found[f"duel_with_{before.name}"], compared = await evaluation.duel(validators, by, answers, earlier)
     if drawn:
         engines = await run.load(run.first)
         first_logprobs = await engines.logprobs(drawn, evaluation.context.room)
         found["kl_to_first"] = kl_per_token(own_logprobs, first_logprobs)
+    if keep:
+        await run.aside(keep, model.name, groups_of(evaluation.prompts, answers, [*own, *frozen], compared))
     run.event("evaluated", **found)
     return found
+
+
+def groups_of(
+    prompts: Sequence[Prompt], answers: Sequence[Response], judged: Sequence[Judgement], compared: Sequence[Judgement]
+) -> list[Group]:
+    """What one model answered and what was said of it, by prompt."""
+    judgements: dict[str, list[Judgement]] = defaultdict(list)
+    comparisons: dict[str, list[Judgement]] = defaultdict(list)
+    for kept, found in ((judgements, judged), (comparisons, compared)):
+        for one in found:
+            kept[one.prompt_id].append(one)
+    return [
+        Group(
+            id=answer.id.rpartition("/")[0],
+            iteration=EVALUATION,
+            prompt=prompt,
+            responses=(answer,),
+            judgements=tuple(judgements[prompt.id]),
+            comparisons=tuple(comparisons[prompt.id]),
+        )
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def outcome_of(orders: Sequence[Judgement]) -> verdicts.Decided | Unparsed:
+    """Of a comparison in both orders, or in none: the same answers are a tie."""
+    return verdicts.combine_orders(*map(winner_of, orders)) if orders else "tie"
 
 
 def kl_per_token(

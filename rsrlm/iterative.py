@@ -115,7 +115,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
         before = await run.model_at(number)
         if number == 0:
             with clock("evaluate first model"):
-                store.fix("heldout_first", await evaluate(run, spine.heldout, before, None))
+                store.fix("heldout_first", await evaluate(run, spine.heldout, before, None, store.write_heldout))
         with clock("produce"):
             batch = await one.recipe.iteration(run, number, before, one.tasks)
             made = await run.aside(keep, store, number, batch, run.prefix_cache_hit_share, one.recipe.trains)
@@ -126,7 +126,7 @@ async def run_iterations(spine: Spine, iterations: Sequence[Iteration]) -> list[
             after = await run.pools.model(one.name, files)
             published = await run.publish(after)
         with clock("evaluate"):
-            heldout = await evaluate(run, spine.heldout, after, before)
+            heldout = await evaluate(run, spine.heldout, after, before, store.write_heldout)
         found = {**made, **trained, "weight_version": one.name, "published": published, "heldout": heldout}
         await finish(spine, one, number, batch, rows, found, clock)
         heed(spine, one, number, rows[-1]["signs"])

@@ -45,7 +45,7 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
     run.names = [run.first.name, *(row["weight_version"] for row in rows)]
     heed_last(spine, rounds, rows)
     if not rows:
-        store.fix("heldout_first", await evaluate(run, spine.heldout, run.first, None))
+        store.fix("heldout_first", await evaluate(run, spine.heldout, run.first, None, store.write_heldout))
     ahead: asyncio.Task[tuple[Batch, dict[str, Any]]] | None = None
     try:
         for number, one in enumerate(rounds[len(rows) :], start=len(rows)):
@@ -66,7 +66,10 @@ async def run_rounds(spine: Spine, rounds: Sequence[Iteration]) -> list[dict[str
                     trained["published"] = await run.publish(after)
             due = (number + 1) % rule.evaluate_every == 0 or one is rounds[-1]  # of what the engines have just got
             with clock("evaluate"):
-                heldout = await evaluate(run, spine.heldout, after, await earlier(spine, number)) if due else {}
+                heldout: dict[str, Any] = {}
+                if due:
+                    last = await earlier(spine, number)
+                    heldout = await evaluate(run, spine.heldout, after, last, store.write_heldout)
             found = {**made, **trained, "heldout": heldout}
             await finish(spine, one, number, batch, rows, found, clock)
             forget(spine)

@@ -146,7 +146,7 @@ def script(judge: str = "M0") -> dict[str, Any]:
 
 def test_duels_by_hand(evaluation: Callable[..., Evaluation]) -> None:
     engines = Answering(script(), slow=True)
-    found = run(evaluation(CONTENDERS).duel(by(engines), "M0", NEW, OLD))
+    found, _ = run(evaluation(CONTENDERS).duel(by(engines), "M0", NEW, OLD))
     # 2 wins, 1 loss; the first position twice, the second twice, even and half-even are ties; 4 cannot be read.
     assert found == {
         "judge": "pairwise (letters) by M0, both orders",
@@ -173,7 +173,7 @@ def test_duels_by_hand(evaluation: Callable[..., Evaluation]) -> None:
 def test_a_duel_of_one(name: str, expected: tuple[int, int, str | None], evaluation: Callable[..., Evaluation]) -> None:
     index = list(DUELS).index(name)
     alone = evaluation(CONTENDERS[index : index + 1])
-    found = run(alone.duel(by(Answering(script())), "M0", NEW[index : index + 1], OLD[index : index + 1]))
+    found, _ = run(alone.duel(by(Answering(script())), "M0", NEW[index : index + 1], OLD[index : index + 1]))
     n, unreadable, outcome = expected
     assert (found["n"], found["unreadable"]) == (n, unreadable)
     shares = {key: found[key] for key in ("win", "tie", "loss")}
@@ -181,8 +181,8 @@ def test_a_duel_of_one(name: str, expected: tuple[int, int, str | None], evaluat
 
 
 def test_the_other_way_round_the_loser_wins(evaluation: Callable[..., Evaluation]) -> None:
-    one = run(evaluation(CONTENDERS).duel(by(Answering(script())), "M0", NEW, OLD))
-    other = run(evaluation(CONTENDERS).duel(by(Answering(script())), "M0", OLD, NEW))
+    one, _ = run(evaluation(CONTENDERS).duel(by(Answering(script())), "M0", NEW, OLD))
+    other, _ = run(evaluation(CONTENDERS).duel(by(Answering(script())), "M0", OLD, NEW))
     assert (other["win"], other["loss"]) == (one["loss"], one["win"])
     assert {key: other[key] for key in ("n", "unreadable", "tie")} == {
         key: one[key] for key in ("n", "unreadable", "tie")
@@ -202,7 +202,7 @@ def test_the_same_tokens_are_a_tie_that_nobody_is_asked_about(evaluation: Callab
     engines = Answering({"M2/water/0>M1/water/0@M0": A, "M1/water/0>M2/water/0@M0": B})
     answers, ticks = Answers(Memory()), []
     with answers.counted(lambda *tick: ticks.append(tick)):
-        found = run(evaluation().duel(engines_of(engines, answers=answers), "M0", new, old))
+        found, _ = run(evaluation().duel(engines_of(engines, answers=answers), "M0", new, old))
     assert sorted(engines.asked) == ["M1/water/0>M2/water/0@M0", "M2/water/0>M1/water/0@M0"]
     # Both orders of all four: the bar comes to its end.
     assert sum(items for role, items, _ in ticks if role == "duel") == 8
@@ -212,7 +212,7 @@ def test_the_same_tokens_are_a_tie_that_nobody_is_asked_about(evaluation: Callab
 
 
 def test_without_prompts_there_are_no_shares(evaluation: Callable[..., Evaluation]) -> None:
-    found = run(evaluation([]).duel(by(Answering()), "M0", [], []))
+    found, _ = run(evaluation([]).duel(by(Answering()), "M0", [], []))
     assert {key: found[key] for key in found if key != "judge"} == {
         "n": 0, "unreadable": 0, "win": None, "tie": None, "loss": None,
     }  # fmt: skip
@@ -250,7 +250,7 @@ def test_a_duel_that_does_not_fit_is_unreadable_and_not_asked(evaluation: Callab
     for room, asked in ((length, 0), (length + 1, 2)):  # the letter is a token as well
         engines = Answering(script())
         made = evaluation(prompt, engine={"max_model_len": room}, judge={"kind": "digits"})
-        found = run(made.duel(by(engines), "M0", new, old))
+        found, _ = run(made.duel(by(engines), "M0", new, old))
         assert len(engines.requests) == asked
         assert (found["n"], found["unreadable"]) == ((1, 0) if asked else (0, 1))
         (outcome,) = run(made.outcomes(by(engines), "M0", new, old))
@@ -289,7 +289,7 @@ def test_what_is_asked_of_the_judge_of_a_duel(evaluation: Callable[..., Evaluati
 def test_a_template_of_the_users_own_is_named(evaluation: Callable[..., Evaluation], tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{{ instruction }} {{ response_a }} {{ response_b }}")
-    found = run(evaluation([], evaluate={"judge": {"template": str(file)}}).duel(by(Answering()), "M0", [], []))
+    found, _ = run(evaluation([], evaluate={"judge": {"template": str(file)}}).duel(by(Answering()), "M0", [], []))
     assert found["judge"] == f"{file} (letters) by M0, both orders"
     file.write_text("{{ instruction }} {{ response_a }}")
     with pytest.raises(ConfigError, match=r"evaluate\.judge\.template='.*mine\.jinja': does not use response_b"):
@@ -436,7 +436,7 @@ def test_one_order_of_a_duel_is_enough_to_go_on(evaluation: Callable[..., Evalua
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text(lines[0] + lines[1][:40])
     engines = Answering(dict.fromkeys(script(), B))  # the first order said A
-    found = run(judge.duel(by(engines, CompletionLog(journal)), "M0", NEW[:1], OLD[:1]))
+    found, _ = run(judge.duel(by(engines, CompletionLog(journal)), "M0", NEW[:1], OLD[:1]))
     assert engines.asked == ["M1/better/0>M2/better/0@M0"]
     assert found["win"] == 1.0
 

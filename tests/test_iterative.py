@@ -20,6 +20,7 @@ from rsrlm.engines import Model, WrongWeights
 from rsrlm.iterative import NoPairs, Stopped
 from rsrlm.recipes.sft import NoExamples
 from rsrlm.records import Example, Prompt, Request
+from rsrlm.store import tables
 
 PROMPTS = [Prompt(id=f"p{number}", text=f"Say {number}.") for number in range(12)]
 HELDOUT = [Prompt(id=f"h{number}", text=f"Tell {number}.") for number in range(4)]
@@ -273,6 +274,22 @@ def test_figures_of_held_out_answers_by_hand(world: Callable[..., World]) -> Non
         assert row["answers"]["tokens"] == len(f"{WEIGHTS[row['model']]} as 0.")
 
 
+def test_held_out_answers_are_kept_with_what_was_said_of_them(world: Callable[..., World]) -> None:
+    made = world()
+    made.start()
+    folder = made.store.folder / "heldout"
+    assert sorted(path.name for path in folder.iterdir()) == ["M0", "M1", "M2"]
+    kept = {path.stem: [*tables.rows(path)] for path in (folder / "M2").iterdir()}
+    assert [row["id"] for row in kept["prompts"]] == ["h0", "h1", "h2", "h3"]
+    assert [row["text"] for row in kept["responses"]] == [f"{WEIGHTS['M2']} as 0."] * 4
+    # Two judgements each by the model and by M0; 2.5 points less by M0 are as in the test above.
+    judged = [(row["id"].partition("@")[2].partition("/")[0], row["points"]) for row in kept["judgements"]]
+    assert Counter(judged) == {("M2", 3.0): 4, ("M2", 4.0): 4, ("M0", 1.0): 4, ("M0", 2.0): 4}
+    said = {(row["prompt_id"], row["response_id"].partition("/")[0], row["text"]) for row in kept["comparisons"]}
+    assert said == {(f"h{number}", *shown) for number in range(4) for shown in (("M2", "A"), ("M1", "B"))}
+    assert not (folder / "M0" / "comparisons.parquet").exists()
+
+
 class Exchanged(Pools):
     """Loads M0 for M1 and M1 for M0, from when there are both."""
 
@@ -341,14 +358,17 @@ def compared(made: World) -> dict[str, Any]:
     """All that a kill must not change."""
     rows = made.store.metrics()
     noted = json.loads((made.store.folder / "start.json").read_text())
-    tables = {
+    written = {
         f"{iteration}/{name}": made.table(iteration, name)
         for iteration in range(len(rows))
         for name in ("responses", "judgements", "comparisons", "pairs", "examples")
         if (made.store.iteration(iteration) / f"{name}.parquet").exists()
     }
     steps = [made.store.steps(iteration).rows for iteration in range(len(rows))]
-    return {"rows": plain(rows), "noted": noted, "weights": made.weights(), "steps": steps, **tables}
+    folder = made.store.folder / "heldout"
+    heldout = {str(path.relative_to(folder)): [*tables.rows(path)] for path in folder.rglob("*.parquet")}
+    made_of = {"rows": plain(rows), "noted": noted, "weights": made.weights(), "steps": steps}
+    return {**made_of, "heldout": heldout, **written}
 
 
 @pytest.mark.parametrize("name", WORLDS)

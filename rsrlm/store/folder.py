@@ -155,6 +155,10 @@ class RunFolder:
         """Parquet of everything that was made for the prompts of an iteration, ordered by id."""
         tables.write_groups(self.iteration(iteration), groups)
 
+    def write_heldout(self, model: str, groups: Sequence[Group]) -> None:
+        """Parquet of a model's held-out answers and what was said of them."""
+        tables.write_groups(self.folder / "heldout" / model, groups)
+
     def write_pairs(self, iteration: int, pairs: Iterable[PreferencePair]) -> None:
         """Parquet of the pairs that an iteration trains on, in training order."""
         tables.write_table(self.iteration(iteration) / "pairs.parquet", "pairs", pairs)
