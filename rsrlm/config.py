@@ -65,6 +65,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
     ray: Ray = Ray()
+    report: bool = Field(True, description="report.html and report.md in the run folder, at the end and meanwhile")
 
     _steps: list[Step] = PrivateAttr(default_factory=list)
 

@@ -37,6 +37,7 @@ def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory)
         "judge": {"kind": "digits", "min_mass": 0, "fence_salt": ""},
         "train": {"lr": 1e-3, "pairs_per_step": 3, "micro_batch": 2},
         "evaluate": {"max_tokens": 16},
+        "report": False,
         "engine": {"max_model_len": 768, "max_num_seqs": 2, "kv_cache_gib": 0.25},
     }
     path = folder / "config.yaml"

@@ -55,6 +55,7 @@ def folder(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         },
         "train": {"lr": 1e-5, "pairs_per_step": 4, "micro_batch": 2, "checkpoint_every_steps": 2},
         "evaluate": {"max_tokens": 16},
+        "report": False,
         "engine": {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 0.5},
         "steps": [
             {

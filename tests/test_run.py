@@ -38,6 +38,7 @@ def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory)
         "judge": {"kind": "digits", "min_mass": 0, "fence_salt": ""},  # runs are compared
         "train": {"lr": 1e-3, "lr_final": 1e-4, "pairs_per_step": 3, "micro_batch": 2, "checkpoint_every_steps": 2},
         "evaluate": {"max_tokens": 16},
+        "report": False,
         "engine": {"max_model_len": 768, "max_num_seqs": 4, "kv_cache_gib": 0.25},
     }
     path = folder / "config.yaml"
@@ -95,7 +96,7 @@ def assert_nothing_is_left() -> None:
 @pytest.fixture(scope="module")
 def whole(config_file: Path) -> tuple[Path, str]:
     """An undisturbed run: its folder and what it printed."""
-    done = run("run", str(config_file))
+    done = run("run", str(config_file), "report=true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_nothing_is_left()
     return config_file.parent / "runs" / "whole", done.stdout
@@ -127,6 +128,10 @@ def test_a_run_trains_and_publishes(whole: tuple[Path, str]) -> None:
         assert row["heldout"]["score_by_current"]["judge"] == f"M{number + 1}"
         assert f"duel_with_M{number}" in row["heldout"]
     assert "status: completed" in printed
+    assert f"report: {folder}/report.html" in printed
+    page = (folder / "report.html").read_text()
+    assert all(words in page for words in ("whole: report", ">completed<", "Nothing can be said: 3 held-out prompts"))
+    assert "Not here" not in page
     assert "iteration 1: respond 30/30" in printed
 
 

@@ -1,10 +1,11 @@
 """`rsrlm report` and `rsrlm compare`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from rsrlm.command_line.parts import ended
 from rsrlm.settings.base import ConfigError
 
 app = typer.Typer()
@@ -37,15 +38,26 @@ def report(
 def compare(
     folders: RunPaths,
     out: Annotated[Path, typer.Option("--out", help="folder to write; default: here")] = Path(),
+    duel: Annotated[
+        bool, typer.Option("--duel", help="let the last models meet on the held-out prompts that the runs share")
+    ] = False,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="model that compares; default: the first run's judge")
+    ] = None,
 ) -> None:
     from rsrlm.commands import report as commands_report
     from rsrlm.report.progress import Report
 
     if len(folders) < 2:
         raise ConfigError(f"compare {folders[0]}: name two runs or more; `rsrlm report` is for one")
+    if judge and not duel:
+        raise ConfigError(f"--judge={judge} is who compares in a duel; add --duel")
     screen = Report()
+    duels: list[Any] = []
+    if duel:
+        ended(lambda: duels.append(commands_report.duels(folders, out, judge, screen)))
     with screen.busy("writing the comparison"):
-        found = commands_report.compare(folders, out)
+        found = commands_report.compare(folders, out, duels[0] if duels else None)
     rows = [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
     screen.table("Runs", rows, {column: column for column in found["columns"]})
     for sentence in found["sentences"]:

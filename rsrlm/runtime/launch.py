@@ -15,7 +15,7 @@ from rsrlm.report import tables
 from rsrlm.report.progress import Report
 from rsrlm.report.tracker import tracker
 from rsrlm.run import Run
-from rsrlm.runtime import scale
+from rsrlm.runtime import reporting, scale
 from rsrlm.runtime.alive import noted_alive
 from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
@@ -120,7 +120,13 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
             stack.enter_context(ray_cluster(config, store, begun=ray))
             models = {"model": prepared.model, "judge.model": prepared.judge}
             check_hosts(config, {**models, "evaluate.judge.model": prepared.validator})
-            log = stack.enter_context(tracker(config, store))
+            track = stack.enter_context(tracker(config, store))
+            refresh = stack.enter_context(reporting.refreshed(store, config.report))
+
+            def log(row: dict[str, Any]) -> None:
+                track(row)
+                refresh()
+
             meters = Meters(config.name)
             watcher = Watcher(meters, config, store)
             stack.enter_context(exported(meters, watcher))
@@ -131,6 +137,8 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
     write_summary(store, status, reason)
     with contextlib.suppress(OSError):
         store.event("run_ended", status=status, reason=reason or None)
-    tables.show(store, status, reason, report)
     lock.close()
+    if config.report and status != "interrupted":  # who interrupts wants it to end
+        reporting.finish(store, report)
+    tables.show(store, status, reason, report)
     return code

@@ -95,6 +95,12 @@ def run(digits_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "methods"
 
 
+def test_the_report_reads_what_every_method_wrote(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert all(f"iteration {number}" in page for number in range(len(STEPS)))
+    assert "Not here" not in page
+
+
 def made(run: Path, iteration: int, name: str) -> list[dict[str, Any]]:
     return pq.read_table(run / "iterations" / f"{iteration:02d}" / f"{name}.parquet").to_pylist()
 

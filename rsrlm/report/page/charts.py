@@ -17,6 +17,7 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 WIDTH, HEIGHT = 380, 190
 MOST_POINTS = 400  # of one series: more are thinned out, or the page would grow with the run
 CHARACTER = 9  # of a bold text, wide enough for any font
+FEW = 12  # places on an axis that are all named
 WITH_SYMBOLS = 60  # points of a series: more are a line alone
 
 Row = Mapping[str, Any]
@@ -71,7 +72,7 @@ def lines(rows: Sequence[Row], x: str, y: str, ordinal: bool = False) -> str:
         "field": "x",
         "title": x,
         "type": "ordinal" if ordinal else "quantitative",
-        "axis": {"tickMinStep": 1, "format": "d", "labelOverlap": True} if whole else {"labelOverlap": True},
+        "axis": {"labelOverlap": True, **(_ticks(rows) if whole else {})},
     }
     across |= {"sort": list(dict.fromkeys(row["x"] for row in rows))} if ordinal else {"scale": {"zero": False}}
     up = {
@@ -104,6 +105,12 @@ def lines(rows: Sequence[Row], x: str, y: str, ordinal: bool = False) -> str:
             "height": HEIGHT,
         }
     )
+
+
+def _ticks(rows: Sequence[Row]) -> dict[str, Any]:
+    """At whole numbers alone."""
+    places = sorted({float(row["x"]) for row in rows})
+    return {"format": "d", **({"values": places} if len(places) <= FEW else {"tickMinStep": 1})}
 
 
 def histogram(groups: Mapping[str, Any], x: str, bins: int = 20) -> str:

@@ -130,7 +130,9 @@ def _single(found: Sequence[Standing], name: str, title: str) -> str:
 
 def training(past: Past) -> list[Plot]:
     """Plots by the learner's step, which goes on over the iterations."""
-    return [one for name, title in BY_STEP.items() for one in plot(title.capitalize(), by_step(past, name))]
+    return [
+        one for name, title in BY_STEP.items() for one in plot(f"{title[:1].upper()}{title[1:]}", by_step(past, name))
+    ]
 
 
 def by_step(past: Past, name: str, series: str = "") -> str:
@@ -271,12 +273,12 @@ def over_each_other(names: Sequence[str], pasts: Sequence[Past]) -> list[Plot]:
         ("KL from the first model", "nats per token", lambda one: one.kl),
     ):
         rows = [
-            {"x": index, "y": value(one), "series": name, **(_ends(one.fixed) if y == "points" else {})}
+            {"x": one.after, "y": value(one), "series": name, **(_ends(one.fixed) if y == "points" else {})}
             for name, of_run in each
-            for index, one in enumerate(of_run)
+            for one in of_run
         ]
-        found += plot(title, charts.lines(rows, "model measured", y))
+        found += plot(title, charts.lines(rows, "iterations", y))
     for key, title in BY_STEP.items():
         rows = [row for name, past in zip(names, pasts, strict=True) for row in step_rows(past, key, name)]
-        found += plot(title.capitalize(), charts.lines(rows, "step", key))
+        found += plot(f"{title[:1].upper()}{title[1:]}", charts.lines(rows, "step", key))
     return found

@@ -15,11 +15,12 @@ FAR = 0.5  # nats per token from the first model, the limit of the sign kl_to_fi
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """One model on the held-out prompts. `own` is its score by the judge that trains, `fixed` that by a judge who stays
-    the same; `duel` has win, tie and loss against `rival`, the model measured before it. Where prompts are too few for
-    an interval a figure has a value alone."""
+    """One model on the held-out prompts, `after` so many iterations. `own` is its score by the judge that trains,
+    `fixed` that by a judge who stays the same; `duel` has win, tie and loss against `rival`, the model measured before
+    it. Where prompts are too few for an interval a figure has a value alone."""
 
     model: str
+    after: int
     own: Mapping[str, Any]
     fixed: Mapping[str, Any]
     own_judge: str
@@ -35,11 +36,11 @@ class Standing:
 
 def standings(past: Past) -> list[Standing]:
     """Of each model that was measured, in order."""
-    entries = [past.first, *(row.get("heldout") or {} for row in past.rows)]
-    return [_standing(past.folder, entry) for entry in entries if entry.get("model")]
+    entries = [(0, past.first), *((row["iteration"] + 1, row.get("heldout") or {}) for row in past.rows)]
+    return [_standing(past.folder, after, entry) for after, entry in entries if entry.get("model")]
 
 
-def _standing(folder: Path, entry: Mapping[str, Any]) -> Standing:
+def _standing(folder: Path, after: int, entry: Mapping[str, Any]) -> Standing:
     own, fixed = entry.get("score_by_current") or {}, entry.get("score_by_first") or {}
     model, answers = str(entry["model"]), entry.get("answers") or {}
     by_judge = scores_of(folder, model)
@@ -47,6 +48,7 @@ def _standing(folder: Path, entry: Mapping[str, Any]) -> Standing:
     duel = entry.get(key) or {}
     return Standing(
         model=model,
+        after=after,
         own=_score(own, by_judge),
         fixed=_score(fixed, by_judge),
         own_judge=str(own.get("judge", "")),

@@ -197,4 +197,4 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
         return {
             name: text for number, one in enumerate(value) for name, text in _flat(one, f"{prefix}[{number}]").items()
         }
-    return {prefix: json.dumps(value, ensure_ascii=False, default=str)}
+    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)}

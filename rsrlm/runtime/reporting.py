@@ -1,0 +1,80 @@
+"""The report of a run while it goes on: written by a process of its own, so that the run never waits for it."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rsrlm.report.progress import Report
+from rsrlm.store.folder import RunFolder
+
+EVERY_S = 60.0  # at most: rounds of the online clock may take seconds
+WAIT_S = 300.0  # for the last one
+
+
+class Reporter:
+    """Writes report.html and report.md again, as iterations are finished."""
+
+    def __init__(self, store: RunFolder) -> None:
+        nice = ["nice", "-n", "10"] if shutil.which("nice") else []
+        self._command = [*nice, sys.executable, "-m", "rsrlm.cli", "report", str(store.folder)]
+        self._process: subprocess.Popen[str] | None = None
+        self._last = 0.0
+
+    def refresh(self) -> None:
+        """Begin to write, unless that is going on or was done a moment ago."""
+        busy = self._process is not None and self._process.poll() is None
+        if not busy and time.monotonic() - self._last > EVERY_S:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._last = time.monotonic()
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self) -> str:
+        """Write once more and wait; what went wrong, if anything. Raises OSError where no process can be started."""
+        self.stop()
+        self._begin()
+        assert self._process
+        try:
+            _, said = self._process.communicate(timeout=WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return f"it took more than {WAIT_S:.0f} s"
+        return "" if self._process.returncode == 0 else (said.strip().splitlines() or ["no reason was given"])[-1]
+
+    def stop(self) -> None:
+        """End a process that is writing; files are whole or as they were."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+        if self._process is not None:
+            self._process.communicate()
+
+
+@contextlib.contextmanager
+def refreshed(store: RunFolder, on: bool) -> Iterator[Callable[[], None]]:
+    """What is called when an iteration is finished; nothing is left running behind the block."""
+    reporter = Reporter(store)
+    try:
+        yield reporter.refresh if on else lambda: None
+    finally:
+        reporter.stop()
+
+
+def finish(store: RunFolder, report: Report) -> None:
+    """The report of a run that has ended."""
+    reporter = Reporter(store)
+    with report.busy("writing the report"):
+        try:
+            failed = reporter.finish()
+        except OSError as error:
+            failed = str(error)
+        except KeyboardInterrupt:  # the run has ended, and its exit code stays
+            reporter.stop()
+            failed = "interrupted"
+    again = f"rsrlm report {store.folder}"
+    report.line(f"no report was written: {failed}; try {again}" if failed else f"report: {store.folder}/report.html")
