@@ -1,5 +1,6 @@
 """Did it get better? What the held-out prompts say of each model, and of the last against the first."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,13 @@ def scores_of(folder: Path, model: str) -> dict[str, dict[str, float]]:
     points: dict[str, dict[str, list[float]]] = {}
     if not path.exists():
         return {}
-    for row in tables.rows(path):
-        if (value := number_of(row["points"])) is not None:
-            judge = judge_in(row["id"])
-            points.setdefault(judge, {}).setdefault(row["prompt_id"], []).append(value)
+    try:
+        for row in tables.rows(path):
+            if (value := number_of(row["points"])) is not None:
+                judge = judge_in(row["id"])
+                points.setdefault(judge, {}).setdefault(row["prompt_id"], []).append(value)
+    except (OSError, ValueError, KeyError):  # a broken table, which the samples tell of
+        return {}
     return {
         judge: {prompt: sum(values) / len(values) for prompt, values in of_one.items()}
         for judge, of_one in points.items()
@@ -99,8 +103,9 @@ def scores_of(folder: Path, model: str) -> dict[str, dict[str, float]]:
 
 
 def judge_in(name: str) -> str:
-    """Who judged, in the id of a held-out judgement: `M1/tea/0@M0/0#1` is M0's."""
-    return name.partition("@")[2].rpartition("/")[0].removeprefix("validator ") or name.partition("@")[2]
+    """Who judged, in the id of a held-out judgement: `M1/tea/0#1@M0` is M0's."""
+    found = re.match(r".*/\d+#\d+@(?:validator )?(.+)$", name)
+    return found[1] if found else ""
 
 
 def gain(past: Past, last: Standing) -> Figure | None:

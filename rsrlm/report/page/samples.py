@@ -3,6 +3,7 @@
 import difflib
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def _answers(folder: Path, most: int) -> dict[str, dict[str, Any]]:
 
 def difference(before: str, after: str) -> list[tuple[str, str]] | None:
     """Pieces of both texts in order: " " in both, "-" in the first alone, "+" in the second; None for long ones."""
-    old, new = [*_pieces(before)], [*_pieces(after)]
+    old, new = (re.findall(r"\s+|\S+", text) for text in (before, after))
     if len(old) + len(new) > 2 * DIFF_WORDS:
         return None
     found: list[tuple[str, str]] = []
@@ -222,17 +223,6 @@ def difference(before: str, after: str) -> list[tuple[str, str]] | None:
             continue
         found += [("-", "".join(old[a:b]))] * (b > a) + [("+", "".join(new[c:d]))] * (d > c)
     return found
-
-
-def _pieces(text: str) -> Iterable[str]:
-    """Words with the white space behind them."""
-    start = 0
-    for end in range(1, len(text)):
-        if text[end - 1].isspace() and not text[end].isspace():
-            yield text[start:end]
-            start = end
-    if text:
-        yield text[start:]
 
 
 def within(samples: Sequence[dict[str, Any]], budget: int = MOST_BYTES) -> list[dict[str, Any]]:
