@@ -7,6 +7,7 @@ from typing import Any
 
 from spine import World, quality
 
+from rsrlm.config import resolve
 from rsrlm.records import Prompt, Request
 from rsrlm.runtime.exits import write_summary
 
@@ -32,16 +33,21 @@ def answer(request: Request, weights: str) -> str:
     return f"{HOSTILE} {weights} number {request.id.rpartition('/')[2]} of many words."
 
 
-def finished(make_config: Any, heldout: int = 34, **changes: Any) -> Path:
-    """The folder of a run of two iterations."""
-    config = make_config(
-        name="made",
-        iterations=2,
-        sample={"responses": 3, "max_tokens": 400},
-        judge={"kind": "text", "judgements": 2, "max_tokens": 200},
-        prompts={"per_iteration": 6, "heldout": heldout},
-        evaluate={"max_tokens": 400},
-        **{"engine": {"max_model_len": 4096}, **changes},
+def finished(where: Path, heldout: int = 34) -> Path:
+    """The folder of a run of two iterations, within the folder `where`."""
+    config = resolve(
+        {
+            "name": "made",
+            "runs": str(where),
+            "iterations": 2,
+            "model": "smollm2-135m-instruct",
+            "prompts": {"path": "builtin", "per_iteration": 6, "heldout": heldout},
+            "sample": {"responses": 3, "max_tokens": 400},
+            "judge": {"kind": "text", "judgements": 2, "max_tokens": 200},
+            "train": {"lr": 1e-3, "pairs_per_step": 2},
+            "evaluate": {"max_tokens": 400},
+            "engine": {"max_model_len": 4096},
+        }
     )
     prompts = [
         Prompt(id=f"p{number}", text=f"{'unreadable' if number % 6 == 5 else 'Say'} {number} {HOSTILE}")

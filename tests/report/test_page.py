@@ -20,20 +20,7 @@ from rsrlm.settings.base import ConfigError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rsrlm.config import resolve
-
-    where = tmp_path_factory.mktemp("made")
-
-    def make_config(**changes: Any) -> Any:
-        base = {
-            "runs": str(where),
-            "model": {"path": "smollm2-135m-instruct"},
-            "prompts": {"path": "builtin"},
-            "train": {"lr": 1e-3, "pairs_per_step": 2},
-        }
-        return resolve({**base, **changes, "prompts": {**base["prompts"], **changes["prompts"]}})
-
-    return finished(make_config)
+    return finished(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
@@ -88,26 +75,21 @@ def test_no_better_model_is_called_better(
     assert sentence(past, found).startswith(words)
 
 
-def test_too_few_prompts_say_nothing(make_config: Any) -> None:
-    past = read(finished(make_config, heldout=3))
+def test_too_few_prompts_say_nothing(tmp_path: Path) -> None:
+    past = read(finished(tmp_path, heldout=3))
     said = sentence(past, standings(past))
     assert said.startswith("Nothing can be said: 3 held-out prompts are too few, and 30 the least")
     assert "M2 has 2.00 points and M0 0.00" in said
 
 
-def test_without_held_out_prompts_nothing_is_said(make_config: Any) -> None:
-    past = read(finished(make_config, heldout=0))
+def test_without_held_out_prompts_nothing_is_said(tmp_path: Path) -> None:
+    past = read(finished(tmp_path, heldout=0))
     assert sentence(past, standings(past)).startswith("Nothing can be said yet: no model was measured")
 
 
 @pytest.mark.parametrize(
     ("name", "judge"),
-    [
-        ("M1/tea/0@M0/0#1", "M0"),
-        ("M1/tea/0@validator a/b/0#0", "a/b"),
-        ("M1/a@b/0@M1/0#0", "M1"),
-        ("M1/t/0@M0/0", "M0"),
-    ],
+    [("M1/tea/0#1@M0", "M0"), ("M1/tea/0#0@validator a/b", "a/b"), ("M1/a@b/0#0@M1", "M1"), ("M1/a#1/0#12@M0", "M0")],
 )
 def test_who_judged_stands_in_the_id(name: str, judge: str) -> None:
     assert judge_in(name) == judge
@@ -351,8 +333,8 @@ def test_runs_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
     assert found["differing"] == []
 
 
-def test_shared_held_out_prompts(folder: Path, make_config: Any) -> None:
-    other = finished(make_config, heldout=4)
+def test_shared_held_out_prompts(folder: Path, tmp_path: Path) -> None:
+    other = finished(tmp_path, heldout=4)
     assert [one.id for one in report.shared_prompts(folder, other)] == ["h0", "h1", "h2", "h3"]
     shutil.rmtree(other / "heldout")
     with pytest.raises(ConfigError, match="share no held-out prompts"):
