@@ -142,6 +142,7 @@ def histogram(groups: Mapping[str, Any], x: str, bins: int = 20) -> str:
                         "type": "quantitative",
                         "title": x,
                         "scale": {"domain": [low, high], "nice": False},
+                        "axis": {"tickCount": 8, "labelOverlap": True},
                     },
                     "x2": {"field": "to"},
                     "y": {
