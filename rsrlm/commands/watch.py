@@ -28,7 +28,7 @@ def watch(folder: Path, port: int | None, console: Console | None = None) -> Non
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         url = stack.enter_context(served(folder, port)) if port is not None else ""
         if url:
-            console.print(f"the report is at {url}", soft_wrap=True)
+            console.print(f"the report is at {url}", soft_wrap=True, markup=False)
         key = stack.enter_context(keys(sys.stdin))
         if console.is_terminal and not console.is_dumb_terminal:
             left = on_terminal(reader, console, key, url)

@@ -75,7 +75,7 @@ def view(state: State, hint: str) -> RenderableType:
     table.add_column(width=LABEL, style="dim", no_wrap=True)
     table.add_column(ratio=1)
     for label, what in _rows(state):
-        table.add_row(label, what)
+        table.add_row(Text(label), what)
     parts = [_header(state), *([_stages(state)] if state.pulse and state.pulse.stages else []), table]
     spaced = [line for part in parts for line in (part, Text())]
     return Group(*spaced, Text(printable(hint), style="dim"))
@@ -126,22 +126,22 @@ def _stages(state: State) -> RenderableType:
         table.add_column(no_wrap=True, **options)
     for stage in state.pulse.stages if state.pulse else ():
         if stage.ended is not None:
-            table.add_row(Text(printable(stage.title), style="dim"), *_ended(stage), style="dim")
+            table.add_row(*map(Text, _ended(stage)), style="dim")
             continue
         left = eta(stage, state.now)
         for at, bar in enumerate(stage.bars):
-            title = printable(stage.title) if not at else ""
             shown = ProgressBar(total=max(1, bar.of), completed=bar.done, width=14)
-            rest = left if not at else ""
-            table.add_row(title, printable(bar.what), shown, f"{bar.done}/{bar.of}", rate(bar, stage, state.now), rest)
+            title, rest = ("", "") if at else (printable(stage.title), left)
+            counts = f"{bar.done}/{bar.of}", rate(bar, stage, state.now), rest
+            table.add_row(Text(title), Text(printable(bar.what)), shown, *map(Text, counts))
     return table
 
 
 def _ended(stage: Stage) -> tuple[str, ...]:
     assert stage.ended is not None
-    whats = " ".join(bar.what for bar in stage.bars[:1])
+    whats = stage.bars[0].what if stage.bars else ""
     counts = f"{stage.bars[0].done}/{stage.bars[0].of}" if stage.bars else ""
-    return printable(whats), "done", counts, "", duration(stage.ended - stage.began)
+    return printable(stage.title), printable(whats), "done", counts, "", duration(stage.ended - stage.began)
 
 
 def rate(bar: Bar, stage: Stage, now: float) -> str:
