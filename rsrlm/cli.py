@@ -1,4 +1,4 @@
-"""The command line: `rsrlm run | resume | scale | plan | recipes | doctor | judge | data | eval`."""
+"""The command line: `rsrlm run | resume | watch | scale | plan | recipes | doctor | judge | data | eval`."""
 
 import os
 import sys

@@ -122,15 +122,19 @@ def _open(state: State) -> list[Stage]:
 
 def _stages(state: State) -> RenderableType:
     table = Table.grid(padding=(0, 1))
-    for options in ({"max_width": 24}, {}, {"width": 14}, {"justify": "right"}, {"justify": "right"}, {}):
-        table.add_column(no_wrap=True, **options)
+    table.add_column(max_width=24, no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(max_width=16)  # on a narrow terminal it is the first to shrink
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True)
     for stage in state.pulse.stages if state.pulse else ():
         if stage.ended is not None:
             table.add_row(*map(Text, _ended(stage)), style="dim")
             continue
         left = eta(stage, state.now)
         for at, bar in enumerate(stage.bars):
-            shown = ProgressBar(total=max(1, bar.of), completed=bar.done, width=14)
+            shown = ProgressBar(total=max(1, bar.of), completed=bar.done)
             title, rest = ("", "") if at else (printable(stage.title), left)
             counts = f"{bar.done}/{bar.of}", rate(bar, stage, state.now), rest
             table.add_row(Text(title), Text(printable(bar.what)), shown, *map(Text, counts))
@@ -139,9 +143,9 @@ def _stages(state: State) -> RenderableType:
 
 def _ended(stage: Stage) -> tuple[str, ...]:
     assert stage.ended is not None
-    whats = stage.bars[0].what if stage.bars else ""
-    counts = f"{stage.bars[0].done}/{stage.bars[0].of}" if stage.bars else ""
-    return printable(stage.title), printable(whats), "done", counts, "", duration(stage.ended - stage.began)
+    last = stage.bars[-1] if stage.bars else Bar(what="", done=0, of=0)
+    took = duration(stage.ended - stage.began)
+    return printable(stage.title), printable(last.what), "done", f"{last.done}/{last.of}", "", took
 
 
 def rate(bar: Bar, stage: Stage, now: float) -> str:
@@ -153,7 +157,7 @@ def eta(stage: Stage, now: float) -> str:
     """When the work that is furthest behind would end; nothing before there is something to go by."""
     worst = min((bar.done / bar.of for bar in stage.bars if bar.of), default=1.0)
     elapsed = now - stage.began
-    return f"{duration(elapsed / worst - elapsed)} left" if worst > 0.05 else duration(elapsed)
+    return f"{duration(elapsed / worst - elapsed)} left" if worst > 0.05 else f"{duration(elapsed)} so far"
 
 
 def _rows(state: State) -> Iterator[tuple[str, RenderableType]]:

@@ -93,7 +93,7 @@ def test_a_run_in_the_middle(store: RunFolder) -> None:
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[0].startswith("tea self_rewarding running iteration 1 (1 of 3 done), 0 s")
     assert lines[1] == "process 12 on head"
-    assert "held-out M1 respond done 8/8 20 s" in lines
+    assert "held-out M1 judge done 8/8 20 s" in lines
     assert re.search(r"^iteration 1 reference ━+ 6/6 1 min 40 s left$", "\n".join(lines), re.M)
     assert re.search(r"^steps ━+.* 2/4 5 tok/s$", "\n".join(lines), re.M)
     assert row(state, "engines") == "2/2 ready, hold M0, 42 k tokens queued"
