@@ -19,6 +19,7 @@ from rsrlm.report.state import State
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 40  # characters
+ENDED_SHOWN = 2  # stages: all of it fits a terminal of 24 lines
 COLOURS = {"running": "green", "completed": "green", "starting": "cyan", "silent": "yellow", "killed": "red"}
 LABEL = 10  # characters of the left column
 
@@ -128,7 +129,9 @@ def _stages(state: State) -> RenderableType:
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True)
-    for stage in state.pulse.stages if state.pulse else ():
+    stages = state.pulse.stages if state.pulse else ()
+    ended = [stage for stage in stages if stage.ended is not None]
+    for stage in [*ended[-ENDED_SHOWN:], *_open(state)]:
         if stage.ended is not None:
             table.add_row(*map(Text, _ended(stage)), style="dim")
             continue
@@ -241,8 +244,8 @@ def alarm(event: Mapping[str, Any]) -> str:
 
 def _sample(sample: Sampled) -> Iterator[tuple[str, RenderableType]]:
     yield "sample", Text(printable(sample_line(sample)))
-    yield "prompt", Text(clipped(sample.prompt, 160), style="dim")
-    yield "response", Text(clipped(sample.response, 320))
+    yield "prompt", Text(clipped(sample.prompt, 140), style="dim")
+    yield "response", Text(clipped(sample.response, 280))
 
 
 def sample_line(sample: Sampled) -> str:
