@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -334,6 +335,7 @@ def written() -> Written:
 @pytest.fixture
 def port(store: RunFolder, written: Written, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(serving, "EVERY_S", 0.05)
+    monkeypatch.setattr(serving, "RELOAD", serving.RELOAD.replace("3000", "100"))
     with serving.served(store.folder, 0, written) as url:
         found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url)
         assert found
@@ -445,6 +447,23 @@ def test_a_port_that_is_taken(store: RunFolder, written: Written) -> None:
         number = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--serve {number}: another program uses this port; choose another one"):
             watch.watch(store.folder, number)
+
+
+def test_the_page_loads_itself_again(port: int, store: RunFolder, written: Written) -> None:
+    """In a browser, with nothing to complain of."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("needs Debian's chromium")
+    with sync_api.sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"http://127.0.0.1:{port}/")
+        assert page.inner_text("h1") == "Report 1"
+        store.event("step")
+        page.wait_for_function("document.querySelector('h1').innerText === 'Report 2'", timeout=60_000)
+        assert complaints == []
 
 
 @contextmanager
