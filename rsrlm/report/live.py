@@ -263,38 +263,39 @@ def clipped(text: str, most: int) -> str:
 # -- lines -----------------------------------------------------------------------------------------------------------
 
 
+NAMED = ("version", "model", "pool", "replica", "producer", "iteration", "error")  # fields of events that tell most
+
+
 def said(event: Mapping[str, Any]) -> str:
-    """An event in words; one that is not known by its name."""
-    kind = str(event.get("event"))
-    names = {
-        "version": "",
-        "model": "",
-        "pool": "",
-        "replica": "",
-        "sign": "",
-        "status": "",
-        "iteration": "",
-        "error": "",
-    }
-    what = " ".join(str(event[name]) for name in names if name in event)
-    return printable(f"{kind.replace('_', ' ')} {what}".strip())[:200]
+    """An event in words."""
+    kind = event.get("event")
+    if kind == "alarm":
+        return alarm(event)
+    if kind == "evaluated":
+        return evaluated(event)
+    if kind == "ray":
+        return "Ray started"
+    what = " ".join(str(event[name]) for name in NAMED if name in event)
+    return printable(f"{str(kind).replace('_', ' ')} {what}".strip())[:200]
 
 
 def lines(before: State | None, now: State, counts: bool) -> Iterator[str]:
     """A line for each change. Numbers that change all the time are in it where `counts`."""
-    if before is None or before.status != now.status:
-        yield f"{printable(now.name)}: {now.status}, {progress(now)}" + (
-            f": {printable(now.reason)}" if now.reason else ""
-        )
+    changed = before is None or before.status != now.status
+    reason = f": {printable(now.reason)}" if now.reason else ""
+    status = f"{printable(now.name)}: {printable(now.status)}, {progress(now)}{reason}"
+    if changed and now.goes_on:
+        yield status
     for event in now.news if before else ():
-        yield alarm(event) if event["event"] == "alarm" else said(event)
-    if not counts:
-        return
-    for stage in _open(now):
+        if event["event"] != "run_ended":  # the status says so
+            yield said(event)
+    for stage in _open(now) if counts else ():
         bars = ", ".join(_counted(bar, stage, now.now) for bar in stage.bars)
         yield f"{printable(stage.title)}: {printable(bars)}, {eta(stage, now.now)}"
-    if now.step and (before is None or before.step != now.step):
+    if counts and now.step and (before is None or before.step != now.step):
         yield f"step {last_step(now)}"
+    if changed and not now.goes_on:
+        yield status
 
 
 def _counted(bar: Bar, stage: Stage, now: float) -> str:

@@ -88,7 +88,10 @@ class RunReader:
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError where there is no run, or one of another layout."""
         if not (folder / "config.yaml").is_file():
-            raise ConfigError(f"{folder}: no run here (no config.yaml); give the folder of a run, such as runs/NAME")
+            raise ConfigError(
+                f"{folder}: no run here (no config.yaml); give the folder of a run, such as runs/NAME, which is there "
+                "once the run has checked its prompts, model and data"
+            )
         layout = json_of(folder / "start.json").get("layout", LAYOUT)
         if layout != LAYOUT:
             raise ConfigError(

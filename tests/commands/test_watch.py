@@ -232,7 +232,7 @@ def test_a_line_for_each_change(store: RunFolder, monkeypatch: pytest.MonkeyPatc
             lambda: store.event("engine_lost", pool="engines", replica=1, error="gone"),
             lambda: store.event("group", g="00/a", pairs=[]),
             lambda: store.event("alarm", iteration=0, sign="score_length", value=0.6, action="warn"),
-            lambda: store.write_summary({"status": "completed"}),
+            lambda: (store.event("run_ended", status="completed"), store.write_summary({"status": "completed"})),
         ]
     )
 
@@ -462,7 +462,7 @@ def test_the_page_loads_itself_again(port: int, store: RunFolder, written: Writt
         page.goto(f"http://127.0.0.1:{port}/")
         assert page.inner_text("h1") == "Report 1"
         store.event("step")
-        page.wait_for_function("document.querySelector('h1').innerText === 'Report 2'", timeout=60_000)
+        page.locator("h1", has_text="Report 2").wait_for(timeout=60_000)
         assert complaints == []
 
 
