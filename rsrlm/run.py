@@ -105,6 +105,7 @@ class Run:
         self.pools, self.answers, self.screen, self.event, self.first = pools, answers, screen, event, first
         self._segments = segments
         self.names = [first.name]  # of the models that the iterations start from, in order
+        self.buffers: dict[int, tuple[str, Buffer]] = {}  # of iterations that are not finished, and whose answers
         self._wanted = first
         self._holding = asyncio.Lock()
         self._recipe: MakesGroups | None = None
@@ -162,6 +163,7 @@ class Run:
         before = await self.pools.stats()
         folder = self._segments / f"{tasks[0].iteration:02d}"
         buffer, segment = Buffer([task.id for task in tasks], folder), Segment.another(folder, "groups")
+        self.buffers[tasks[0].iteration] = engines.model.name, buffer
 
         async def made(task: Task) -> Receipt:
             if self.pools.producers and recipe is self._recipe:  # they know no other
@@ -185,6 +187,7 @@ class Run:
 
     def finished(self, iteration: int) -> None:
         """What was made in the iteration is in its tables and trained on."""
+        self.buffers.pop(iteration, None)
         shutil.rmtree(self._segments / f"{iteration:02d}", ignore_errors=True)
 
     def begin(self, recipe: MakesGroups, earlier: Earlier, trainer: Trainer | None = None) -> None:

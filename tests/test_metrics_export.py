@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rsrlm.runtime.metrics import COUNTERS, GAUGES, Counting, Followed, Meters, Watcher, exported
+from rsrlm.runtime.metrics import COUNTERS, GAUGES, Counting, Meters, Watcher, exported
 from rsrlm.store.folder import RunFolder
+from rsrlm.store.followed import Followed
 
 Seen = dict[tuple[str, str], float]
 

@@ -5,24 +5,29 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rsrlm.settings.base import ConfigError, NotYet
 from rsrlm.store.folder import RunFolder
 
-NOTE = "alive"  # alive.json: host, process, and when it was there last
-EVERY_S = 10.0
+NOTE = "alive"  # alive.json: host, process, when it was there last, and what it did then
+EVERY_S = 2.0
 
 
 @contextlib.contextmanager
-def noted_alive(store: RunFolder) -> Iterator[None]:
-    """Note every EVERY_S seconds that this process runs here. A note that grows old is that of a killed run."""
+def noted_alive(store: RunFolder, doing: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
+    """Note every EVERY_S seconds that this process runs here, and what it is `doing`. A note that grows old is that of
+    a killed run."""
     done = threading.Event()
 
     def note() -> None:
         while True:
-            with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with its reason
-                store.write_note(NOTE, {"host": socket.gethostname(), "pid": os.getpid(), "at": round(time.time(), 1)})
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "at": round(time.time(), 1)}
+            for said in (doing, dict):  # what cannot be said of a run must not make it look dead
+                with contextlib.suppress(Exception):  # a full disk ends the run elsewhere, with its reason
+                    store.write_note(NOTE, {**who, **said()})
+                    break
             if done.wait(EVERY_S):
                 return
 

@@ -20,6 +20,7 @@ from rsrlm.runtime.alive import noted_alive
 from rsrlm.runtime.cluster import ray_cluster
 from rsrlm.runtime.exits import EXIT_OK, failure, interruptible, write_summary
 from rsrlm.runtime.metrics import Counting, Meters, Watcher, exported
+from rsrlm.runtime.monitor import Monitor
 from rsrlm.runtime.places import check_hosts
 from rsrlm.runtime.room import engines_of
 from rsrlm.runtime.setup import Prepared
@@ -43,7 +44,7 @@ def noting(config: Config, store: RunFolder, report: Report) -> Callable[..., No
 
 
 async def _run(
-    prepared: Prepared, store: RunFolder, report: Report, log: Any, meters: Meters, watcher: Watcher
+    prepared: Prepared, store: RunFolder, report: Report, log: Any, meters: Meters, watcher: Watcher, monitor: Monitor
 ) -> list[dict[str, Any]]:
     from rsrlm.runtime.group import LearnerGroup
     from rsrlm.runtime.pools import EnginePools
@@ -52,14 +53,15 @@ async def _run(
     config = prepared.config
     group = LearnerGroup(config, store.folder / ".train")
     models = {config.model_name(0): prepared.model}
-    note = noting(config, store, report)
+    note = monitor.heard(noting(config, store, report))
     pools = EnginePools(config, store, models, group.broadcast, prepared.judge, prepared.validator, note)
     watcher.follow(pools, asyncio.get_running_loop())
+    monitor.follow(pools)
     answers = Journals(store.folder)
     try:
         with report.busy("starting engines and learner"):
             if config.engine.producers:
-                pools.producers = Producers(config, prepared.drawn, pools, store.event, config.engine.producers)
+                pools.producers = Producers(config, prepared.drawn, pools, note, config.engine.producers)
             if not config.ray.share_gpus:
                 await group.start()
             await pools.start(newest_model(config, store))
@@ -67,8 +69,9 @@ async def _run(
                 await group.start()
         if len(answers):
             report.line(f"{len(answers)} answers are known already")
-        first, screen = await pools.model(config.model_name(0)), Counting(report, meters)
+        first, screen = await pools.model(config.model_name(0)), Counting(monitor, meters)
         run = Run(pools, Answers(answers), screen, store.event, first, store.segments)
+        monitor.follow(pools, run)
         spine = Spine(
             run=run,
             learner=group,
@@ -115,8 +118,9 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
     write_summary(store, "running")
     status, code, reason = "completed", EXIT_OK, ""
     try:
+        monitor = Monitor(report)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(noted_alive(store))
+            stack.enter_context(noted_alive(store, monitor.doing))
             stack.enter_context(ray_cluster(config, store, begun=ray))
             models = {"model": prepared.model, "judge.model": prepared.judge}
             check_hosts(config, {**models, "evaluate.judge.model": prepared.validator})
@@ -130,7 +134,7 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
             meters = Meters(config.name)
             watcher = Watcher(meters, config, store)
             stack.enter_context(exported(meters, watcher))
-            work = _run(prepared, store, report, log, meters, watcher)
+            work = _run(prepared, store, report, log, meters, watcher, monitor)
             interruptible(work, lambda: write_summary(store, "interrupted"))
     except BaseException as error:
         status, code, reason = failure(error)

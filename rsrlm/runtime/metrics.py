@@ -6,14 +6,13 @@ every few seconds, and nothing in the run waits for it.
 
 import asyncio
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rsrlm.config import Config
 from rsrlm.store.folder import RunFolder
+from rsrlm.store.followed import Followed
 
 EVERY_S = 5.0
 STATS_S = 5.0  # for what the engines count; a busy one is asked again at the next look
@@ -80,26 +79,6 @@ class Meters:
 
     def _tags(self, key: str, tag: str) -> dict[str, str]:
         return {"run": self._run, **({key: tag} if key else {})}
-
-
-class Followed:
-    """A file of lines that grows: what is new in it, as JSON. A line that is being written waits for the next look."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._at = path, 0
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        try:
-            with self.path.open("rb") as stream:
-                stream.seek(self._at)
-                whole = stream.read().rpartition(b"\n")[0]
-        except FileNotFoundError:
-            return
-        if whole:
-            self._at += len(whole) + 1
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
 
 
 class Watcher:

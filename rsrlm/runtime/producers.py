@@ -55,6 +55,10 @@ class Producers:
         for member in self._members:
             self._start(member)
 
+    @property
+    def number(self) -> int:
+        return len(self._members)
+
     def _start(self, member: Member) -> None:
         actor_class = ray.remote(Producer).options(
             num_cpus=0, max_concurrency=100_000, max_restarts=0, enable_task_events=False

@@ -52,6 +52,8 @@ class Buffer(Sequence[Group]):
         self.ids, self.folder = ids, folder
         self.pairs = Items(PreferencePair)
         self.reasons = Counter[str]()  # why groups have no pairs
+        self.finished = 0  # groups
+        self.last: Receipt | None = None  # that was put
         self._files: list[str] = []
         self._places = bytearray(_PLACE.size * len(ids))
         self._open: dict[int, int] = {}  # descriptors by the number of a file
@@ -67,6 +69,8 @@ class Buffer(Sequence[Group]):
             self.pairs.put(receipt.segment, pair)
         number = self._files.index(receipt.segment) + 1
         self._places[at : at + _PLACE.size] = _PLACE.pack(number, receipt.offset, receipt.length)
+        self.finished += 1
+        self.last = receipt
 
     def __len__(self) -> int:
         return len(self.ids)
