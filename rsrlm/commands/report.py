@@ -8,10 +8,10 @@ from rsrlm import config as configs
 from rsrlm.commands import duel
 from rsrlm.records import Prompt
 from rsrlm.report.alarms import DEFAULT_LIMITS, Limit, limits_of
+from rsrlm.report.heartbeat import Heartbeat, json_of
 from rsrlm.report.page import contents, render, samples
 from rsrlm.report.page.past import Past, read
 from rsrlm.report.progress import Report
-from rsrlm.runtime.alive import how_it_ended
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.atomic import write_whole
 from rsrlm.store.folder import RunFolder
@@ -82,11 +82,10 @@ def last_model(folder: Path) -> Path:
 
 def past_of(folder: Path) -> Past:
     """A run as its folder tells it, with its status now."""
-    try:
-        status = how_it_ended(RunFolder(folder)) if (folder / "config.yaml").is_file() else ""
-    except (ConfigError, OSError, ValueError, KeyError):  # a read-only folder, a torn note: what the summary says
-        status = ""
-    return read(folder, status)
+    beat = Heartbeat(folder)
+    beat.look()
+    status = beat.status(str(json_of(folder / "summary.json").get("status", "")))
+    return read(folder, "not heard of for a while" if status == "silent" else status)
 
 
 def _with_samples(past: Past, budget: int, say: render.Progress) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,14 @@ def test_a_folder_that_cannot_be_written(mine: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--out=.*file: .*; choose a folder that you can write"):
         report.write([mine], tmp_path / "file")
+
+
+@pytest.mark.parametrize(("ago", "status"), [(5.0, "running"), (3600.0, "not heard of for a while")])
+def test_a_run_that_says_that_it_runs(mine: Path, ago: float, status: str) -> None:
+    rewrite(mine / "summary.json", status="running")
+    (mine / "alive.json").write_text(json.dumps({"host": "a", "pid": 1, "at": time.time() - ago}))
+    assert report.past_of(mine).status == status
+    assert not (mine / ".lock").exists(), "a report takes no lock that a resume might want"
 
 
 # -- several runs ------------------------------------------------------------------------------------------------------
