@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, model_vali
 
 from rsrlm.settings.base import JUDGES, NAME, ConfigError, Section, plugin
 from rsrlm.settings.data import Data, SelfInstruct
-from rsrlm.settings.machine import Clock, Engine, ModelConfig, Ray, Wandb, Watched, Weights
+from rsrlm.settings.machine import Clock, Engine, ModelConfig, Ray, Watched, Weights
 from rsrlm.settings.methods import (
     WHO_JUDGES,
     Evaluate,
@@ -30,6 +30,7 @@ from rsrlm.settings.methods import (
 from rsrlm.settings.source import message_of, override_key, parse
 from rsrlm.settings.steps import RANKS, Step, dotted, refuse_moved, resolved, unknown_keys
 from rsrlm.settings.together import fits_online, shares_gpus
+from rsrlm.settings.trackers import Trackers
 from rsrlm.settings.train import Train
 
 LEAST_VALIDATION = 30  # prompts below which report.metrics estimates nothing
@@ -63,7 +64,7 @@ class Config(Section):
     engine: Engine = Engine()
     weights: Weights = Weights()
     evaluate: Evaluate = Evaluate()
-    wandb: Wandb = Wandb()
+    trackers: Trackers = Trackers()
     ray: Ray = Ray()
     report: bool = Field(True, description="report.html and report.md in the run folder, at the end and meanwhile")
 

@@ -52,7 +52,7 @@ class Iteration:
 
 @dataclass(frozen=True, kw_only=True)
 class Spine:
-    """What the clock is run over. `log` takes the metrics of a finished iteration, for a tracker."""
+    """What the clock is run over."""
 
     config: Config
     run: Run
@@ -61,7 +61,6 @@ class Spine:
     heldout: Evaluation
     validation: Evaluation
     endpoints: Callable[[], Mapping[str, Any]]
-    log: Callable[[dict[str, Any]], None]
 
     async def train(self, training: Training, go_on: GoesOn | None = None) -> dict[str, Any]:
         await self.run.pools.rest()
@@ -155,7 +154,6 @@ async def finish(
     store.write_metrics(number, row)
     store.event("iteration_finished", iteration=number)
     run.finished(number)
-    spine.log(row)
     rows.append(row)
 
 

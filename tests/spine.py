@@ -184,7 +184,6 @@ class World:
         self.happened: list[str] = []
         self.asked: list[tuple[str, Request]] = []  # over all starts, with the weights that answered
         self.jobs: list[Any] = []
-        self.logged: list[dict[str, Any]] = []
         self.endpoints: dict[str, Any] = {}
 
     @property
@@ -221,7 +220,7 @@ class World:
         run = Run(self.pools, Answers(log), screen, store.event, await self.pools.model("M0"), store.segments)
         spine = Spine(
             config=config, run=run, learner=Learner(self), store=store, heldout=heldout, validation=validation,
-            endpoints=lambda: self.endpoints, log=self.logged.append,
+            endpoints=lambda: self.endpoints,
         )  # fmt: skip
         try:
             clock = run_rounds if config.clock.kind == "online" else run_iterations

@@ -72,7 +72,9 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85
 def test_dump_and_load_keep_every_text(
     tmp_path_factory: pytest.TempPathFactory, runs: str, template: str, project: str | None
 ) -> None:
-    config = resolve({**SMALL, "runs": runs, "judge": {"template": template}, "wandb": {"project": project}})
+    config = resolve(
+        {**SMALL, "runs": runs, "judge": {"template": template}, "trackers": {"tensorboard": {"folder": project}}}
+    )
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     path.write_bytes(dump(config).encode())
     assert yaml.safe_load(dump(load(path))) == yaml.safe_load(dump(config))
@@ -334,7 +336,7 @@ def test_overrides_are_yaml(small: Path) -> None:
             "train.lr=2e-5",
             "prompts.reuse=true",
             "judge.judgements=5",
-            "wandb.project='12'",
+            "trackers.wandb.project='12'",
             "prompts.path=a=b.jsonl",  # the first = separates
             "pair.max_chosen_chars=100",  # a section that the file does not have
             "pair.max_chosen_chars=null",  # the last one counts
@@ -344,7 +346,7 @@ def test_overrides_are_yaml(small: Path) -> None:
     assert config.train.lr == 2e-5
     assert config.prompts.reuse is True
     assert config.judge.judgements == 5
-    assert config.wandb.project == "12"
+    assert config.trackers.wandb.project == "12"
     assert config.prompts.path == "a=b.jsonl"
     assert config.planned[0].config.pair.max_chosen_chars is None
     assert (config.sample.max_tokens, config.sample.top_p, config.sample.responses) == (9, 0.5, 4)
@@ -489,6 +491,7 @@ def test_a_recipe_and_a_judge_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
             "all judgements of a response would be the same; raise it",
         ),
         ("schedule=[{}]", "schedule is written otherwise: steps: a list with one entry for each iteration"),
+        ("wandb.project=x", "wandb is written otherwise: trackers.wandb: {project: NAME}"),
         ("train.method=sft", "train.method is written otherwise: recipe: sft, self_rewarding or meta_rewarding"),
         ("pair.kinds=[judge]", "pair.kinds is written otherwise: recipe: meta_rewarding"),
         ("judge={read: text}", "judge.read is written otherwise: judge.kind: text, structured, digits or function"),

@@ -143,7 +143,6 @@ def test_each_model_makes_what_trains_the_next(world: Callable[..., World]) -> N
         trained = [name for row in made.store.steps(iteration).rows for name in row["pair_ids"]]
         assert trained == [pair["id"] for pair in pairs]
     assert made.happened.count("write training.json") == 2
-    assert made.logged == rows
     heldout = [(title, totals) for title, totals in made.screen.totals if title.startswith("held-out")]
     assert heldout == HELDOUT_STAGES["M0"] + HELDOUT_STAGES["M1"] + HELDOUT_STAGES["M2"]
     told = [json.loads(line) for line in (made.store.folder / "events.jsonl").open()]
@@ -431,7 +430,6 @@ def test_a_resume_goes_on_where_the_run_was_killed(stage: str, world: Callable[.
         later = [request.id for _, request in made.asked[asked:] if ">" not in request.id]
         assert not [name for name in later if name.startswith(("00/", "M1/"))]
     assert len(rows) == 2
-    assert [row["iteration"] for row in made.logged] == ([1] if finished else [0, 1])
 
 
 def test_after_training_a_resume_moves_no_weights_but_those_of_the_result(world: Callable[..., World]) -> None:
@@ -630,7 +628,7 @@ def test_a_sign_beyond_its_limit_ends_the_run_after_its_iteration(world: Callabl
     for finished in (1, 2):
         with pytest.raises(Stopped, match=f"^after iteration {finished - 1}: score_mean is .*, above 0.6: "):
             made.start()
-        assert len(made.store.metrics()) == len(made.logged) == finished
+        assert len(made.store.metrics()) == finished
         assert any(line.startswith(f"iteration {finished - 1}: score_mean is") for line in made.screen.lines)
     events = [json.loads(line) for line in (made.store.folder / "events.jsonl").read_text().splitlines()]
     alarms = [event for event in events if event["event"] == "alarm" and event["sign"] == "score_mean"]

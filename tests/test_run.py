@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from metric_names import REAL, undocumented
 from waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -40,6 +41,7 @@ def config_file(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory)
         "evaluate": {"max_tokens": 16},
         "report": False,
         "engine": {"max_model_len": 768, "max_num_seqs": 4, "kv_cache_gib": 0.25},
+        "trackers": {"tensorboard": True},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -60,7 +62,7 @@ def run(*arguments: str, command: list[str] = RSRLM) -> subprocess.CompletedProc
         text=True,
         timeout=600,
         check=False,
-        env={**os.environ, **KEYS, MARK: "1"},
+        env={**os.environ, **KEYS, MARK: "1", "WANDB_MODE": "offline"},
     )
 
 
@@ -70,7 +72,7 @@ def started(*arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **KEYS, MARK: "1"},
+        env={**os.environ, **KEYS, MARK: "1", "WANDB_MODE": "offline"},
     )
 
 
@@ -96,7 +98,7 @@ def assert_nothing_is_left() -> None:
 @pytest.fixture(scope="module")
 def whole(config_file: Path) -> tuple[Path, str]:
     """An undisturbed run: its folder and what it printed."""
-    done = run("run", str(config_file), "report=true")
+    done = run("run", str(config_file), "report=true", "trackers.wandb.project=test", "trackers.mlflow=true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_nothing_is_left()
     return config_file.parent / "runs" / "whole", done.stdout
@@ -133,6 +135,38 @@ def test_a_run_trains_and_publishes(whole: tuple[Path, str]) -> None:
     assert all(words in page for words in ("whole: report", ">completed<", "Nothing can be said: 3 held-out prompts"))
     assert "Not here" not in page
     assert "iteration 1: respond 30/30" in printed
+
+
+def tracked(folder: Path) -> dict[str, list[int]]:
+    """The steps of each of TensorBoard's scalars."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / "tensorboard"))
+    read.Reload()
+    return {tag: [one.step for one in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_trackers_have_every_step_and_iteration(whole: tuple[Path, str]) -> None:
+    from mlflow.tracking import MlflowClient
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from rsrlm.report.trackers.wandb import records_in
+
+    folder, printed = whole
+    names = tracked(folder)
+    assert undocumented(names) == set()
+    assert set(names) >= REAL
+    steps = sum(row["optimizer_steps"] for row in summary(folder)["iterations"])
+    assert names["train/loss"] == names["train/lr"] == list(range(steps))
+    assert names["heldout/duel/n"] == names["iteration/mean_score"] == [0, 1]
+    (log,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = [Record.FromString(data) for data in records_in(log)]
+    assert [one.history.step.num for one in records if one.HasField("history")] == list(range(steps + 2))
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("rsrlm").experiment_id])
+    assert (found.info.run_name, found.info.status) == ("whole", "FINISHED")
+    assert found.data.metrics.keys() == names.keys()
+    assert "mlflow: mlflow ui --backend-store-uri" in printed
 
 
 def test_no_key_is_written_or_printed(whole: tuple[Path, str]) -> None:
@@ -192,6 +226,7 @@ def test_a_finished_run_is_not_run_again(whole: tuple[Path, str], config_file: P
     assert "is finished" in resumed.stdout
 
 
+LOGGED = ("train/loss", "train/lr", "iteration/number")
 SCORES = ("points", "variance", "chosen_score", "rejected_score")  # float32 sums in another order differ a little
 
 
@@ -207,6 +242,8 @@ def assert_same_as(folder: Path, whole_folder: Path) -> None:
                     assert value == (pytest.approx(other[key], abs=1e-3) if key in SCORES else other[key]), (name, key)
         order = [[json.loads(line)["pair_ids"] for line in (d / "steps.jsonl").open()] for d in (ours, theirs)]
         assert order[0] == order[1]
+    ours, theirs = tracked(folder), tracked(whole_folder)
+    assert {name: ours[name] == theirs[name] for name in LOGGED} == dict.fromkeys(LOGGED, True)
     assert summary(folder)["status"] == "completed"
 
 

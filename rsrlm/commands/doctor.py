@@ -28,6 +28,7 @@ from rsrlm.runtime.address import ray_address
 from rsrlm.runtime.room import engines_of
 from rsrlm.settings.base import ConfigError
 from rsrlm.settings.machine import BUILTIN_MODEL, ModelConfig
+from rsrlm.settings.trackers import Trackers
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # in a clone of the repository
 # Memory, disk and shared memory of the quickstart, rounded: used where a model is not there to be measured.
@@ -62,6 +63,16 @@ def check_versions(installed: Mapping[str, str]) -> Finding:
         return Finding("versions", "fail", "; ".join(wrong), ", then ".join(remedies))
     found = ", ".join(f"{name} {installed[name]}" for name in (*engines, *FITS))
     return Finding("versions", "ok", f"Python {platform.python_version()}, {found}")
+
+
+def check_trackers(config: Config, installed: Mapping[str, str]) -> Finding:
+    """Those that the config names."""
+    named = [name for name, own in config.trackers if own]
+    if missing := [name for name in named if name not in installed]:
+        return Finding(
+            "trackers", "fail", f"{', '.join(missing)}: not installed", "run `pip install 'rsrlm[trackers]'`"
+        )
+    return Finding("trackers", "ok", ", ".join(f"{name} {installed[name]}" for name in named) or "none")
 
 
 def check_cores(config: Config, cores: int) -> Finding:
@@ -196,7 +207,7 @@ def _gib(size: int) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    names = (*ENGINES, *FITS, *VISION)
+    names = (*ENGINES, *FITS, *VISION, *Trackers.model_fields)
     return {name: metadata.version(name) for name in names if any(metadata.Distribution.discover(name=name))}
 
 
@@ -248,6 +259,7 @@ def diagnose(config: Config | None = None) -> list[Finding]:
         compute = [replace(f, level="warn", detail=f"{f.detail} {note}") if f.level == "fail" else f for f in compute]
     return [
         check_versions(versions),
+        *([check_trackers(config, versions)] if any(own for _, own in config.trackers) else []),
         *compute,
         check_disk(runs, disk),
         check_shared_memory(SHM, shared),

@@ -21,22 +21,25 @@ def run(config: Config, report: Report, or_resume: bool = False) -> int:
     from rsrlm.runtime import alive
 
     store, begun = RunFolder.open(config.folder)
-    if differing := differences(begun, config, apart=("runs", "ray")):
+    if differing := differences(begun, config, apart=("runs", "ray", "trackers")):
         raise ConfigError(
             f"{store.folder} was begun with another config ({'; '.join(differing[:5])}); use that one, or choose "
             "another name with name=NAME"
         )
     alive.wait_until_free(store, LOCK_WAIT_S, report.line)
-    return resume(store, begun.model_copy(update={"ray": config.ray}), report)
+    return resume(store, begun.model_copy(update={"ray": config.ray, "trackers": config.trackers}), report)
 
 
 def resume(store: RunFolder, config: Config, report: Report) -> int:
     """Go on with a run."""
     if len(store.metrics()) >= config.iterations:
+        from rsrlm.report.trackers import following as trackers
         from rsrlm.runtime.exits import write_summary
 
         write_summary(store, "completed")  # a kill may have come between the last iteration and the summary
         store.drop_checkpoints()
+        trackers.check(config)
+        trackers.follow(config, store, report).end("completed", limit_s=None)
         report.line(f"{store.folder} is finished: {config.iterations} iterations, see {store.folder / 'summary.json'}")
         return 0
     from rsrlm.runtime import alive
@@ -68,8 +71,10 @@ def _execute(config: Config, noted: dict[str, Any], store_of: Callable[[], RunFo
     """The exit code of a run. Ray starts while the run is prepared; `store_of` gives the folder, once there is nothing
     left to refuse the run for."""
     from rsrlm.data import prompts as prompt_files
+    from rsrlm.report.trackers import following as trackers
     from rsrlm.runtime import address, cluster
 
+    trackers.check(config)
     cluster.check_devices(config)
     address.check_address(config)
     prompts = prompt_files.read(prompt_files.file_of(config.prompts))  # first, since it is quick and often wrong

@@ -13,7 +13,7 @@ from rsrlm.iterative import Spine, run_iterations
 from rsrlm.online import run_rounds
 from rsrlm.report import tables
 from rsrlm.report.progress import Report
-from rsrlm.report.tracker import tracker
+from rsrlm.report.trackers.following import follow
 from rsrlm.run import Run
 from rsrlm.runtime import reporting, scale
 from rsrlm.runtime.alive import noted_alive
@@ -44,7 +44,7 @@ def noting(config: Config, store: RunFolder, report: Report) -> Callable[..., No
 
 
 async def _run(
-    prepared: Prepared, store: RunFolder, report: Report, log: Any, meters: Meters, watcher: Watcher, monitor: Monitor
+    prepared: Prepared, store: RunFolder, report: Report, meters: Meters, watcher: Watcher, monitor: Monitor
 ) -> list[dict[str, Any]]:
     from rsrlm.runtime.group import LearnerGroup
     from rsrlm.runtime.pools import EnginePools
@@ -79,7 +79,6 @@ async def _run(
             heldout=prepared.heldout,
             validation=prepared.validation,
             endpoints=pools.endpoint_usage,
-            log=log,
             config=config,
         )
         clock = run_rounds if config.clock.kind == "online" else run_iterations
@@ -116,6 +115,7 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
     # Until the loop takes over, and after it: the default would leave the summary as it is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     write_summary(store, "running")
+    trackers = follow(config, store, report)
     status, code, reason = "completed", EXIT_OK, ""
     try:
         monitor = Monitor(report)
@@ -124,23 +124,18 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
             stack.enter_context(ray_cluster(config, store, begun=ray))
             models = {"model": prepared.model, "judge.model": prepared.judge}
             check_hosts(config, {**models, "evaluate.judge.model": prepared.validator})
-            track = stack.enter_context(tracker(config, store))
-            refresh = stack.enter_context(reporting.refreshed(store, config.report))
-
-            def log(row: dict[str, Any]) -> None:
-                track(row)
-                refresh()
-
+            stack.enter_context(reporting.refreshed(store, config.report))
             meters = Meters(config.name)
             watcher = Watcher(meters, config, store)
             stack.enter_context(exported(meters, watcher))
-            work = _run(prepared, store, report, log, meters, watcher, monitor)
+            work = _run(prepared, store, report, meters, watcher, monitor)
             interruptible(work, lambda: write_summary(store, "interrupted"))
     except BaseException as error:
         status, code, reason = failure(error)
     write_summary(store, status, reason)
     with contextlib.suppress(OSError):
         store.event("run_ended", status=status, reason=reason or None)
+    trackers.end(status)
     lock.close()
     if config.report and status != "interrupted":  # who interrupts wants it to end
         reporting.finish(store, report)

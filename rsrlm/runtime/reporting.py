@@ -4,13 +4,15 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rsrlm.report.progress import Report
 from rsrlm.store.folder import RunFolder
 
 EVERY_S = 60.0  # at most: rounds of the online clock may take seconds
+LOOK_S = 2.0
 WAIT_S = 300.0  # for the last one
 
 
@@ -21,13 +23,14 @@ class Reporter:
         nice = ["nice", "-n", "10"] if shutil.which("nice") else []
         self._command = [*nice, sys.executable, "-m", "rsrlm.cli", "report", str(store.folder)]
         self._process: subprocess.Popen[str] | None = None
-        self._last = 0.0
+        self._last = -EVERY_S
 
     def refresh(self) -> None:
         """Begin to write, unless that is going on or was done a moment ago."""
         busy = self._process is not None and self._process.poll() is None
         if not busy and time.monotonic() - self._last > EVERY_S:
-            self._begin()
+            with contextlib.suppress(OSError):  # no memory or no process to spare: the next time, or at the end
+                self._begin()
 
     def _begin(self) -> None:
         self._last = time.monotonic()
@@ -56,12 +59,29 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def refreshed(store: RunFolder, on: bool) -> Iterator[Callable[[], None]]:
-    """What is called when an iteration is finished; nothing is left running behind the block."""
-    reporter = Reporter(store)
+def refreshed(store: RunFolder, on: bool) -> Iterator[None]:
+    """Write again whenever an iteration was finished; nothing is left running behind the block."""
+    reporter, done = Reporter(store), threading.Event()
+
+    def look() -> None:
+        seen = -1
+        while not done.wait(LOOK_S):
+            number = max(seen, 0)
+            while (store.iteration(number) / "metrics.json").exists():
+                number += 1
+            if number > seen >= 0:
+                reporter.refresh()
+            seen = number
+
+    thread = threading.Thread(target=look, name="report", daemon=True)
+    if on:
+        thread.start()
     try:
-        yield reporter.refresh if on else lambda: None
+        yield
     finally:
+        done.set()
+        if on:
+            thread.join()
         reporter.stop()
 
 

@@ -155,11 +155,6 @@ class Weights(Section):
     deadline_s: Number = Field(120.0, gt=0, description="a replica that loads weights for longer is replaced")
 
 
-class Wandb(Section):
-    project: str | None = Field(None, description="None: no wandb")
-    entity: str | None = None
-
-
 class Hosts(Section):
     """Labels (`ray start --labels`) that a host must have for these to be placed there; none: any host."""
 

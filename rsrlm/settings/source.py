@@ -46,6 +46,8 @@ def override_key(data: dict[str, Any], override: str) -> None:
     section = data
     for part in parents:
         child = section.setdefault(part, {})
+        if child is None:  # a section that is switched off
+            child = section[part] = {}
         if isinstance(child, str) and part == "model" and section is data:
             child = section[part] = {"path": child}
         if not isinstance(child, dict):

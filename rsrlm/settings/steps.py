@@ -21,6 +21,7 @@ MOVED = {
     "judge.read": "judge.kind: text, structured, digits or function",
     "train.method": "recipe: sft, self_rewarding or meta_rewarding, at the top or in an entry of steps",
     "pair.kinds": "recipe: meta_rewarding trains on pairs of responses and of judgements, self_rewarding on the former",
+    "wandb": "trackers.wandb: {project: NAME}, and nothing for a run without wandb",
 }
 
 

@@ -181,11 +181,16 @@ class RunFolder:
     def write_metrics(self, iteration: int, metrics: dict[str, Any]) -> None:
         self.write_json(self.iteration(iteration) / "metrics.json", metrics)
 
+    def metrics_of(self, iteration: int) -> dict[str, Any]:
+        """Metrics of an iteration; empty until it is finished."""
+        path = self.iteration(iteration) / "metrics.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def metrics(self) -> list[dict[str, Any]]:
         """Metrics of the finished iterations, in order."""
         found: list[dict[str, Any]] = []
-        while (path := self.iteration(len(found)) / "metrics.json").exists():
-            found.append(json.loads(path.read_text(encoding="utf-8")))
+        while row := self.metrics_of(len(found)):
+            found.append(row)
         return found
 
     def write_summary(self, summary: dict[str, Any]) -> None:

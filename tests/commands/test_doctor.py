@@ -404,3 +404,11 @@ def test_a_terminal_gets_a_table_with_every_character() -> None:
     assert "[gpu]" in letters  # not taken for markup
     assert stream.getvalue().count("/") == 40
     assert "…" not in letters
+
+
+def test_packages_of_trackers() -> None:
+    installed = {"wandb": "0.31.0", "mlflow": "3.17.2"}
+    config = config_with(trackers={"wandb": True, "mlflow": True})
+    expect(doctor.check_trackers(config, installed), "ok", "wandb 0.31.0, mlflow 3.17.2")
+    config = config_with(trackers={"tensorboard": True, "mlflow": True})
+    expect(doctor.check_trackers(config, installed), "fail", "tensorboard: not installed", "'rsrlm[trackers]'")
