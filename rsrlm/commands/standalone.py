@@ -1,15 +1,15 @@
 """The config of a command that is given a model in the place of a config: what the user sets, and defaults for the rest
 by what this machine has."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from rsrlm.commands.shapes import shape_of
 from rsrlm.config import Config, load, resolve
-from rsrlm.model import folder_of
+from rsrlm.model import folder_of, load_config
 from rsrlm.settings.base import ConfigError
+from rsrlm.settings.machine import ModelConfig
 from rsrlm.settings.source import override_key
 
 MOST_LEN = {False: 4096, True: 8192}  # tokens of prompt and answer together, at most: on CPUs, on a GPU
@@ -30,7 +30,7 @@ def config_of(place: str, overrides: list[str], recipe: str = "self_rewarding") 
     if (folder := Path(os.path.expanduser(place))).is_dir() and (folder / "summary.json").is_file():
         raise ConfigError(f"{place}: the folder of a run, and not of a model; give one of its models, as in models/")
     engine = first.engine
-    room = min(MOST_LEN[engine.gpus > 0], _positions(folder_of(first.model)))
+    room = min(MOST_LEN[engine.gpus > 0], _positions(first.model))
     chosen: dict[str, Any] = {"max_model_len": room}
     if not engine.gpus:
         chosen["kv_cache_gib"] = _cache(first, engine.max_model_len if "max_model_len" in _given(given) else room)
@@ -39,8 +39,9 @@ def config_of(place: str, overrides: list[str], recipe: str = "self_rewarding") 
 
 def _resolved(given: dict[str, Any], recipe: str, engine: dict[str, Any]) -> Config:
     """With defaults under what is given, section by section. Nobody trains: what a training needs is there in form."""
-    gpus = _given(given).get("gpus", int(Path("/proc/driver/nvidia").exists()))
-    digits = recipe != "meta_rewarding" and "endpoint" not in _given(given, "judge")
+    gpus = _given(given).get("gpus", int(has_gpu()))
+    server = "endpoint" in _given(given, "judge")
+    compares = server or "endpoint" in _given(_given(given, "evaluate"), "judge")
     defaults: dict[str, Any] = {
         "name": "standalone",
         "iterations": 1,
@@ -48,7 +49,8 @@ def _resolved(given: dict[str, Any], recipe: str, engine: dict[str, Any]) -> Con
         "model": {"dtype": "bfloat16" if gpus else "float32"},
         "prompts": {"path": "builtin", "per_iteration": 1, "heldout": 0},
         "sample": {"max_tokens": 512},
-        "judge": {"kind": "digits" if digits else "text"},
+        "judge": {"kind": "text" if server or recipe == "meta_rewarding" else "digits"},
+        "evaluate": {"judge": {"read": "text" if compares else "letters"}},
         "train": {"lr": 1e-6, "pairs_per_step": 1, "zero_stage": 1 if gpus else 0},
         "engine": {
             "kind": "async" if gpus else "inprocess",
@@ -58,11 +60,18 @@ def _resolved(given: dict[str, Any], recipe: str, engine: dict[str, Any]) -> Con
             **engine,
         },
     }
-    merged = {**defaults, **given}
-    for name, section in defaults.items():
-        if isinstance(section, dict) and isinstance(given.get(name), dict):
-            merged[name] = {**section, **given[name]}
-    return resolve(merged, "the command line")
+    return resolve(_over(defaults, given), "the command line")
+
+
+def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given over the defaults, section by section."""
+    both = {name for name in defaults.keys() & given.keys() if isinstance(defaults[name], dict)}
+    deep = {name: _over(defaults[name], given[name]) for name in both if isinstance(given[name], dict)}
+    return {**defaults, **given, **deep}
+
+
+def has_gpu() -> bool:
+    return Path("/proc/driver/nvidia").exists()
 
 
 def _given(given: dict[str, Any], section: str = "engine") -> dict[str, Any]:
@@ -71,12 +80,10 @@ def _given(given: dict[str, Any], section: str = "engine") -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _positions(folder: Path) -> int:
-    """Tokens that the model was made for."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    content = {**content, **(content.get("text_config") or {})}
-    found = content.get("max_position_embeddings") or content.get("n_positions")
-    return found if isinstance(found, int) and found > 0 else min(MOST_LEN.values())
+def _positions(model: ModelConfig) -> int:
+    """Tokens that the model was made for; where its config.json does not say, as few as are needed here."""
+    content = load_config(folder_of(model), model.trust_remote_code).get_text_config()
+    return getattr(content, "max_position_embeddings", None) or min(MOST_LEN.values())
 
 
 def _cache(config: Config, room: int) -> float:
