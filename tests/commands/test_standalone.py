@@ -15,7 +15,8 @@ from rsrlm.settings.base import ConfigError
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model of which only the shape is looked at: a token keeps 2 * 32 layers * 8 heads * 128 * 4 bytes, 256 KiB."""
     shape = {
-        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128256,
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "vocab_size": 128256,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
     }  # fmt: skip
     (tmp_path / "model").mkdir()
