@@ -163,11 +163,13 @@ def cost_of(asker: Asker, done: Done) -> dict[str, Any]:
 def say_cost(cost: Mapping[str, Any], report: Report) -> None:
     asked, now = cost["asked"], cost["this_start"]
     known = asked["requests"] - now["requests"]
-    report.line(
-        f"{now['requests']:,} requests in {now['seconds']:.0f} s: {now['prompt_tokens']:,} prompt tokens "
-        f"({now['prompt_tokens_per_s']:,.0f} a second), {now['generated_tokens']:,} generated "
-        f"({now['generated_tokens_per_s']:,.0f} a second)" + (f"; {known:,} were known already" if known else "")
-    )
+    said = f"{now['requests']:,} requests in {now['seconds']:.0f} s"
+    if now["prompt_tokens"]:
+        said += (
+            f": {now['prompt_tokens']:,} prompt tokens ({now['prompt_tokens_per_s']:,.0f} a second), "
+            f"{now['generated_tokens']:,} generated ({now['generated_tokens_per_s']:,.0f} a second)"
+        )
+    report.line(said + (f"; {known:,} were known already" if known else ""))
     if server := cost.get("endpoint"):
         money = f", cost {server['cost']:.4g}" if server.get("cost") else ""
         report.line(

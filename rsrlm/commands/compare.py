@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rsrlm import meta_judging
 from rsrlm.commands.batch import Asker, LineWork, Row, beside, cost_of, say_cost, through, total
 from rsrlm.commands.engines import by_validator, judge_alone, write_json
-from rsrlm.commands.score import best_of, head, judge_model, of_response, response_of
+from rsrlm.commands.score import best_of, head, judge_model, of_response, response_of, text_of
 from rsrlm.config import Config
 from rsrlm.data.responses import Answered, AnsweredLines, GivenResponse
 from rsrlm.engines import JUDGE_PRIORITY, Engines, gather
@@ -84,7 +84,7 @@ def order_row(one: Judgement) -> Row:
     verdict = one.verdict
     won = (verdict.winner, verdict.share) if isinstance(verdict, Preferred) else (None, None)
     reason = verdict.reason if isinstance(verdict, Unparsed) else None
-    return {"text": one.text, "winner": won[0], "share": won[1], "unreadable": reason}
+    return {"text": text_of(one), "winner": won[0], "share": won[1], "unreadable": reason}
 
 
 @dataclass(frozen=True, kw_only=True)

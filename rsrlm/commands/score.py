@@ -79,11 +79,16 @@ def of_response(candidate: GivenResponse) -> Row:
     return {"index": candidate.index, "response": candidate.text, **said, "good": candidate.good}
 
 
+def text_of(one: Judgement) -> str:
+    """What the judge wrote; nothing where the probabilities of its first token were read, whatever that became."""
+    return "" if one.sampling and one.sampling.max_tokens == 1 else one.text
+
+
 def judgement_row(one: Judgement) -> Row:
     verdict = one.verdict
     scored = isinstance(verdict, Scored)
     return {
-        "text": one.text,
+        "text": text_of(one),
         "points": verdict.points if isinstance(verdict, Scored) else None,
         "unreadable": None if scored else getattr(verdict, "reason", ""),
     }

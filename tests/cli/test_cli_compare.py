@@ -71,6 +71,7 @@ def test_the_letters_of_a_judge(judge: Callable[..., Ended], tmp_path: Path) -> 
     row = written(tmp_path)[0]
     assert (row["winner"], row["share"]) == ("tie", pytest.approx(0.5))
     assert [order["share"] for order in row["orders"]] == pytest.approx([7 / 9, 7 / 9])
+    assert [order["text"] for order in row["orders"]] == ["", ""]  # what the first token became says nothing
 
 
 def test_the_best_by_win_rate(judge: Callable[..., Ended], tmp_path: Path) -> None:

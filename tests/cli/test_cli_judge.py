@@ -5,7 +5,9 @@ import json
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,48 @@ def test_a_judge_that_asks_nobody(
     assert ended.code == 0, ended
     (row,) = written(tmp_path)
     assert (row["points"], row["judge"], row["judge_model"], engines.clusters) == (4.0, "taste:longer", None, 0)
+
+
+class Says(BaseHTTPRequestHandler):
+    """A server that answers every chat with a score, for 100 prompt tokens and 10 of its own."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes.\nScore: 4"}}
+        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+        about = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
+        body = json.dumps({**about, "choices": [choice], "usage": usage}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_what_a_server_costs(
+    rsrlm: Callable[..., Ended], small_model: Path, tmp_path: Path, engines: Answering
+) -> None:
+    """8 answers of 100 and 10 tokens at 1 and 5 for a million: .0012. No engine starts, and a second start asks for
+    nothing."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Says)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    endpoint = f"judge.endpoint={{url: '{url}', model: m, price_in: 1, price_out: 5}}"
+    files = ("--in", tmp_path / "in.jsonl", "--out", tmp_path / "scored.jsonl")
+    try:
+        for _ in range(2):
+            ended = rsrlm("judge", small_model, *files, endpoint, "judge.judgements=2")
+            assert ended.code == 0, ended
+            assert "all starts: 8 requests, 800 prompt and 80 generated tokens, cost 0.0012" in ended.out
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert engines.clusters == 0
+    row = written(tmp_path)[0]
+    assert (row["points"], row["judge_model"], row["judgements"][0]["text"]) == (4.0, "m", "Yes.\nScore: 4")
 
 
 def killed(call: Callable[[], Any]) -> None:
