@@ -59,10 +59,11 @@ def judge_file(
         raise ConfigError(f"--mode {mode} compares, and has no points to refuse by; leave out --threshold and --risk")
     if mode == "meta" and best:
         raise ConfigError("--mode meta compares judgements, and --best is a response; leave out one of them")
-    path = check_out(out)
-    config = config_of(model[0], model[1:], "meta_rewarding" if mode == "meta" else "self_rewarding")
-    lines = responses.responses(source)
-    report = Report()
+    path, report = check_out(out, also=(source, held_out)), Report()
+    with report.busy(f"looking for {model[0]}"):
+        config = config_of(model[0], model[1:], "meta_rewarding" if mode == "meta" else "self_rewarding")
+    with report.busy(f"reading {source}"):
+        lines = responses.responses(source)
     work = {
         "score": lambda: score.judge_file(config, lines, path, choosing, report),
         "pairwise": lambda: compare.compare_responses(config, lines, path, best, report),
@@ -96,6 +97,9 @@ def sample_file(
     from rsrlm.report.progress import Report
 
     choosing = Choosing(best=best, threshold=threshold, risk=risk, held_out=held_out)
-    path = check_out(out)
-    config, lines = config_of(model[0], model[1:]), responses.prompts(source)
-    ended(lambda: sample.sample(config, lines, path, number, choosing, Report()))
+    path, report = check_out(out, also=(source, held_out)), Report()
+    with report.busy(f"looking for {model[0]}"):
+        config = config_of(model[0], model[1:])
+    with report.busy(f"reading {source}"):
+        lines = responses.prompts(source)
+    ended(lambda: sample.sample(config, lines, path, number, choosing, report))

@@ -121,8 +121,10 @@ def by_judge(config: Config) -> Config:
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": own})})
 
 
-def check_out(out: Path, folder: bool = False) -> Path:
-    """The path, or ConfigError where it can be none."""
+def check_out(out: Path, folder: bool = False, also: Sequence[str | None] = ()) -> Path:
+    """The path, or ConfigError where it can be none: `also` are files that are read."""
+    if any(name and out.resolve() == Path(name).resolve() for name in also):
+        raise ConfigError(f"--out {out} is a file that is read; give another one")
     if not out.name or out.name == ".." or (out.is_file() if folder else out.is_dir()):
         raise ConfigError(f"--out {out}: give the path of a {'folder' if folder else 'file'} to write")
     if in_a_job(out.absolute()):

@@ -260,6 +260,7 @@ def test_a_threshold_from_held_out_responses(judge: Callable[..., Ended], held_o
             ("--risk", "0.1", "--held-out", "HELD", "judge.template=buckets"),
             "scored by additive (text), and now buckets",
         ),
+        (("--out", "responses.jsonl"), "--out responses.jsonl is a file that is read; give another one"),
         (("--mode", "pairwise", "--threshold", "2"), "--mode pairwise compares, and has no points to refuse by"),
         (("--mode", "meta", "--best"), "--mode meta compares judgements, and --best is a response"),
     ],
