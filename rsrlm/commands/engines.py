@@ -109,7 +109,8 @@ def judge_alone(config: Config) -> tuple[Config, str]:
     """A config whose own model is who judges, so that no other engines are started; and where that model is named."""
     own = config.judge
     key = "judge.model" if own.model else "model.path"
-    engine = config.engine.model_copy(update={"replicas": own.replicas or config.engine.replicas})
+    replicas = own.replicas if own.model else config.engine.replicas
+    engine = config.engine.model_copy(update={"replicas": replicas})
     judge = own.model_copy(update={"model": None, "trust_remote_code": False, "replicas": 0})
     model = config.model_at(own.model) if own.model else config.model
     return config.model_copy(update={"judge": judge, "engine": engine, "model": model}), key
