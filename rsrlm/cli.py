@@ -1,4 +1,4 @@
-"""The command line: `rsrlm run | resume | watch | scale | plan | recipes | doctor | judge | data | eval`."""
+"""The command line of rsrlm: what is there, `rsrlm --help` says."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from rsrlm import config as configs
-from rsrlm.command_line import looking, making, measuring, watching
+from rsrlm.command_line import batch, looking, making, measuring, watching
 from rsrlm.command_line.parts import ConfigPath, Overrides, RunPath
 from rsrlm.settings.base import ConfigError, NotYet
 
@@ -32,6 +32,7 @@ app.add_typer(making.app, name="data")
 app.add_typer(measuring.app)
 app.add_typer(looking.app)
 app.add_typer(watching.app)
+app.add_typer(batch.app)
 
 
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")

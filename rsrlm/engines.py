@@ -71,11 +71,34 @@ class Log(Protocol):
     async def sync(self) -> None: ...
 
 
+class Many(Protocol):
+    """Items that can be gone through, and their number; they need not be in memory."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Spent:
+    """What requests came to. A model behind an API counts its tokens itself."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    def add(self, request: Request, completion: Completion) -> None:
+        self.requests += 1
+        self.prompt_tokens += 0 if request.text else len(request.prompt_token_ids)
+        self.generated_tokens += len(completion.token_ids)
+
+
 class Answers:
     """What was asked and answered. What is known is not asked again; equal requests in flight are sent once."""
 
     def __init__(self, log: Log) -> None:
+        """`spent` counts all that is asked of engines through it, `new` what of that was not known before."""
         self._log = log
+        self.spent, self.new = Spent(), Spent()
         self._waiting: dict[bytes, asyncio.Future[dict[str, Any]]] = {}
         self._tick: Tick | None = None
         self.sync = log.sync
@@ -217,6 +240,8 @@ class Engines:
         completions = []
         for request, (payload, new) in zip(requests, found, strict=True):
             completion = _completion(request.id, self.model.name, payload)
+            for spent in (self._answers.spent, *([self._answers.new] if new else [])):
+                spent.add(request, completion)
             self._answers.count(request.role, 1, len(completion.token_ids) if new else 0)
             completions.append(completion)
         return completions
@@ -258,9 +283,7 @@ class Engines:
         ]
         return [completion.prompt_logprobs for completion in await gather(map(self.complete, requests))]
 
-    async def each(
-        self, work: Callable[[Any], Coroutine[Any, Any, Result]], items: Sequence[Any], width: int
-    ) -> list[Result]:
+    async def each(self, work: Callable[[Any], Coroutine[Any, Any, Result]], items: Many, width: int) -> list[Result]:
         """`work` of each item, in order; `width` is the number of requests that one makes at once.
 
         Enough are open at a time to keep the engines' queues filled, and no more. A result is given back when the

@@ -1,4 +1,4 @@
-"""`rsrlm eval` and `rsrlm judge`: judges against people, models against each other, files of responses."""
+"""`rsrlm eval`: judges against people, and models against each other."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rsrlm import config as configs
-from rsrlm.command_line.parts import ConfigPath, Out, Overrides, ended
+from rsrlm.command_line.parts import ConfigPath, Overrides, ended
 from rsrlm.settings.base import ConfigError
 
 app = typer.Typer()
@@ -83,25 +83,3 @@ def eval_duel(
     prompts = prompt_files.read(prompt_files.file_of(resolved.prompts))
     commands_engines.check_out(out, folder=True)
     ended(lambda: commands_duel.eval_duel(resolved, first, second, judge, prompts, out, Report()))
-
-
-@app.command(
-    "judge",
-    help="Score a file of responses with the config's judge: lines with id, prompt, and response or responses. Where "
-    "they say which are good, shows what refusing below a threshold would spare. The same command goes on after an "
-    "interruption.",
-)
-def judge_file(
-    config: ConfigPath,
-    source: Annotated[str, typer.Option("--data", help="responses: a file or a Hugging Face id")],
-    out: Out,
-    threshold: Annotated[float | None, typer.Option(help="responses with fewer points are marked as refused")] = None,
-    best: Annotated[bool, typer.Option("--best", help="write the best response to each prompt alone")] = False,
-    overrides: Overrides = None,
-) -> None:
-    from rsrlm.commands import engines as commands_engines
-    from rsrlm.commands import score
-    from rsrlm.report.progress import Report
-
-    resolved, given, path = configs.load(config, overrides), score.read(source), commands_engines.check_out(out)
-    ended(lambda: score.judge_file(resolved, given, path, threshold, best, Report()))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rsrlm.commands.engines import by_validator, figure, loaded, on_engines, started, write_json
+from rsrlm.commands.engines import by_validator, figure, loaded, on_engines, started, without_judge, write_json
 from rsrlm.config import Config
 from rsrlm.data import prompts as prompt_files
 from rsrlm.engines import SAMPLE_PRIORITY, Engines
@@ -76,12 +76,6 @@ async def compare(
     }
 
 
-def _without_judge(config: Config) -> Config:
-    """No other model and no server judges."""
-    nobody = config.judge.model_copy(update={"model": None, "replicas": 0, "endpoint": None})
-    return config.model_copy(update={"judge": nobody})
-
-
 def _key_of(config: Config, judge: str | None) -> str:
     """Where the user named the model that compares."""
     if judge:
@@ -104,13 +98,13 @@ def eval_duel(
     by = judge or config.judge.external or config.model.path
     of = {name: config.model_at(name) for name in (first, second, by)}
     if judge:
-        config = _without_judge(config)
+        config = without_judge(config)
     config, drawn = started(config, out)
     models = {name: loaded(of[name], drawn, side) for name, side in {first: "A", second: "B"}.items()}
     endpoint = config.judge.endpoint
     folder, encoder = loaded(config.model, drawn) if endpoint else loaded(of[by], drawn, key)
     # The pool that compares is the only one of its stage: no engines of another judge beside it.
-    alone = _without_judge(config)
+    alone = without_judge(config)
     comparing = duel_judge(config, context_of(config, encoder))
     kept = _usable(config, [context_of(config, one) for _, one in models.values()], comparing, prompts, report)
     sides = []

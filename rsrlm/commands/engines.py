@@ -43,7 +43,6 @@ def on_engines(
     config = config.model_copy(update={"weights": config.weights.model_copy(update={"transport": "shm"})})
     folder.mkdir(parents=True, exist_ok=True)
     store = RunFolder(folder)
-    store.fix("drawn", dict(drawn))
     first = next(iter(models))
 
     async def main(started: bool) -> Any:
@@ -63,15 +62,16 @@ def on_engines(
             await pools.close()
             log.close()
 
-    # Where all answers are known, as after a kill at the very end, no engine starts.
-    try:
-        return interruptible(main(started=False))
-    except (NobodyAnswers, BaseExceptionGroup) as error:
-        if isinstance(error, BaseExceptionGroup) and not error.subgroup(NobodyAnswers):
-            raise
-    report.line("starting engines")
-    with ray_cluster(config, store, say=report.line):
-        return interruptible(main(started=True))
+    with store.lock():  # one process writes the journal
+        store.fix("drawn", dict(drawn))
+        # Where all answers are known, as after a kill at the very end, no engine starts.
+        try:
+            return interruptible(main(started=False))
+        except* NobodyAnswers:
+            pass
+        report.line("starting engines")
+        with ray_cluster(config, store, say=report.line):
+            return interruptible(main(started=True))
 
 
 def started(config: Config, folder: Path) -> tuple[Config, dict[str, str]]:
@@ -99,14 +99,33 @@ def by_validator(config: Config) -> Config:
     return by_judge(config.model_copy(update={"judge": config.judge.model_copy(update=who)}))
 
 
+def without_judge(config: Config) -> Config:
+    """No other model and no server judges."""
+    nobody = config.judge.model_copy(update={"model": None, "replicas": 0, "endpoint": None})
+    return config.model_copy(update={"judge": nobody})
+
+
+def judge_alone(config: Config) -> tuple[Config, str]:
+    """A config whose own model is who judges, so that no other engines are started; and where that model is named."""
+    own = config.judge
+    key = "judge.model" if own.model else "model.path"
+    replicas = own.replicas if own.model else config.engine.replicas
+    engine = config.engine.model_copy(update={"replicas": replicas})
+    judge = own.model_copy(update={"model": None, "trust_remote_code": False, "replicas": 0})
+    model = config.model_at(own.model) if own.model else config.model
+    return config.model_copy(update={"judge": judge, "engine": engine, "model": model}), key
+
+
 def by_judge(config: Config) -> Config:
     """A config in which nobody validates: no engines of their own are started."""
     own = config.evaluate.judge.model_copy(update={"model": None, "endpoint": None})
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"judge": own})})
 
 
-def check_out(out: Path, folder: bool = False) -> Path:
-    """The path, or ConfigError where it can be none."""
+def check_out(out: Path, folder: bool = False, also: Sequence[str | None] = ()) -> Path:
+    """The path, or ConfigError where it can be none: `also` are files that are read."""
+    if any(name and out.resolve() == Path(name).resolve() for name in also):
+        raise ConfigError(f"--out {out} is a file that is read; give another one")
     if not out.name or out.name == ".." or (out.is_file() if folder else out.is_dir()):
         raise ConfigError(f"--out {out}: give the path of a {'folder' if folder else 'file'} to write")
     if in_a_job(out.absolute()):

@@ -1,128 +1,141 @@
-"""`rsrlm judge`: the config's judge over a file of responses, which may be of any model or of people."""
+"""`rsrlm judge`: a judge over a file of responses, which may be of any model or of people."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rsrlm.commands.engines import loaded, on_engines, started, work_folder, write_lines
+from rsrlm.commands.batch import Asker, Done, LineWork, Row, beside, cost_of, say_cost, through, total
+from rsrlm.commands.engines import judge_alone, write_json
+from rsrlm.commands.refusing import Choosing, Refusal, refused, show
 from rsrlm.config import Config
-from rsrlm.data import files
-from rsrlm.data.prompts import prompt_of
+from rsrlm.data.responses import Answered, AnsweredLines, GivenResponse
+from rsrlm.engines import Engines, gather
 from rsrlm.judges import templates
-from rsrlm.judges.base import Origin, context_of, judge_of, mean_verdicts
+from rsrlm.judges.base import Judge, Origin, context_of, judge_of, mean_verdicts
 from rsrlm.recipes.parts import given
-from rsrlm.records import Judgement, Prompt, Response, Scored, Task, Verdict
+from rsrlm.records import Judgement, Prompt, Response, Scored, Task
 from rsrlm.report.progress import Report
-from rsrlm.report.selective import area, risk_coverage, threshold_for
-from rsrlm.run import Run
-from rsrlm.runtime import setup
-from rsrlm.settings.base import ConfigError
 
-RISKS = (0.0, 0.05, 0.1, 0.2, 0.3)
+
+def judge_model(config: Config) -> str | None:
+    """Whose judgements they are: None where a function judges."""
+    if not config.judge.tokens:
+        return None
+    return config.judge.external or config.model.path
+
+
+def response_of(prompt: Prompt, candidate: GivenResponse) -> Response:
+    """The record that judges take; its tokens are not known."""
+    made = given(Task(iteration=0, prompt=prompt), candidate.text, (), (), str(candidate.index), candidate.index)
+    return replace(made, finish_reason=candidate.finish_reason or "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """The responses to a prompt, as texts, and which of them are good where the file says so."""
+class Scoring:
+    """A judge that scores, whose model `by` is, and what is chosen by its scores."""
 
-    prompt: Prompt
-    texts: Sequence[str]
-    good: Sequence[bool | None]
+    judge: Judge
+    by: str | None
+    best: bool
+    refusal: Refusal | None
 
-    @property
-    def responses(self) -> list[Response]:
-        task = Task(iteration=0, prompt=self.prompt)
-        return [given(task, text, (), (), str(index), index) for index, text in enumerate(self.texts)]
+    async def rows(self, engines: Engines, line: Answered) -> list[Row]:
+        """A row for each response, or that of the best."""
+        shown = [response_of(line.prompt, one) for one in line.candidates]
+        judged = await gather(self.judge(engines, line.prompt, one, Origin(iteration=0, name=one.id)) for one in shown)
+        rows = [
+            self._row(line, candidate, response, judgements)
+            for candidate, response, judgements in zip(line.candidates, shown, judged, strict=True)
+        ]
+        return [best_of(rows)] if self.best else rows
 
-
-def read(source: str) -> list[Given]:
-    """Lines with `id`, `prompt`, and `response`, or `responses` as a list; `good` (true or false, or a list of them) is
-    optional, other keys are for the judge's template. Raises ConfigError with the line."""
-    found: dict[str, Given] = {}
-    for place, entry in files.records(source, "--data"):
-        prompt = prompt_of(entry, place)
-        texts = entry.get("responses", [entry["response"]] if "response" in entry else None)
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"{place}: needs response, a text, or responses, a list of texts")
-        good = entry.get("good", [None] * len(texts))
-        good = good if isinstance(good, list) else [good]
-        if len(good) != len(texts) or not all(one is None or isinstance(one, bool) for one in good):
-            raise ConfigError(f"{place}: good must be true or false for each of {len(texts)} responses")
-        if prompt.id in found:
-            raise ConfigError(f"{place}: id {prompt.id!r} comes twice; ids are unique, and responses may be several")
-        own = {name: text for name, text in prompt.data.items() if name not in ("response", "responses", "good")}
-        found[prompt.id] = Given(prompt=Prompt(id=prompt.id, text=prompt.text, data=own), texts=texts, good=good)
-    if not found:
-        raise ConfigError(f"--data={source}: nothing in it; write one JSON object per line")
-    return list(found.values())
-
-
-def judge_file(
-    config: Config, data: Sequence[Given], out: Path, threshold: float | None, best: bool, report: Report
-) -> None:
-    """Write the scored responses. The same command goes on after a kill."""
-    config, drawn = started(config, work_folder(out))
-    folder, encoder = loaded(config.model, drawn)
-    other, judge_encoder = setup.judge_of(config, encoder)
-    judge = judge_of(config.judge, context_of(config, judge_encoder))
-    templates.check_data([judge.source], [one.prompt for one in data], "--data")
-
-    async def work(run: Run) -> dict[str, Verdict]:
-        engines = await run.load(run.first)
-        asked = [(one.prompt, response) for one in data for response in one.responses]
-
-        async def one(about: tuple[Prompt, Response]) -> tuple[Response, tuple[Judgement, ...]]:
-            return about[1], await judge(engines, *about, Origin(iteration=0, name=about[1].id))
-
-        with run.stage("judge", {"judge": len(asked) * judge.per_response}):
-            made = await engines.each(one, asked, judge.per_response)
-        return mean_verdicts([response for response, _ in made], [each for _, found in made for each in found])
-
-    # A judge of no tokens asks nobody, and an endpoint is no engine.
-    engines = config.judge.tokens > 0 and config.judge.endpoint is None
-    models = {config.model.path: folder}
-    verdicts = on_engines(config, work_folder(out), models, work, report, drawn=drawn, judge=other, engines=engines)
-    rows = [row for one in data for row in rows_of(one, verdicts, threshold, best)]
-    write_lines(out, rows)
-    report.line(f"{len(rows)} responses, {sum(row['points'] is None for row in rows)} unreadable: {out}")
-    _say_risk(rows, report)
-
-
-def rows_of(one: Given, verdicts: dict[str, Verdict], threshold: float | None, best: bool) -> list[dict[str, Any]]:
-    """A row for each response; with `best` that of the best alone, or one without a response where none is readable."""
-    rows = []
-    for response, good in zip(one.responses, one.good, strict=True):
-        verdict = verdicts[response.id]
-        read = verdict if isinstance(verdict, Scored) else None
-        row: dict[str, Any] = {
-            "id": one.prompt.id, "index": response.index, "prompt": one.prompt.text, "response": response.text,
-            "points": read.points if read else None, "variance": read.variance if read else None,
-            "unreadable": None if read else getattr(verdict, "reason", ""), "good": good,
+    def _row(
+        self, line: Answered, candidate: GivenResponse, response: Response, judgements: Sequence[Judgement]
+    ) -> Row:
+        verdict = mean_verdicts([response], judgements)[response.id]
+        points = verdict.points if isinstance(verdict, Scored) else None
+        each = [judgement_row(one) for one in judgements]
+        why = ", ".join(sorted({str(one["unreadable"]) for one in each}))
+        return {
+            **head(line), **of_response(candidate),
+            "points": points,
+            "variance": verdict.variance if isinstance(verdict, Scored) else None,
+            "unreadable": why if points is None else None,
+            **refused(points, self.refusal),
+            "judge": self.judge.name, "judge_model": self.by, "judgements": each,
         }  # fmt: skip
-        if threshold is not None:
-            row["refused"] = read is None or read.points < threshold
-        rows.append(row)
-    if not best:
-        return rows
+
+
+def head(line: Answered) -> Row:
+    """What a row says of its line."""
+    return {"id": line.prompt.id, "prompt": line.prompt.text, **line.carried}
+
+
+def of_response(candidate: GivenResponse) -> Row:
+    """What a row says of its response, but for what judges say."""
+    known: Mapping[str, Any] = {"finish_reason": candidate.finish_reason, "thought": candidate.thought}
+    said = {name: value for name, value in known.items() if value}
+    return {"index": candidate.index, "response": candidate.text, **said, "good": candidate.good}
+
+
+def text_of(one: Judgement) -> str:
+    """What the judge wrote; nothing where the probabilities of its first token were read, whatever that became."""
+    return "" if one.sampling and one.sampling.max_tokens == 1 else one.text
+
+
+def judgement_row(one: Judgement) -> Row:
+    verdict = one.verdict
+    scored = isinstance(verdict, Scored)
+    return {
+        "text": text_of(one),
+        "points": verdict.points if isinstance(verdict, Scored) else None,
+        "unreadable": None if scored else getattr(verdict, "reason", ""),
+    }
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    """The row with the most points, complete responses before those that were cut; without any points, one that has no
+    response."""
     readable = [row for row in rows if row["points"] is not None]
-    return (
-        [max(readable, key=lambda row: row["points"])] if readable else [{**rows[0], "index": None, "response": None}]
+    if not readable:
+        return {**rows[0], "index": None, "response": None, "good": None, "judgements": []}
+    return max(readable, key=lambda row: (row.get("finish_reason", "stop") != "length", row["points"]))
+
+
+def judge_file(config: Config, lines: AnsweredLines, out: Path, choosing: Choosing, report: Report) -> dict[str, Any]:
+    """Write the scored responses, and a summary beside them. The same command goes on after a kill."""
+    config, key = judge_alone(config)
+    asker = Asker.of(config, out, key)
+    config = asker.config
+    judge = judge_of(config.judge, context_of(config, asker.judge_encoder))
+    templates.check_data([judge.source], lines.prompts, "--in")
+    by = judge_model(config)
+    scoring = Scoring(judge=judge, by=by, best=choosing.best, refusal=Refusal.of(choosing, judge.name, by, report))
+    responses = total(lines, len)
+    work = LineWork(
+        title="judge",
+        rows=scoring.rows,
+        requests={"judge": responses * judge.per_response},
+        width=judge.per_response * -(-responses // len(lines)),
+        engines=config.judge.tokens > 0 and config.judge.endpoint is None,
     )
+    done = through(asker, lines, work, report)
+    said = {"model": by, "judge": judge.name, "prompts": len(lines), "responses": responses}
+    return finish(asker, done, said, scoring.refusal, report)
 
 
-def _say_risk(rows: Sequence[dict[str, Any]], report: Report) -> None:
-    """Where the file says what is good: which thresholds keep how much, at which risk."""
-    curve = risk_coverage([(r["points"], r["good"]) for r in rows if None not in (r["points"], r["good"])])
-    if not curve:
-        return
-    table = []
-    for risk in RISKS:
-        found = threshold_for(curve, risk)
-        shown = {name: f"{value:.3f}" for name, value in asdict(found).items()} if found else {}
-        # Rounded down: what it is read from must not be refused by it.
-        shown["threshold"] = f"{math.floor(found.threshold * 1e4) / 1e4:.4f}" if found else "none"
-        table.append({"at most": f"{risk:.0%} bad", **shown})
-    columns = {"at most": "at most", "threshold": "threshold", "coverage": "coverage", "risk": "risk"}
-    report.table(f"Refusal: risk {curve[-1].risk:.3f} without it, area {area(curve):.3f}", table, columns)
+def finish(
+    asker: Asker, done: Done, said: Mapping[str, Any], refusal: Refusal | None, report: Report
+) -> dict[str, Any]:
+    """Say what scoring came to, and write it beside the result."""
+    tally, out = done.tally, asker.out
+    unreadable, cost = tally.counts["unreadable"], cost_of(asker, done)
+    refusing = f", {tally.counts['refused']} refused" if refusal else ""
+    report.line(f"{tally.rows} responses, {unreadable} unreadable{refusing}: {out}")
+    summary = {**said, "rows": tally.rows, "unreadable": unreadable, "mean_points": tally.mean_points}
+    if found := show(refusal, tally, out, report):
+        summary["refusal"] = found
+    say_cost(cost, report)
+    write_json(beside(out, ".summary.json"), {**summary, **cost})
+    return {**summary, **cost}

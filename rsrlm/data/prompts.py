@@ -21,9 +21,14 @@ REFUSED = ("Cc", "Zl", "Zp")  # Unicode categories of control characters and lin
 
 
 def file_of(prompts: Prompts) -> Path:
-    if prompts.path in OWN:
-        return Path(str(resources.files("rsrlm"))) / "assets" / "prompts" / OWN[prompts.path]
-    return Path(os.path.expanduser(prompts.path))  # Path's own raises for an unknown user
+    return file_named(prompts.path)
+
+
+def file_named(name: str) -> Path:
+    """The path, or one of the project's own files."""
+    if name in OWN:
+        return Path(str(resources.files("rsrlm"))) / "assets" / "prompts" / OWN[name]
+    return Path(os.path.expanduser(name))  # Path's own raises for an unknown user
 
 
 def read(path: Path) -> list[Prompt]:
