@@ -7,6 +7,7 @@ cannot be read has no points, and is refused at every threshold.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 MOST_SHOWN = 400  # points of a plot
 
@@ -61,16 +62,21 @@ def as_csv(curve: Sequence[Kept]) -> str:
 
 def as_svg(curve: Sequence[Kept], chosen: Kept | None = None) -> str:
     """Risk over coverage as a plot; `chosen` is marked."""
-    import altair
     import vl_convert
 
     every = -(-len(curve) // MOST_SHOWN)
     shown = [curve[at] for at in range(0, len(curve), every)] + [curve[-1]]
-    x = altair.X("coverage:Q", title="coverage: share kept", scale=altair.Scale(domain=[0, 1]))
-    y = altair.Y("risk:Q", title="risk: share of bad ones among the kept")
-    rows = altair.InlineData(values=[{"coverage": one.coverage, "risk": one.risk} for one in shown])
-    plot = altair.Chart(rows).mark_line(interpolate="step-before").encode(x, y)
-    if chosen:
-        mark = altair.InlineData(values=[{"coverage": chosen.coverage, "risk": chosen.risk}])
-        plot = plot + altair.Chart(mark).mark_point(filled=True, size=90, color="black").encode(x, y)
-    return vl_convert.vegalite_to_svg(plot.to_json())
+
+    def points(of: Sequence[Kept]) -> dict[str, Any]:
+        return {"values": [{"coverage": one.coverage, "risk": one.risk} for one in of]}
+
+    across = {"field": "coverage", "title": "coverage: share kept", "scale": {"domain": [0, 1]}}
+    up = {"field": "risk", "title": "risk: share of bad ones among the kept"}
+    mark = {"type": "point", "filled": True, "size": 90, "color": "black", "opacity": 1}
+    layers = [
+        {"data": points(shown), "mark": {"type": "line", "interpolate": "step-before"}},
+        {"data": points([chosen] if chosen else []), "mark": mark},
+    ]
+    axes = {"x": {**across, "type": "quantitative"}, "y": {**up, "type": "quantitative"}}
+    text: str = vl_convert.vegalite_to_svg({"layer": layers, "encoding": axes})
+    return text

@@ -254,7 +254,7 @@ def test_resume_of_a_finished_run_does_nothing(
 ) -> None:
     store = RunFolder.create(make_config(iterations=2, model={"path": "./gone"}))
     for iteration in range(2):
-        store.write_metrics(iteration, {})
+        store.write_metrics(iteration, {"iteration": iteration})
     ended = rsrlm("resume", store.folder)
     assert ended.code == 0
     assert f"{store.folder} is finished: 2 iterations" in ended.out
@@ -303,7 +303,7 @@ def test_a_try_again_with_another_config(rsrlm: Callable[..., Ended], config_fil
 
 def test_a_try_again_of_what_is_finished(rsrlm: Callable[..., Ended], config_file: Path) -> None:
     store = started_with(lambda: rsrlm("run", config_file))[1]
-    store.write_metrics(0, {})
+    store.write_metrics(0, {"iteration": 0})
     ended = rsrlm("run", config_file, "--or-resume")
     assert ended.code == 0
     assert "is finished: 1 iterations" in ended.out

@@ -22,6 +22,7 @@ from rich.console import Console
 from spine import World
 from test_iterative import start
 
+from rsrlm.commands import running
 from rsrlm.records import Example, Prompt
 from rsrlm.report.progress import Report
 from rsrlm.report.trackers import following, wandb
@@ -185,6 +186,9 @@ def test_samples_say_what_was_chosen(done: World, tmp_path: Path) -> None:
     assert first[2]["prompt"] == "Say 0."
     assert first[2]["judgement"] == "Number 0.\nScore: 1"
     assert samples_of(tmp_path, 0) == []
+    damaged = done.store.iteration(0) / "responses.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert samples_of(done.store.iteration(0), 0) == []
 
 
 def test_a_script_in_a_response_is_text() -> None:
@@ -305,13 +309,17 @@ def test_a_tracker_that_hangs_holds_up_nobody(done: World) -> None:
 
     never, hanging, other, report = threading.Event(), Hanging(), Recorder(), quiet()
     followers = [Follower(one, done.store, report.line) for one in (hanging, other)]
+    following = Following(followers, done.store, report, every_s=0.01)
+    deadline = time.monotonic() + 60
+    while len(other.rows) < len(TWO):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     started = time.monotonic()
-    Following(followers, done.store, report, every_s=0.01).end("completed", limit_s=0.5)
-    assert 0.4 < time.monotonic() - started < 5
+    following.end("completed", limit_s=0.5)
+    assert 0.4 < time.monotonic() - started < 20
     never.set()
-    assert places(other.rows) == TWO
     assert f"hanging lacks rows of this run; `rsrlm resume {done.store.folder}` sends them" in said(report)
-    assert "recorder lacks" not in said(report)
+    assert places(other.rows) == TWO
 
 
 # -- config --------------------------------------------------------------------------------------------------------
@@ -339,6 +347,13 @@ def test_a_run_without_trackers_has_no_thread_and_notes_nothing(done: World) -> 
     assert threading.active_count() == threads
     following.end("completed")
     assert "tracker_id" not in done.store.note("start")
+
+
+def test_a_finished_run_is_sent_to_a_tracker_that_was_not_there_before(done: World) -> None:
+    config = done.config.model_copy(update={"trackers": Trackers(tensorboard=TensorBoard())})
+    for _ in range(2):
+        assert running.run(config, quiet(), or_resume=True) == 0
+        assert scalars(done.store.folder / "tensorboard")["iteration/number"] == [(0, 0.0), (1, 1.0)]
 
 
 # -- the real ones -------------------------------------------------------------------------------------------------
@@ -421,7 +436,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 KILLED = """
-import os, sys
+import os, sys, time
 from rsrlm.report.trackers import wandb
 from rsrlm.report.trackers.base import Row, Tracked
 from rsrlm.settings.trackers import Wandb
@@ -437,8 +452,9 @@ tracker.log([
 ])
 print(held, flush=True)
 if last < 200:
-    import time
-    time.sleep(1.5)  # so that wandb has written some of it
+    (file,) = Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")
+    while file.stat().st_size < 1 << 16:  # wandb has written two blocks
+        time.sleep(0.05)
     os.kill(os.getpid(), 9)
 tracker.close("completed")
 """

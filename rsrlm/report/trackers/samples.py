@@ -1,6 +1,6 @@
 """Some prompts of an iteration with what was answered, how it was judged and what was chosen, for people to read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ FILES = ("prompts", "responses", "judgements", "pairs")
 
 
 def samples_of(folder: Path, iteration: int) -> list[dict[str, Any]]:
-    """A row of COLUMNS for each response to a few prompts, those of pairs first. None where the files are gone.
+    """A row of COLUMNS for each response to a few prompts, those of pairs first. None where files are gone or damaged.
 
     `score` is the mean of what could be read, `used` "chosen" or "rejected" where a pair has the response, and
     `judgement` the text of the first one.
     """
-    files = {name: folder / f"{name}.parquet" for name in FILES}
-    if not all(file.exists() for file in files.values()):
+    try:
+        return _samples({name: folder / f"{name}.parquet" for name in FILES}, iteration)
+    except (OSError, ValueError):
         return []
+
+
+def _samples(files: Mapping[str, Path], iteration: int) -> list[dict[str, Any]]:
     own = group_id(iteration, "")  # pairs of earlier iterations may be trained on again
     pairs = (row for row in tables.rows(files["pairs"]) if row["kind"] == "actor" and row["id"].startswith(own))
     wanted = first(
