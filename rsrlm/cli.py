@@ -1,4 +1,4 @@
-"""The command line: `rsrlm run | resume | scale | plan | recipes | doctor | judge | data | eval`."""
+"""The command line: `rsrlm run | resume | scale | plan | recipes | doctor | judge | data | eval | export`."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from rsrlm import config as configs
-from rsrlm.command_line import making, measuring
+from rsrlm.command_line import handing, making, measuring
 from rsrlm.command_line.parts import ConfigPath, Overrides, RunPath
 from rsrlm.settings.base import ConfigError, NotYet
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 
 app.add_typer(making.app, name="data")
 app.add_typer(measuring.app)
+app.add_typer(handing.app)
 
 
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")
