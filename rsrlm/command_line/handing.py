@@ -11,8 +11,8 @@ app = typer.Typer()
 
 
 @app.command(
-    help="Write what a run made for another tool: trl, datasets, alpaca_eval, mt_bench, arena_hard, lm_eval or model. A "
-    "run that is not finished exports what is there. The answers of an `eval duel` folder can be exported too."
+    help="Write what a run made for another tool: trl, datasets, alpaca_eval, mt_bench, arena_hard, lm_eval or model. "
+    "A run that is not finished exports what is there. The answers of an `eval duel` folder can be exported too."
 )
 def export(
     folder: RunPath,
@@ -39,9 +39,9 @@ def export(
     ] = None,
 ) -> None:
     from rsrlm.commands.exports.formats import export as write
-    from rsrlm.commands.exports.source import Wanted
+    from rsrlm.commands.exports.source import Selection
     from rsrlm.report.progress import Report
 
     given = {"iteration": iteration, "kind": kind, "model": model, "adapter": adapter}
-    wanted = Wanted(iterations=iteration or (), kinds=kind or ("actor",), model=model, adapter=adapter)
+    wanted = Selection(iterations=iteration or (), kinds=kind or ("actor",), model=model, adapter=adapter)
     write(folder, to, out, wanted, [name for name, value in given.items() if value], repo, Report())

@@ -46,7 +46,7 @@ class Context:
 
 
 def parts_of(text: str, marker: str) -> tuple[str, str]:
-    """Thought and answer of a text; without exactly one marker all of it is thought, and answer where "" is the marker."""
+    """Thought and answer of a text. Without exactly one marker all of it is thought, and with "" for one, answer."""
     if not marker:
         return "", text
     thought, _, answer = text.partition(marker)

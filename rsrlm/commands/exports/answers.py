@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rsrlm.commands.exports.source import Source, Wanted, plain, rows
+from rsrlm.commands.exports.source import RunSource, Selection, plain, rows
 from rsrlm.data import prompts as prompt_files
 from rsrlm.judges.base import parts_of
 from rsrlm.records import Prompt
@@ -37,14 +37,14 @@ class Answered:
     at: float  # when, in seconds since 1970
 
 
-def answers_of(folder: Path, wanted: Wanted) -> Answered:
+def answers_of(folder: Path, wanted: Selection) -> Answered:
     """Those in the folder of a run or of a duel. Raises ConfigError where there are none."""
     if (folder / DUEL[0]).is_file():
         return _of_duel(folder, wanted)
-    return _of_run(Source.open(folder, wanted))
+    return _of_run(RunSource.open(folder, wanted))
 
 
-def _of_run(source: Source) -> Answered:
+def _of_run(source: RunSource) -> Answered:
     """From the journal, where an answer stands under MODEL/PROMPT/0; the prompts' texts are in the file that the run
     took them from."""
     names = ["M0", *(source.config.model_name(index + 1) for index in range(source.config.iterations))]
@@ -86,7 +86,7 @@ def _answer(prompt: Prompt, entry: dict[str, Any], marker: str) -> Answer:
     return Answer(prompt_id=prompt.id, prompt=prompt.text, text=text, tokens=len(entry["token_ids"]))
 
 
-def _in_journals(source: Source, names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def _in_journals(source: RunSource, names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """What each of these models answered, by prompt, in the order of the journal."""
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
 
@@ -104,7 +104,7 @@ def _in_journals(source: Source, names: list[str]) -> dict[str, dict[str, dict[s
     return found
 
 
-def _prompts(source: Source) -> dict[str, Prompt]:
+def _prompts(source: RunSource) -> dict[str, Prompt]:
     """The prompts of the run's file by id. Raises ConfigError where the file is not the one that the run was given: a
     prompt of its first iteration reads otherwise."""
     path = prompt_files.file_of(source.config.prompts)
@@ -121,7 +121,7 @@ def _prompts(source: Source) -> dict[str, Prompt]:
     return prompts
 
 
-def _of_duel(folder: Path, wanted: Wanted) -> Answered:
+def _of_duel(folder: Path, wanted: Selection) -> Answered:
     models: dict[str, list[Answer]] = {}
     for name in DUEL:
         path = folder / name

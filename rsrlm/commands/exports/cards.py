@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from rsrlm.commands.exports.source import Source
+from rsrlm.commands.exports.source import RunSource
 from rsrlm.report import tables
 from rsrlm.report.progress import shown
 from rsrlm.settings.base import RECIPES
@@ -31,7 +31,7 @@ def write(out: Path, template: str, header: Any, **fields: Any) -> None:
     (out / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{body}", encoding="utf-8")
 
 
-def dataset_header(source: Source, files: Mapping[str, str], rows: int, what: str) -> Any:
+def dataset_header(source: RunSource, files: Mapping[str, str], rows: int, what: str) -> Any:
     """Of a data set with a config for each entry of `files`, the largest of which has this number of rows."""
     from huggingface_hub import DatasetCardData
 
@@ -56,7 +56,7 @@ def size_of(rows: int) -> str:
     return "n>10M"
 
 
-def recipes(source: Source) -> dict[str, str]:
+def recipes(source: RunSource) -> dict[str, str]:
     """What each recipe of the run does, in its own words."""
     config = source.config
     names = {(own.get("recipe") or config.recipe) for own in config.steps} or {config.recipe}
@@ -67,13 +67,13 @@ def recipes(source: Source) -> dict[str, str]:
     return said
 
 
-def tags(source: Source) -> list[str]:
+def tags(source: RunSource) -> list[str]:
     """What the hub finds models and data of the run by."""
     pairs = any(step.recipe.trains == "pairs" for step in source.config.planned)
     return ["rsrlm", "self-rewarding", *(["dpo"] if pairs else []), *sorted(recipes(source))]
 
 
-def about(source: Source) -> dict[str, Any]:
+def about(source: RunSource) -> dict[str, Any]:
     """What all cards say of the run. Folders of this machine are named by their last part."""
     config = source.config
     train = config.planned[-1].config.train
@@ -109,7 +109,7 @@ def _last(path: str) -> str:
     return Path(path).name if path.startswith(("/", "~", ".")) or path.count("/") > 1 else path
 
 
-def figures(source: Source) -> list[Sequence[str]]:
+def figures(source: RunSource) -> list[Sequence[str]]:
     """The table of the held-out prompts: headings, and a row for each model."""
     rows = source.metrics()
     if not any(row.get("heldout") for row in rows):
@@ -123,7 +123,7 @@ def _figure(value: Any) -> str:
     return "-" if isinstance(value, float) and not math.isfinite(value) else shown(value)
 
 
-def trouble(source: Source) -> list[str]:
+def trouble(source: RunSource) -> list[str]:
     """Signs of trouble that the run has raised, in the order of the iterations."""
     path = source.store.folder / "events.jsonl"
     found: list[str] = []
@@ -139,7 +139,7 @@ def trouble(source: Source) -> list[str]:
     return found
 
 
-def started(source: Source) -> datetime | None:
+def started(source: RunSource) -> datetime | None:
     """The date that the run's chat templates print; None where it was not noted."""
     date = source.store.note("start").get("drawn", {}).get("date")
     return datetime.fromisoformat(date) if date else None

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rsrlm.commands.exports import cards
-from rsrlm.commands.exports.source import Source, batches
+from rsrlm.commands.exports.source import RunSource, batches
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.tables import SCHEMAS
@@ -44,7 +44,7 @@ COLUMNS = {
 }
 
 
-def write(source: Source, out: Path, report: Report) -> str:
+def write(source: RunSource, out: Path, report: Report) -> str:
     """A folder for each kind of record, a Parquet file in it for each iteration, and a card."""
     numbers = source.iterations("prompts")
     counts: dict[str, int] = {}

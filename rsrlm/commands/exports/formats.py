@@ -9,12 +9,12 @@ from pathlib import Path
 from rsrlm.commands.engines import check_out
 from rsrlm.commands.exports import dataset, leaderboards, lm_eval, model_folder, push, trl
 from rsrlm.commands.exports.answers import Answered, answers_of
-from rsrlm.commands.exports.source import Source, Wanted
+from rsrlm.commands.exports.source import RunSource, Selection
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.atomic import sync_files
 
-OfRun = Callable[[Source, Path, Report], str]
+OfRun = Callable[[RunSource, Path, Report], str]
 OfAnswers = Callable[[Answered, Path, Report], str]
 
 
@@ -41,7 +41,7 @@ FORMATS = {
 
 
 def export(
-    folder: Path, to: str, out: Path | None, wanted: Wanted, named: Sequence[str], repo: str | None, report: Report
+    folder: Path, to: str, out: Path | None, wanted: Selection, named: Sequence[str], repo: str | None, report: Report
 ) -> Path:
     """Export a run, or the folder of a duel; `named` are the options that the user has given, and `repo` is where the
     hub gets it. Raises ConfigError."""
@@ -69,13 +69,13 @@ def export(
     return target
 
 
-def _of(form: Format, folder: Path, wanted: Wanted) -> tuple[list[str], Callable[[Path, Report], str]]:
+def _of(form: Format, folder: Path, wanted: Selection) -> tuple[list[str], Callable[[Path, Report], str]]:
     """What is to be remarked when it is written, and how to write it."""
     if form.answers:
         answered = answers_of(folder, wanted)
         return answered.remarks, partial(form.answers, answered)
     assert form.run
-    source = Source.open(folder, wanted)
+    source = RunSource.open(folder, wanted)
     return source.remarks, partial(form.run, source)
 
 

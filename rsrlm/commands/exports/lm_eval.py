@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from rsrlm.commands.exports.source import Source
+from rsrlm.commands.exports.source import RunSource
 from rsrlm.report.progress import Report
 
 # Those of Self-Rewarding Language Models (2401.10020v3, section 3.3), by the harness's names.
@@ -31,7 +31,7 @@ exec lm_eval run --model "$backend" --model_args "pretrained=$model,dtype={dtype
 """
 
 
-def write(source: Source, out: Path, report: Report) -> str:
+def write(source: RunSource, out: Path, report: Report) -> str:
     """`run.sh`, which is printed too."""
     name, folder = source.model()
     config = source.config

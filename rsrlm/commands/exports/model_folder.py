@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rsrlm.commands.exports import cards
-from rsrlm.commands.exports.source import Source
+from rsrlm.commands.exports.source import RunSource
 from rsrlm.model import INDEX, PROVENANCE, folder_of, weight_files
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
@@ -15,7 +15,7 @@ from rsrlm.settings.machine import BUILTIN_MODEL
 ADAPTER = "adapter"  # of an exported model: see rsrlm.runtime.lora
 
 
-def write(source: Source, out: Path, report: Report) -> str:
+def write(source: RunSource, out: Path, report: Report) -> str:
     """The whole model, or with `--adapter` what train.lora has learned on top of the first one."""
     name, folder = source.model()
     if name == "M0":
@@ -58,7 +58,7 @@ def link_or_copy(path: Path, target: Path) -> None:
         shutil.copy(path, target)
 
 
-def _header(source: Source, name: str) -> object:
+def _header(source: RunSource, name: str) -> object:
     from huggingface_hub import ModelCardData
 
     relation: Any = {"base_model_relation": "adapter" if source.wanted.adapter else "finetune"} if source.hub_id else {}
@@ -74,7 +74,7 @@ def _header(source: Source, name: str) -> object:
     )
 
 
-def _adapter(source: Source, name: str, out: Path) -> int:
+def _adapter(source: RunSource, name: str, out: Path) -> int:
     """Write the adapter that makes the model out of the first one; returns its rank. Raises ConfigError where there is
     none."""
     from rsrlm.runtime import lora

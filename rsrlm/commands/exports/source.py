@@ -18,7 +18,7 @@ from rsrlm.store.tables import BATCH
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Selection:
     """What is to be exported of a run; empty iterations are all of them, and no model the last one."""
 
     iterations: Sequence[int] = ()
@@ -28,16 +28,16 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RunSource:
     """A run, and what an export has to say of it: `remarks` are shown when it is written."""
 
     store: RunFolder
     config: Config
-    wanted: Wanted
+    wanted: Selection
     remarks: list[str]
 
     @classmethod
-    def open(cls, folder: Path, wanted: Wanted) -> "Source":
+    def open(cls, folder: Path, wanted: Selection) -> "RunSource":
         """Raises ConfigError where there is no run, or one of another version."""
         store, config = RunFolder.open(folder)
         return cls(store=store, config=config, wanted=wanted, remarks=[])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.commands.exports import cards
-from rsrlm.commands.exports.source import Source, rows
+from rsrlm.commands.exports.source import RunSource, rows
 from rsrlm.model import folder_of, load_tokenizer
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
@@ -89,7 +89,7 @@ def conversation(pair: dict[str, Any], frame: Frame, iteration: int) -> dict[str
     }
 
 
-def write(source: Source, out: Path, report: Report) -> str:
+def write(source: RunSource, out: Path, report: Report) -> str:
     """`train.parquet` and a card."""
     numbers = source.iterations("pairs")
     found: Counter[str] = Counter()  # pairs by kind, of all kinds
@@ -135,7 +135,7 @@ def write(source: Source, out: Path, report: Report) -> str:
     return f"{what['pairs']} pairs ({', '.join(f'{kind} {number}' for kind, number in kinds.items())})"
 
 
-def _frame(source: Source) -> Frame:
+def _frame(source: RunSource) -> Frame:
     """Of the chat template of the run's models, all of which have that of the first."""
     config, there = source.config.model, source.models()
     folder = source.store.model(there[-1]) if there else folder_of(config)
@@ -144,7 +144,7 @@ def _frame(source: Source) -> Frame:
     return Frame(ChatEncoder(tokenizer, cards.started(source)))
 
 
-def _remark(source: Source, what: Counter[str], found: Counter[str]) -> None:
+def _remark(source: RunSource, what: Counter[str], found: Counter[str]) -> None:
     if what["strange"]:
         source.remarks.append(f"{what['strange']} pairs are left out: their prompts are no chat with one message")
     if what["cut"]:
