@@ -1,5 +1,6 @@
 """Cards for the hub: a YAML header of huggingface_hub's, and below it what the run's folder knows."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -31,11 +32,22 @@ def write(out: Path, template: str, header: Any, **fields: Any) -> None:
     (out / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{body}", encoding="utf-8")
 
 
-def dataset_header(source: RunSource, files: Mapping[str, str], rows: int, what: str) -> Any:
-    """Of a data set with a config for each entry of `files`, the largest of which has this number of rows."""
+def dataset_header(source: RunSource, out: Path, files: Mapping[str, str], rows: int, what: str) -> Any:
+    """Of the data set in `out` with a config for each entry of `files`, the largest of which has this number of rows.
+
+    `datasets` keeps what it has loaded by the names of folder and files and by this header: without a digest of what is
+    in them it would give one run's records for those of another.
+    """
     from huggingface_hub import DatasetCardData
 
-    configs = [{"config_name": name, "data_files": [{"split": "train", "path": path}]} for name, path in files.items()]
+    configs = [
+        {
+            "config_name": name,
+            "description": f"of run {source.config.name}, digest {_digest(sorted(out.glob(path)))}",
+            "data_files": [{"split": "train", "path": path}],
+        }
+        for name, path in files.items()
+    ]
     return DatasetCardData(
         pretty_name=f"{source.config.name}: {what}",
         task_categories=["text-generation"],
@@ -43,6 +55,14 @@ def dataset_header(source: RunSource, files: Mapping[str, str], rows: int, what:
         tags=["synthetic", *tags(source)],
         configs=configs,
     )
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def size_of(rows: int) -> str:

@@ -62,7 +62,9 @@ def write(source: RunSource, out: Path, report: Report) -> str:
     cards.write(
         out,
         "dataset.md.jinja",
-        cards.dataset_header(source, {kind: f"{kind}/*.parquet" for kind in counts}, max(counts.values()), "records"),
+        cards.dataset_header(
+            source, out, {kind: f"{kind}/*.parquet" for kind in counts}, max(counts.values()), "records"
+        ),
         source=source,
         iterations=numbers,
         counts=counts,

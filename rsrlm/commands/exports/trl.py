@@ -125,7 +125,7 @@ def write(source: RunSource, out: Path, report: Report) -> str:
     cards.write(
         out,
         "trl.md.jinja",
-        cards.dataset_header(source, {"default": "train.parquet"}, what["pairs"], "preference pairs"),
+        cards.dataset_header(source, out, {"default": "train.parquet"}, what["pairs"], "preference pairs"),
         source=source,
         kinds=kinds,
         pairs=what["pairs"],
