@@ -125,7 +125,13 @@ def eval_duel(
         with_its_code = alone.model_copy(update={"model": of[name]})
         sides.append(on_engines(with_its_code, out, {name: where}, answer, report, drawn=drawn))
         outputs = [
-            {"instruction": prompt.text, "output": response.text, "generator": name, "dataset": "prompts"}
+            {
+                "instruction": prompt.text,
+                "output": response.text,
+                "generator": name,
+                "dataset": "prompts",
+                "prompt_id": prompt.id,
+            }
             for prompt, response in zip(kept, sides[-1], strict=True)
         ]
         write_json(out / f"outputs-{side}.json", outputs)

@@ -309,7 +309,7 @@ def test_marks_of_style_outside_of_code() -> None:
 
 
 def test_a_duels_answers(export: Any, tmp_path: Path) -> None:
-    """Both models are called M1; the benchmark's own numbers are not known, so the prompts are counted."""
+    """Both models are called M1; where ids are not written down, the prompts are counted."""
     for side, text in (("a", "Yes."), ("b", "No.")):
         outputs = [
             {"instruction": "Is it?", "output": text, "generator": f"runs/{side}/models/M1", "dataset": "prompts"}
@@ -322,6 +322,10 @@ def test_a_duels_answers(export: Any, tmp_path: Path) -> None:
         "M1": "Yes.",
         "M1-b": "No.",
     }
+    shutil.rmtree(out)
+    path = tmp_path / "outputs-a.json"
+    path.write_text(path.read_text().replace('"dataset"', '"prompt_id": "0a1b", "dataset"'))
+    assert lines(export(tmp_path, "arena_hard", model="M1") / "question.jsonl")[0]["uid"] == "0a1b"
     assert "metadata" not in found["M1"]  # lengths in tokens are not known
     (tmp_path / "outputs-b.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"outputs-b.json: no outputs of a duel"):

@@ -129,7 +129,12 @@ def _of_duel(folder: Path, wanted: Selection) -> Answered:
             outputs = json.loads(path.read_text(encoding="utf-8"))
             generator = Path(outputs[0]["generator"]).name
             answers = [
-                Answer(prompt_id=str(number), prompt=plain(one["instruction"]), text=plain(one["output"]), tokens=None)
+                Answer(
+                    prompt_id=one.get("prompt_id", str(number)),
+                    prompt=plain(one["instruction"]),
+                    text=plain(one["output"]),
+                    tokens=None,
+                )
                 for number, one in enumerate(outputs, start=1)
             ]
         except (ValueError, LookupError, TypeError, OSError) as error:
