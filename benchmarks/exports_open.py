@@ -34,7 +34,7 @@ def trl(asked: dict[str, str]) -> dict[str, Any]:
     rows = load_dataset(asked["export"], split="train")
     torch.manual_seed(0)
     trainer = DPOTrainer(
-        model=asked["first"],
+        model=asked["base"],
         args=DPOConfig(
             output_dir=f"{asked['scratch']}/trl", max_steps=2, per_device_train_batch_size=2, report_to=[],
             use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True, max_length=None, learning_rate=1e-6,

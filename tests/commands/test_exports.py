@@ -119,7 +119,7 @@ def test_pairs_are_conversations_from_what_was_trained_on(run: RunFolder, export
     assert (first["score_chosen"], first["score_rejected"], first["weight"]) == (1 / 3, 0.0, 1.0)
     assert [(row["id"], row["iteration"]) for row in rows] == [("00/milk/1>0", 0), ("01/milk/1>0", 1)]
     assert said == [
-        "iterations 1 are not finished; what they have written is exported",
+        "not finished, and exported as far as they are: iterations 1",
         "2 of 4 answers do not end with the model's end token; a chat template ends them all the same",
         "pairs of kind judge are left out; --kind judge takes them",
         f"written to {run.folder.parent.parent / 'to-trl'}: 2 pairs (actor 2)",
@@ -162,7 +162,7 @@ def test_a_run_without_such_pairs_says_what_it_has(run: RunFolder, export: Any, 
     with pytest.raises(ConfigError, match=r"--kind other: .* has pairs of kind actor, judge"):
         export(run.folder, "trl", kinds=["other"])
     run.write_pairs(0, [])
-    with pytest.raises(ConfigError, match="has no pairs; --to datasets exports its examples"):
+    with pytest.raises(ConfigError, match="has no pairs; --to datasets exports what else"):
         export(run.folder, "trl", iterations=[0])
     assert not list(tmp_path.glob("*to-trl*"))  # nothing half written
 
@@ -215,7 +215,7 @@ def test_what_is_missing_is_said_and_what_is_broken_is_named(run: RunFolder, exp
         export(run.folder, "datasets")
     (run.iteration(1) / "prompts.parquet").unlink()
     export(run.folder, "datasets")
-    assert "nothing of iterations 1, which have no prompts" in said
+    assert "left out, as they have no prompts: iterations 1" in said
     with pytest.raises(ConfigError, match=r"--iteration 2: .* has iterations 0 to 1"):
         export(run.folder, "trl", iterations=[0, 2])
 
@@ -557,6 +557,9 @@ def test_what_cannot_be_exported_is_refused(run: RunFolder, export: Any, tmp_pat
     start = run.folder / "start.json"
     start.write_text(start.read_text().replace('"layout": 3', '"layout": 2'))
     with pytest.raises(ConfigError, match="begun with another version"):
+        export(run.folder, "datasets")
+    start.write_bytes(b'{"layout": "\xff')
+    with pytest.raises(ConfigError, match="start.json cannot be read"):
         export(run.folder, "datasets")
 
 

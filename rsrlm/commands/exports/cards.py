@@ -96,7 +96,8 @@ def tags(source: RunSource) -> list[str]:
 def about(source: RunSource) -> dict[str, Any]:
     """What all cards say of the run. Folders of this machine are named by their last part."""
     config = source.config
-    train = config.planned[-1].config.train
+    last = config.planned[-1].config
+    train = last.train
     plain = train.model_dump(exclude_defaults=True, exclude={"threads", "cpus", "workers", "silence_s", "deepspeed"})
     return {
         "name": config.name,
@@ -105,8 +106,9 @@ def about(source: RunSource) -> dict[str, Any]:
         "prompts": _last(config.prompts.path),
         "judge": judge(config),
         "validator": _last(config.evaluate.judge.external or "") or "the first model, M0",
-        "sample": yaml.safe_dump(config.sample.model_dump(), sort_keys=False).strip(),
+        "sample": yaml.safe_dump(getattr(last, "sample", config.sample).model_dump(), sort_keys=False).strip(),
         "train": yaml.safe_dump(plain, sort_keys=False).strip(),
+        "steps": bool(config.steps),
         "planned": config.iterations,
         "finished": len(source.metrics()),
         "seed": config.seed,

@@ -59,7 +59,8 @@ def export(
         raise ConfigError(f"--out {target} is there already; choose another folder, or remove it first")
     if repo:
         push.check(repo)
-    remarks, write = _of(form, folder, wanted)
+    with report.busy(f"reading {folder}"):
+        remarks, write = _of(form, folder, wanted)
     said = whole(target, lambda scratch: write(scratch, report))
     for remark in remarks:
         report.line(remark)

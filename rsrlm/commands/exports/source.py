@@ -39,7 +39,10 @@ class RunSource:
     @classmethod
     def open(cls, folder: Path, wanted: Selection) -> "RunSource":
         """Raises ConfigError where there is no run, or one of another version."""
-        store, config = RunFolder.open(folder)
+        try:
+            store, config = RunFolder.open(folder)
+        except ValueError as error:
+            raise ConfigError(f"{folder}: start.json cannot be read ({first_line(error)}); restore it") from None
         return cls(store=store, config=config, wanted=wanted, remarks=[])
 
     # -- records -----------------------------------------------------------------------------------------------------
@@ -58,9 +61,9 @@ class RunSource:
                 f"go on with `rsrlm resume {self.store.folder}`"
             )
         if missing := [number for number in numbers if number not in found]:
-            self.remarks.append(f"nothing of iterations {listed(missing)}, which have no {table}")
+            self.remarks.append(f"left out, as they have no {table}: iterations {listed(missing)}")
         if begun := [one for one in found if not (self.store.iteration(one) / "metrics.json").is_file()]:
-            self.remarks.append(f"iterations {listed(begun)} are not finished; what they have written is exported")
+            self.remarks.append(f"not finished, and exported as far as they are: iterations {listed(begun)}")
         return found
 
     def table(self, iteration: int, name: str) -> Path:

@@ -117,7 +117,11 @@ def write(source: RunSource, out: Path, report: Report) -> str:
         while batch := list(islice(made, BATCH)):
             file.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     if not what["pairs"]:
-        has = f"pairs of kind {', '.join(sorted(found))}" if found else "no pairs; --to datasets exports its examples"
+        has = (
+            f"pairs of kind {', '.join(sorted(found))}"
+            if found
+            else "no pairs; --to datasets exports what else there is"
+        )
         raise ConfigError(f"--kind {', '.join(source.wanted.kinds)}: {source.store.folder} has {has}")
     _remark(source, what, found)
     kinds = {kind: number for kind, number in sorted(found.items()) if kind in source.wanted.kinds}
