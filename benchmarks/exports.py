@@ -65,8 +65,8 @@ def opened(
             continue
         for backend in backends if name == "lm_eval" else [""]:
             asked = {
-                "export": str(out), "run": str(run.resolve()), "scratch": str(scratch), "arena_hard": str(arena_hard or ""),
-                "base": _base(config), "backend": backend,
+                "export": str(out), "run": str(run.resolve()), "scratch": str(scratch),
+                "arena_hard": str(arena_hard or ""), "base": _base(config), "backend": backend,
             }  # fmt: skip
             text, seconds = said(
                 [str(peer), str(HERE / "exports_open.py"), name, json.dumps(asked)],

@@ -559,7 +559,7 @@ def test_what_cannot_be_exported_is_refused(run: RunFolder, export: Any, tmp_pat
     with pytest.raises(ConfigError, match="begun with another version"):
         export(run.folder, "datasets")
     start.write_bytes(b'{"layout": "\xff')
-    with pytest.raises(ConfigError, match="start.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"start\.json cannot be read"):
         export(run.folder, "datasets")
 
 
