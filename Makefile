@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+BENCH_TOOLS := alpaca-eval==0.6.6 lm-eval==0.4.13 fschat==0.2.36
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",)
 # Compiled once here: without it the first run waits for that, and every process where PYTHONDONTWRITEBYTECODE is set.
@@ -43,6 +44,7 @@ lock:
 bench-env: setup
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	@$(call install,$(BENCH)/bin/python -r cpu.lock trl==1.16.0)
+	@$(BIN)/uv pip install --quiet $(FIND_LINKS) --python $(BENCH)/bin/python -c cpu.lock $(BENCH_TOOLS)
 
 quickstart: setup
 	$(BIN)/rsrlm run configs/quickstart.yaml

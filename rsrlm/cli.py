@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from rsrlm import config as configs
-from rsrlm.command_line import batch, looking, making, measuring, watching
+from rsrlm.command_line import batch, handing, looking, making, measuring, watching
 from rsrlm.command_line.parts import ConfigPath, Overrides, RunPath
 from rsrlm.settings.base import ConfigError, NotYet
 
@@ -33,6 +33,7 @@ app.add_typer(measuring.app)
 app.add_typer(looking.app)
 app.add_typer(watching.app)
 app.add_typer(batch.app)
+app.add_typer(handing.app)
 
 
 @app.command(help="Run a config to its end. The run folder is runs/NAME; a folder that exists is never overwritten.")

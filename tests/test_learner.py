@@ -506,11 +506,27 @@ def test_adapters_are_added_to_the_weights(tiny_model: Path, tmp_path: Path, wor
         change = after[name] - weight
         rank = int(torch.linalg.matrix_rank(change, atol=1e-4)) if change.any() else 0
         assert rank == (4 if "q_proj" in name or "down_proj" in name else 0), name
+    assert_adapter_makes(tmp_path / "whole/models/M1/adapter", tiny_model, after)
     if not zero_stage:
         # Adapters and their two moments; of the frozen weights the head, which DeepSpeed knows by its other name.
         saved = sum(file.stat().st_size for file in (tmp_path / "parts/checkpoints").rglob("*.pt"))
         learning = 3 * 4 * ((64 + 64) + (160 + 64))
         assert saved < 4 * 49152 * 64 + 2 * 3 * 4 * learning
+
+
+def assert_adapter_makes(adapter: Path, base: Path, merged: dict[str, Any]) -> None:
+    """peft adds the adapter to the base model, and has the weights of the whole model."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from rsrlm.runtime import lora
+
+    assert lora.base_of(adapter) == "M0"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    found = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
+    for name, weight in merged.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
 
 
 @pytest.mark.ray

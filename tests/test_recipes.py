@@ -211,7 +211,7 @@ def test_a_duel_of_two_models(run: Path, folder: Path) -> None:
     found = json.loads((out / "duel.json").read_text())
     assert found["win"]["n"] + found["unreadable"] == 4
     outputs = json.loads((out / "outputs-a.json").read_text())
-    assert [set(one) for one in outputs] == [{"instruction", "output", "generator", "dataset"}] * 4
+    assert [set(one) for one in outputs] == [{"instruction", "output", "generator", "dataset", "prompt_id"}] * 4
 
 
 @pytest.mark.full

@@ -118,11 +118,7 @@ def eval_duel(
 
         with_its_code = alone.model_copy(update={"model": of[name]})
         sides.append(on_engines(with_its_code, out, {name: where}, answer, report, drawn=drawn))
-        outputs = [
-            {"instruction": prompt.text, "output": response.text, "generator": name, "dataset": "prompts"}
-            for prompt, response in zip(kept, sides[-1], strict=True)
-        ]
-        write_json(out / f"outputs-{side}.json", outputs)
+        write_json(out / f"outputs-{side}.json", _outputs(name, kept, sides[-1]))
 
     async def decide(run: Run) -> dict[str, Any]:
         with run.stage("duel", {"duel": 2 * len(kept)}):
@@ -135,6 +131,20 @@ def eval_duel(
     write_json(out / "duel.json", result)
     _show(result, report)
     return result
+
+
+def _outputs(generator: str, prompts: Sequence[Prompt], answers: Sequence[Response]) -> list[dict[str, str]]:
+    """As AlpacaEval takes them."""
+    return [
+        {
+            "instruction": prompt.text,
+            "output": answer.text,
+            "generator": generator,
+            "dataset": "prompts",
+            "prompt_id": prompt.id,
+        }
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def _usable(

@@ -34,11 +34,8 @@ class Context:
         return self.encoder.encode(self.question, {"instruction": text}) if self.question else self.encoder.user(text)
 
     def parts_of(self, text: str) -> tuple[str, str]:
-        """Thought and answer of what the model wrote. Without exactly one marker all of it is thought."""
-        if not self.marker:
-            return "", text
-        thought, _, answer = text.partition(self.marker)
-        return (text, "") if self.marker in answer else (thought.strip(), answer.strip())
+        """Thought and answer of what the model wrote."""
+        return parts_of(text, self.marker)
 
     def seed_of(self, iteration: int, name: str, role: Role, index: str) -> int:
         return seed_of(self.seed, iteration, name, role, index)
@@ -46,6 +43,14 @@ class Context:
     def fence(self, seed: int) -> str:
         """The fence of a judge's prompt by its seed; without a salt who knows the seed can compute it."""
         return templates.fence_of(seed_of(seed, 0, self.fence_salt, "judge", "fence") if self.fence_salt else seed)
+
+
+def parts_of(text: str, marker: str) -> tuple[str, str]:
+    """Thought and answer of a text. Without exactly one marker all of it is thought, and with "" for one, answer."""
+    if not marker:
+        return "", text
+    thought, _, answer = text.partition(marker)
+    return (text, "") if marker in answer else (thought.strip(), answer.strip())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ def show(store: RunFolder, status: str, reason: str, report: Report) -> None:
     rows = store.metrics()
     if rows:
         report.table("Iterations", [_shown(row) for row in rows], COLUMNS)
-        report.table("Held-out prompts", _heldout_rows(store, rows), _heldout_columns(rows))
+        report.table("Held-out prompts", heldout_rows(store, rows), heldout_columns(rows))
     report.line(f"status: {status}" + (f": {reason}" if reason else ""))
     report.line(f"run folder: {store.folder}")
     if status not in ("completed",):
@@ -40,7 +40,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **losses}
 
 
-def _heldout_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
+def heldout_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Every score says who gave it: the model itself and M0, or another model that judges in their place."""
     scores: dict[str, Any] = next((row["heldout"] for row in rows if row["heldout"]), {})
     judge = scores["score_by_first"]["judge"] if scores else "M0"
@@ -59,10 +59,12 @@ def _heldout_columns(rows: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def heldout_rows(store: RunFolder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each model that was evaluated, M0 first."""
     found = [row["heldout"] for row in rows if row["heldout"]]
+    first = store.note("start").get("heldout_first")
     table = []
-    for entry in [store.fix("heldout_first", {}), *found] if found else []:
+    for entry in [*([first] if first else []), *found] if found else []:
         duel = next((value for key, value in entry.items() if key.startswith("duel_with_")), None)
         shares = [duel[key] for key in ("win", "tie", "loss")] if duel and duel["n"] else None
         table.append(

@@ -4,13 +4,15 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rsrlm.jobs import TrainJob
 from rsrlm.model import load_tokenizer
 from rsrlm.runtime.gloo import broadcast, group_of_sender
+from rsrlm.runtime.lora import FOLDER as ADAPTER
+from rsrlm.runtime.lora import write_adapter
 from rsrlm.runtime.mailbox import BroadcastJob, Listening
 from rsrlm.runtime.weights import bytes_of
 from rsrlm.settings.machine import ModelConfig
@@ -20,8 +22,16 @@ SHARD = "5GB"  # the largest file of an exported model
 FULL_BYTES = 64 << 20  # less free space than this explains a failed write
 
 
-def export(model: Any, state: dict[str, Any], job: TrainJob, config: ModelConfig, output: Path) -> None:
-    """A Hugging Face folder with tokenizer and chat template; it appears under its name only when it is whole."""
+def export(
+    model: Any,
+    state: dict[str, Any],
+    job: TrainJob,
+    config: ModelConfig,
+    output: Path,
+    adapters: Mapping[str, Any] | None = None,
+) -> None:
+    """A Hugging Face folder with tokenizer and chat template, and where there are adapters, a folder of peft with them;
+    it appears under its name only when it is whole."""
     from transformers import AutoConfig
 
     scratch = output.with_name(output.name + ".tmp")
@@ -35,6 +45,10 @@ def export(model: Any, state: dict[str, Any], job: TrainJob, config: ModelConfig
     generation = Path(job.model) / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, scratch)
+    if adapters and job.train.lora:
+        source_folder = Path(job.model)
+        base = source_folder.name if source_folder.parent == Path(job.run) / "models" else "M0"
+        write_adapter(scratch / ADAPTER, adapters, job.train.lora, base, job.model)
     sync_files(scratch)
     shutil.rmtree(output, ignore_errors=True)
     scratch.rename(output)

@@ -16,7 +16,7 @@ from rsrlm.losses import packing
 from rsrlm.losses.base import loss_for
 from rsrlm.runtime.checkpoints import TrainingFailed
 from rsrlm.runtime.dropout import set_dropout
-from rsrlm.runtime.lora import add_adapters, weights, whole
+from rsrlm.runtime.lora import adapters, add_adapters, weights, whole
 from rsrlm.runtime.reference import Reference, write_share
 from rsrlm.runtime.shares import Outline, micro_batches, outline, share_of
 from rsrlm.settings.base import ConfigError
@@ -272,6 +272,16 @@ class Policy:
             with deepspeed.zero.GatheredParameters(parameters) if divided else nullcontext():
                 if root:
                     yield name, whole(parameters, adapter)
+
+    def adapters(self) -> dict[str, torch.Tensor]:
+        """Those of train.lora on the host of rank 0, none elsewhere. Under ZeRO 3 all ranks must ask for them
+        together."""
+        import deepspeed
+
+        named = dict(adapters(self.model))
+        divided, root = self.train.zero_stage == 3, dist.get_rank() == 0
+        with deepspeed.zero.GatheredParameters(list(named.values())) if divided else nullcontext():
+            return {name: one.detach().to("cpu", copy=True).contiguous() for name, one in named.items() if root}
 
     def in_memory(self) -> dict[str, torch.Tensor]:
         """All of them on the host. Where they are there and whole already, nothing is copied."""

@@ -181,6 +181,7 @@ class Session:
         if not self._root:
             for _ in policy.state():
                 pass  # it has nothing here, but takes part
+            policy.adapters()
             return None
         files = None
         if job.until is None and (not job.course or job.course.publish):
@@ -188,9 +189,10 @@ class Session:
             state = dict(weights.tensors_in(weights.bytes_of(files[0].path)))
         else:
             state = policy.in_memory()
+        adapters = policy.adapters()
         written = time.perf_counter()
         output = Path(job.output) if job.until is None else candidate_path(job.output, job.until)
-        export(policy.model, state, job, self._model, output)
+        export(policy.model, state, job, self._model, output, adapters)
         return Trained(
             steps=end,
             files=Transfer(node=self._node, files=files) if files else None,
