@@ -19,6 +19,7 @@ from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 from rsrlm.placeholders import placeholder, render, split
+from rsrlm.records import encodable
 from rsrlm.settings.base import ConfigError
 
 
@@ -233,8 +234,7 @@ class ChatEncoder:
         return (*ids[: place + 1], *self._encode_trusted(rest, "after"))
 
     def _encode_literally(self, text: str, where: Where) -> Sequence[int]:
-        # JSON can hold half of a surrogate pair, which no tokenizer takes.
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = encodable(text)
         options = {"add_special_tokens": False, "split_special_tokens": True}
         ids: list[int] = self._at[where].encode(text, **options)
         if self._added_ids.isdisjoint(ids):

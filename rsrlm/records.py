@@ -277,3 +277,8 @@ def seed_of(run_seed: int, iteration: int, prompt_id: str, role: Role, index: st
     """
     text = "\x1f".join((str(run_seed), str(iteration), prompt_id, role, index))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def encodable(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can hold and neither UTF-8 nor a tokenizer."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

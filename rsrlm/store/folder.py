@@ -97,6 +97,10 @@ class RunFolder:
         """The exported model of this name; M0 is the model the run started from and is not copied."""
         return self.folder / "models" / name
 
+    def heldout(self, model: str) -> Path:
+        """Tables of what a model answered to the held-out prompts."""
+        return self.folder / "heldout" / model
+
     def candidates(self, name: str) -> list[str]:
         """Models among which the one of this name is chosen, in the order of training; the last is that name's own."""
         found = sorted(
@@ -157,7 +161,7 @@ class RunFolder:
 
     def write_heldout(self, model: str, groups: Sequence[Group]) -> None:
         """Parquet of a model's held-out answers and what was said of them."""
-        tables.write_groups(self.folder / "heldout" / model, groups)
+        tables.write_groups(self.heldout(model), groups)
 
     def write_pairs(self, iteration: int, pairs: Iterable[PreferencePair]) -> None:
         """Parquet of the pairs that an iteration trains on, in training order."""

@@ -25,6 +25,7 @@ from rsrlm.chat import ChatEncoder
 from rsrlm.cli import app
 from rsrlm.commands.exports import cards, formats, leaderboards, trl
 from rsrlm.commands.exports.source import Selection
+from rsrlm.records import Group, Prompt
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.folder import RunFolder
@@ -54,9 +55,16 @@ def export(said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def answer(name: str, prompt: str, text: str, suffix: str = "") -> dict[str, Any]:
-    key = f"{name}/{prompt}{suffix}/0".encode().hex()[:32].ljust(32, "0")
-    return {"k": key, "id": f"{name}/{prompt}{suffix}/0", "token_ids": [5, 6, 2], "text": text, "finish_reason": "stop"}
+def answered(store: RunFolder, model: str, **texts: str) -> None:
+    """What a model has answered to held-out prompts."""
+    groups = []
+    for name, text in texts.items():
+        response = replace(
+            made_for(name).responses[0], id=f"{model}/{name}/0", prompt_id=name, text=text, token_ids=(5, 6, 2)
+        )
+        prompt = Prompt(id=name, text=PROMPTS[name])
+        groups.append(Group(id=f"{model}/{name}", iteration=1_000_000, prompt=prompt, responses=(response,)))
+    store.write_heldout(model, groups)
 
 
 HELD = {"model": "M0", "answers": {"tokens": 3.0, "words": 2.0, "complete": 1.0},
@@ -77,10 +85,8 @@ def run(make_config: Any, encoder: ChatEncoder, tmp_path: Path) -> RunFolder:
     store = RunFolder.create(config)
     store.fix("drawn", {"date": "2026-01-02T03:04:05", "fence_salt": ""})
     store.fix("heldout_first", HELD)
-    entries = [answer("M0", "oats", "Grain."), answer("M0", "tea", "Oolong.", "/kl"), answer("M0", "tea", "Green."),
-               answer("00", "milk", "Oat."), answer("M0", "rye", "No."), answer("M1", "tea", "Go \ud83d")]  # fmt: skip
-    lines = [json.dumps(entry) for entry in entries]
-    (store.folder / "journal.jsonl").write_text("\n".join([*lines[:2], 'garbage /0"', *lines[2:], '{"cut']))
+    answered(store, "M0", tea="Green.", oats="Grain.")
+    answered(store, "M1", tea="Go \ufffd")
     milk = made_for("milk")
     for number in (0, 1):
         store.write_groups(number, [replace(milk, prompt=replace(milk.prompt, text=PROMPTS["milk"]))])
@@ -241,33 +247,20 @@ def test_held_out_answers_as_alpaca_eval_reads_them(run: RunFolder, export: Any,
     found = {path.stem: json.loads(path.read_text()) for path in out.iterdir()}
     assert found == {
         "mine-M0": [
-            {"instruction": "Name a tea.", "output": "Green.", "generator": "mine-M0", "dataset": "mine"},
             {"instruction": "What are oats?", "output": "Grain.", "generator": "mine-M0", "dataset": "mine"},
+            {"instruction": "Name a tea.", "output": "Green.", "generator": "mine-M0", "dataset": "mine"},
         ],
         "mine-M1": [{"instruction": "Name a tea.", "output": "Go �", "generator": "mine-M1", "dataset": "mine"}],
     }
-    assert said[:2] == ["M1 has answered 1 of 2 held-out prompts", "no held-out answers of M2"]
+    assert said[0] == "no held-out answers of M2"
 
 
-def test_a_thought_is_no_part_of_an_answer(run: RunFolder, export: Any) -> None:
-    config = run.folder / "config.yaml"
-    config.write_text(config.read_text().replace("thought: null", "thought: {marker: 'e'}"))
-    out = export(run.folder, "alpaca_eval", model="M0")
-    texts = [one["output"] for one in json.loads((out / "mine-M0.json").read_text())]
-    assert texts == ["", ""]  # "Green." has the marker twice, "Grain." never: all of it is thought
-
-
-def test_prompts_that_are_not_the_runs_are_refused(run: RunFolder, export: Any, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    before = path.read_text()
-    path.write_text(before.replace("Name a milk.", "Name two."))
-    with pytest.raises(ConfigError, match="prompt 'milk' is not what the run was given"):
-        export(run.folder, "mt_bench")
-    path.write_text(before.replace('"oats"', '"barley"'))
-    with pytest.raises(ConfigError, match="no prompt 'oats' in it any more"):
-        export(run.folder, "mt_bench")
+def test_a_model_that_has_answered_nothing(run: RunFolder, export: Any) -> None:
     with pytest.raises(ConfigError, match=r"--model M2: no held-out answers of it; .* has those of M0, M1"):
         export(run.folder, "mt_bench", model="M2")
+    shutil.rmtree(run.folder / "heldout")
+    with pytest.raises(ConfigError, match=r"no answers to held-out prompts \(none has been written yet\)"):
+        export(run.folder, "mt_bench")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -277,21 +270,21 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_mt_bench_files(run: RunFolder, export: Any) -> None:
     out = export(run.folder, "mt_bench")
     assert lines(out / "question.jsonl") == [
-        {"question_id": 1, "category": "heldout", "turns": ["Name a tea."], "prompt_id": "tea"},
-        {"question_id": 2, "category": "heldout", "turns": ["What are oats?"], "prompt_id": "oats"},
+        {"question_id": 1, "category": "heldout", "turns": ["What are oats?"], "prompt_id": "oats"},
+        {"question_id": 2, "category": "heldout", "turns": ["Name a tea."], "prompt_id": "tea"},
     ]
     (only,) = lines(out / "model_answer" / "mine-M1.jsonl")
     assert only.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
-    assert (only["question_id"], only["model_id"]) == (1, "mine-M1")
+    assert (only["question_id"], only["model_id"]) == (2, "mine-M1")
     assert only["choices"] == [{"index": 0, "turns": ["Go �"]}]
 
 
 def test_arena_hard_files(run: RunFolder, export: Any) -> None:
     out = export(run.folder, "arena_hard")
     assert [(one["uid"], one["prompt"]) for one in lines(out / "question.jsonl")] == [
-        ("tea", "Name a tea."), ("oats", "What are oats?"),
+        ("oats", "What are oats?"), ("tea", "Name a tea."),
     ]  # fmt: skip
-    first = lines(out / "model_answer" / "mine-M0.jsonl")[0]
+    first = lines(out / "model_answer" / "mine-M0.jsonl")[1]
     assert first["messages"] == [
         {"role": "user", "content": "Name a tea."},
         {"role": "assistant", "content": {"answer": "Green."}},
@@ -332,13 +325,12 @@ def test_a_duels_answers(export: Any, tmp_path: Path) -> None:
         export(tmp_path, "alpaca_eval")
 
 
-def test_numbers_that_are_ids_stay(run: RunFolder, export: Any, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(path.read_text().replace('"tea"', '"81"').replace('"oats"', '"102"'))
-    journal = run.folder / "journal.jsonl"
-    journal.write_text(journal.read_text().replace("/tea/", "/81/").replace("/oats/", "/102/"))
-    out = export(run.folder, "mt_bench")
-    assert [one["question_id"] for one in lines(out / "model_answer" / "mine-M0.jsonl")] == [81, 102]
+def test_numbers_that_are_ids_stay(run: RunFolder, export: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROMPTS, "81", "Name a tea.")
+    monkeypatch.setitem(PROMPTS, "102", "What are oats?")
+    answered(run, "M0", **{"81": "Green.", "102": "Grain."})
+    out = export(run.folder, "mt_bench", model="M0")
+    assert [one["question_id"] for one in lines(out / "model_answer" / "mine-M0.jsonl")] == [102, 81]
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rsrlm.commands.engines import check_out
 from rsrlm.commands.exports import dataset, leaderboards, lm_eval, model_folder, push, trl
-from rsrlm.commands.exports.answers import Answered, answers_of
+from rsrlm.commands.exports.answers import ModelAnswers, answers_of
 from rsrlm.commands.exports.source import RunSource, Selection
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.atomic import sync_files
 
 OfRun = Callable[[RunSource, Path, Report], str]
-OfAnswers = Callable[[Answered, Path, Report], str]
+OfAnswers = Callable[[ModelAnswers, Path, Report], str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from rsrlm.commands.exports.answers import Answer, Answered
+from rsrlm.commands.exports.answers import Answer, ModelAnswers
 from rsrlm.commands.exports.source import write_lines
 from rsrlm.report.progress import Report
 
@@ -20,7 +20,7 @@ _MARKS = {
 }
 
 
-def alpaca_eval(answered: Answered, out: Path, report: Report) -> str:
+def alpaca_eval(answered: ModelAnswers, out: Path, report: Report) -> str:
     """`MODEL.json` for each model: a list of instruction, output and generator."""
     out.mkdir(parents=True)
     for model, answers in answered.models.items():
@@ -36,7 +36,7 @@ def alpaca_eval(answered: Answered, out: Path, report: Report) -> str:
     )
 
 
-def mt_bench(answered: Answered, out: Path, report: Report) -> str:
+def mt_bench(answered: ModelAnswers, out: Path, report: Report) -> str:
     """`question.jsonl` and `model_answer/MODEL.jsonl`, as in FastChat's data/mt_bench: first turns alone."""
     ids = _numbers(answered)
     questions = _questions(answered)
@@ -67,7 +67,7 @@ def mt_bench(answered: Answered, out: Path, report: Report) -> str:
     return f"{_counted(answered)}; put the folder into FastChat's llm_judge/data, its name is the --bench-name"
 
 
-def arena_hard(answered: Answered, out: Path, report: Report) -> str:
+def arena_hard(answered: ModelAnswers, out: Path, report: Report) -> str:
     """`question.jsonl` and `model_answer/MODEL.jsonl`, as in arena-hard-auto's data/arena-hard-v2.0."""
     questions = _questions(answered)
     write_lines(
@@ -105,12 +105,12 @@ def marks(text: str) -> dict[str, dict[str, int]]:
     }
 
 
-def _questions(answered: Answered) -> Sequence[Answer]:
+def _questions(answered: ModelAnswers) -> Sequence[Answer]:
     """Each prompt once, in the order of the model that has answered most."""
     return max(answered.models.values(), key=len)
 
 
-def _numbers(answered: Answered) -> dict[str, Any]:
+def _numbers(answered: ModelAnswers) -> dict[str, Any]:
     """FastChat's questions have numbers: ids that are some stay, others are numbered from 1 on."""
     ids = [one.prompt_id for one in _questions(answered)]
     own = all(one.isdecimal() and one == str(int(one)) for one in ids)
@@ -121,5 +121,5 @@ def _id(model: str, prompt: str) -> str:
     return blake2b(f"{model}/{prompt}".encode(), digest_size=11).hexdigest()
 
 
-def _counted(answered: Answered) -> str:
+def _counted(answered: ModelAnswers) -> str:
     return ", ".join(f"{model} {len(answers)} answers" for model, answers in answered.models.items())

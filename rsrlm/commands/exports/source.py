@@ -124,11 +124,6 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def plain(text: str) -> str:
-    """Without halves of surrogate pairs, which a model behind an API can send and UTF-8 cannot hold."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 def write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     """JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
