@@ -156,6 +156,7 @@ def make_config(tmp_path: Path) -> Any:
             "judge": {"kind": "digits"},
             "train": {"lr": 1e-3, "pairs_per_step": 2},
             "engine": {"max_model_len": 512, "max_num_seqs": 8, "kv_cache_gib": 0.25},
+            "report": False,
         }
         for key, value in changes.items():
             data[key] = {**data[key], **value} if isinstance(value, dict) and key in data else value

@@ -284,6 +284,13 @@ def test_broken_files_are_named(mine: Path, name: str, words: str) -> None:
     assert words in said(page(mine))
 
 
+def test_a_file_without_end(mine: Path) -> None:
+    """As where the files of a run are devices: what is no file is not read."""
+    (mine / "events.jsonl").unlink()
+    (mine / "events.jsonl").symlink_to("/dev/full")
+    assert "M2 is better" in said(page(mine))
+
+
 def test_numbers_that_are_none(mine: Path) -> None:
     """Infinities and NaN in figures and rows: no plot, no table and no script chokes on them."""
     path = mine / "iterations" / "01" / "steps.jsonl"

@@ -103,7 +103,7 @@ def read(folder: Path, status: str = "") -> Past:
 
 def _json(path: Path, missing: list[str]) -> dict[str, Any]:
     """Empty where there is no such file, and where it cannot be read."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
@@ -118,7 +118,7 @@ def _json(path: Path, missing: list[str]) -> dict[str, Any]:
 def _lines(path: Path, missing: list[str], skip: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, without lines that hold one of `skip`; torn ones are counted."""
     torn = 0
-    if path.exists():
+    if path.is_file():  # nor a device, which has no end
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 if any(word in line for word in skip):
