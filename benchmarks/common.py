@@ -1,5 +1,6 @@
 """What the benchmarks share: rounds, the machine they ran on, how busy it was, and the JSON of their results."""
 
+import gc
 import json
 import logging
 import os
@@ -124,6 +125,20 @@ class Load:
 
     def figures(self) -> dict[str, float]:
         return self._cores
+
+
+def peak_mib() -> float:
+    """The most memory that this process has had since it was begun, or since `forget_peak`. What getrusage says begins
+    with that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
+
+
+def forget_peak() -> float:
+    """Count the peak from now on; returns what there is now, in MiB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_mib()
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, cluster, head, write
+from common import RESULTS, cluster, forget_peak, head, peak_mib, write
 
 from rsrlm.config import Config, resolve
 from rsrlm.engines import Answers, Engines, Model
@@ -114,7 +114,7 @@ class Stage:
     """CPU time of this process by group, and what it holds afterwards over what it held before the first."""
 
     def __init__(self, prompts: int) -> None:
-        self._prompts, self._before = prompts, resident()
+        self._prompts, self._before, self._at_first = prompts, resident(), forget_peak()
         self.figures: dict[str, float] = {}
 
     @contextmanager
@@ -125,6 +125,7 @@ class Stage:
         self.figures[f"{name}: seconds"] = time.perf_counter() - wall
         self.figures[f"{name}: bytes kept of a group"] = (resident() - self._before) / self._prompts
         self.figures["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.figures["peak MiB over what was there before"] = peak_mib() - self._at_first
         print(name, {key: round(value, 3) for key, value in self.figures.items()}, flush=True)
 
 

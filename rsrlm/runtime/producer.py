@@ -11,6 +11,7 @@ from rsrlm.recipes.base import Recipe
 from rsrlm.records import Task
 from rsrlm.runtime.pool import Asking
 from rsrlm.runtime.replicas import Replica
+from rsrlm.runtime.routing import least_busy
 from rsrlm.runtime.setup import recipes_of
 from rsrlm.store.buffer import Receipt, receipt_of
 from rsrlm.store.folder import RunFolder
@@ -79,10 +80,9 @@ class Share:
         self.all = [known.get((one.index, one.generation)) or _replica(one) for one in lent]
 
     async def least_busy(self) -> Replica:
-        ready = [replica for replica in self.all if replica.ready.is_set()]
-        if not ready:
-            raise NoReplica(f"no replica of pool {self._pool} is left")
-        return min(ready, key=lambda replica: (replica.outstanding, replica.index))
+        if found := least_busy(self.all):
+            return found
+        raise NoReplica(f"no replica of pool {self._pool} is left")
 
     def lost(self, replica: Replica, generation: int, error: Exception) -> None:
         if replica.ready.is_set():

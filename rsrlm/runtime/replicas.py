@@ -19,6 +19,7 @@ from rsrlm.records import Request, Sampling
 from rsrlm.runtime.engine import EngineDead, RequestFailed, cpu_environment
 from rsrlm.runtime.engine_actor import EngineActor
 from rsrlm.runtime.logs import keep_log
+from rsrlm.runtime.routing import least_busy
 from rsrlm.runtime.weights import WeightSet
 from rsrlm.settings.base import first_line
 
@@ -192,8 +193,8 @@ class Replicas:
             while True:
                 if self.failure:
                     raise self.failure
-                if ready := self.ready:
-                    return min(ready, key=lambda replica: (replica.outstanding, replica.index))
+                if found := least_busy(self.all):
+                    return found
                 await self._freed.wait()
 
     def lost(self, replica: Replica, generation: int, error: Exception) -> None:
@@ -263,8 +264,7 @@ class Replicas:
             while True:
                 await asyncio.sleep(every_s)
                 now = time.monotonic()
-                busy = [replica for replica in self.ready if replica.outstanding]
-                silent = [replica for replica in busy if now - replica.last_answer > silence_s]
+                silent = [one for one in self.ready if one.outstanding and now - one.last_answer > silence_s]
                 await asyncio.gather(*(self._check(replica, silence_s) for replica in silent))
         except Exception as error:
             self.fail(PoolFailed(f"pool {self.name}: its engines cannot be watched any more: {error!r}"))
