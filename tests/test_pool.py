@@ -887,11 +887,12 @@ def test_arguments_of_an_engine_go_by_its_device(make_config: Any) -> None:
 
     cpu = arguments()
     assert (cpu["max_num_seqs"], cpu["enforce_eager"], cpu["kv_cache_memory_bytes"]) == (32, True, 2**30)
+    assert cpu["enable_chunked_prefill"] is False  # a seeded prompt in two parts would end the engine
     assert not {"gpu_memory_utilization", "tensor_parallel_size", "distributed_executor_backend"} & cpu.keys()
     gpu = arguments(gpus=1, kind="async")
     assert (gpu["max_num_seqs"], gpu["enforce_eager"], gpu["gpu_memory_utilization"]) == (256, False, 0.92)
     assert gpu["distributed_executor_backend"] == "uni"
-    assert not {"kv_cache_memory_bytes", "block_size"} & gpu.keys()
+    assert not {"kv_cache_memory_bytes", "block_size", "enable_chunked_prefill"} & gpu.keys()
     own = arguments(gpus=2, kind="async", kv_cache_gib=20, max_num_seqs=7, enforce_eager=True, gpu_share=0.5)
     assert (own["max_num_seqs"], own["enforce_eager"], own["gpu_memory_utilization"]) == (7, True, 0.5)
     assert (own["kv_cache_memory_bytes"], own["tensor_parallel_size"]) == (20 * 2**30, 2)

@@ -91,6 +91,9 @@ def engine_arguments(config: Config, folder: str) -> dict[str, Any]:
     }
     if not engine.gpus:
         cache = engine.cpu_cache_gib
+        # vLLM 0.32 takes back the draw of a prompt that a step computes in part, which generators on CPUs cannot: with
+        # a seed, the engine would die. So a prompt waits until it fits into a step whole.
+        arguments["enable_chunked_prefill"] = False
         return {**arguments, "kv_cache_memory_bytes": int(cache * 2**30), "block_size": 32}  # or a multiple of 32
     arguments["tensor_parallel_size"] = engine.gpus
     arguments["gpu_memory_utilization"] = engine.gpu_share
