@@ -56,8 +56,10 @@ def opened(
     run: Path, peer: Path, scratch: Path, arena_hard: Path | None, backends: list[str]
 ) -> Iterator[dict[str, Any]]:
     _, config = RunFolder.open(run)
+    scratch = scratch / run.name
+    scratch.mkdir()
     for name, options in cases(run):
-        out = scratch / f"{run.name}-{name}"
+        out = scratch / f"to-{name}"
         _, exporting = said([sys.executable, "-m", "rsrlm.cli", "export", str(run), "--out", str(out), *options])
         row: dict[str, Any] = {"run": run.name, "format": name, "export_s": round(exporting, 1)}
         if name == "arena_hard" and arena_hard is None:
