@@ -132,7 +132,7 @@ def test_a_run_trains_and_publishes(whole: tuple[Path, str]) -> None:
     assert "status: completed" in printed
     assert f"report: {folder}/report.html" in printed
     page = (folder / "report.html").read_text()
-    assert all(words in page for words in ("whole: report", ">completed<", "Nothing can be said: 3 held-out prompts"))
+    assert all(words in page for words in ("whole: report", ">completed<", "Nothing can be said: 3 held-out"))
     assert "Not here" not in page
     assert "iteration 1: respond 30/30" in printed
 

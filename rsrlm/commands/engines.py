@@ -1,6 +1,7 @@
 """What commands with engines and no learner share: the engines, the answers kept beside the result, the result."""
 
 import json
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -124,7 +125,7 @@ def by_judge(config: Config) -> Config:
 
 def check_out(out: Path, folder: bool = False, also: Sequence[str | None] = ()) -> Path:
     """The path, or ConfigError where it can be none: `also` are files that are read."""
-    if any(name and out.resolve() == Path(name).resolve() for name in also):
+    if any(name and out.resolve() == Path(os.path.expanduser(name)).resolve() for name in also):
         raise ConfigError(f"--out {out} is a file that is read; give another one")
     if not out.name or out.name == ".." or (out.is_file() if folder else out.is_dir()):
         raise ConfigError(f"--out {out}: give the path of a {'folder' if folder else 'file'} to write")

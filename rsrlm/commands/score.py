@@ -95,11 +95,11 @@ def judgement_row(one: Judgement) -> Row:
 
 
 def best_of(rows: Sequence[Row]) -> Row:
-    """The row with the most points, complete responses before those that were cut; without any points, one that has no
-    response."""
+    """The row with the most points, of complete responses before those that were cut; where no judgement can be read,
+    the first one, which says so."""
     readable = [row for row in rows if row["points"] is not None]
     if not readable:
-        return {**rows[0], "index": None, "response": None, "good": None, "judgements": []}
+        return rows[0]
     return max(readable, key=lambda row: (row.get("finish_reason", "stop") != "length", row["points"]))
 
 

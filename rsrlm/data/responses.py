@@ -15,7 +15,10 @@ from rsrlm.settings.base import ConfigError
 
 # What is written beside what a line carries: where it is read again no judge sees it, and new rows have their own.
 OF_RESPONSES = ("responses", "finish_reasons", "thoughts", "response", "index", "good", "finish_reason", "thought")
-OF_JUDGES = ("points", "variance", "unreadable", "refused", "judgements", "judge", "judge_model")
+OF_JUDGES = (
+    "points", "variance", "unreadable", "refused", "judgements", "judge", "judge_model",
+    "first", "second", "winner", "share", "orders",
+)  # fmt: skip
 EACH = {"good": None, "finish_reason": None, "thought": "", "judgements": ()}  # of a response, where nothing is said
 SEVERAL = {"finish_reason": "finish_reasons", "thought": "thoughts"}  # of several responses, as lists
 NEEDS = "needs response, a text, or responses, a list of texts"
@@ -149,6 +152,8 @@ def _prompt(entry: dict[str, Any], place: str) -> tuple[Prompt, dict[str, Any]]:
             json.dumps(value, allow_nan=False)
         except ValueError:
             raise ConfigError(f"{place}: {name} holds NaN or an infinite number; write null in its place") from None
+        except TypeError as error:
+            raise ConfigError(f"{place}: {name} is nothing that JSON has ({error}); leave the column out") from None
     prompt = prompt_of(carried, place)
     return prompt, {name: value for name, value in carried.items() if name not in ("id", "prompt")}
 

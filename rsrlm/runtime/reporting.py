@@ -13,6 +13,7 @@ from rsrlm.store.folder import RunFolder
 
 EVERY_S = 60.0  # at most: rounds of the online clock may take seconds
 LOOK_S = 2.0
+SHARE = 10  # times as long as one takes to write
 WAIT_S = 300.0  # for the last one
 
 
@@ -23,25 +24,30 @@ class Reporter:
         nice = ["nice", "-n", "10"] if shutil.which("nice") else []
         self._command = [*nice, sys.executable, "-m", "rsrlm.cli", "report", str(store.folder)]
         self._process: subprocess.Popen[str] | None = None
-        self._last = -EVERY_S
+        self._due = False
+        self._next = 0.0  # not before that
 
-    def refresh(self) -> None:
-        """Begin to write, unless that is going on or was done a moment ago."""
-        busy = self._process is not None and self._process.poll() is None
-        if not busy and time.monotonic() - self._last > EVERY_S:
+    def refresh(self, more: bool) -> None:
+        """Begin to write, now or at a later call, where there is `more` to write about; a report that takes long is
+        written less often."""
+        self._due |= more
+        if self._process is not None and self._process.poll() is None:
+            self._next = time.monotonic() + max(EVERY_S, SHARE * (time.monotonic() - self._began))
+        elif self._due and time.monotonic() >= self._next:
             with contextlib.suppress(OSError):  # no memory or no process to spare: the next time, or at the end
-                self._begin()
+                self._begin(subprocess.DEVNULL)
+                self._due, self._next = False, time.monotonic() + EVERY_S
 
-    def _begin(self) -> None:
-        self._last = time.monotonic()
+    def _begin(self, errors: int) -> None:
+        self._began = time.monotonic()
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, text=True
         )
 
     def finish(self) -> str:
         """Write once more and wait; what went wrong, if anything. Raises OSError where no process can be started."""
         self.stop()
-        self._begin()
+        self._begin(subprocess.PIPE)
         assert self._process
         try:
             _, said = self._process.communicate(timeout=WAIT_S)
@@ -69,8 +75,7 @@ def refreshed(store: RunFolder, on: bool) -> Iterator[None]:
             number = max(seen, 0)
             while (store.iteration(number) / "metrics.json").exists():
                 number += 1
-            if number > seen >= 0:
-                reporter.refresh()
+            reporter.refresh(more=number > seen >= 0)
             seen = number
 
     thread = threading.Thread(target=look, name="report", daemon=True)

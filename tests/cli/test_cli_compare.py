@@ -90,7 +90,7 @@ def test_comparisons_that_cannot_be_read(judge: Callable[..., Ended], engines: A
     assert "3 rows, 3 unreadable" in ended.out
     assert judge(ROWS[:1], "pairwise", "--best", "evaluate.judge.read=text").code == 0
     (row,) = written(tmp_path)
-    assert (row["response"], row["points"], row["unreadable"]) == (None, None, "no comparison that can be read")
+    assert (row["response"], row["points"], row["unreadable"]) == ("a", None, "no comparison that can be read")
 
 
 def test_one_response_cannot_be_compared(judge: Callable[..., Ended], engines: Answering) -> None:

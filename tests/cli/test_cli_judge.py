@@ -113,11 +113,11 @@ def test_another_judge_is_the_only_one_that_starts(
 def test_a_judge_that_asks_nobody(
     judge: Callable[..., Ended], engines: Answering, tmp_path: Path, functions_here: None
 ) -> None:
-    (tmp_path / "taste.py").write_text("def longer(prompt, response):\n    return len(response)\n")
-    ended = judge(ROWS[1:], "judge.kind=function", "judge.function=taste:longer", "--best", judge=())
+    (tmp_path / "length_taste.py").write_text("def longer(prompt, response):\n    return len(response)\n")
+    ended = judge(ROWS[1:], "judge.kind=function", "judge.function=length_taste:longer", "--best", judge=())
     assert ended.code == 0, ended
     (row,) = written(tmp_path)
-    assert (row["points"], row["judge"], row["judge_model"], engines.clusters) == (4.0, "taste:longer", None, 0)
+    assert (row["points"], row["judge"], row["judge_model"], engines.clusters) == (4.0, "length_taste:longer", None, 0)
 
 
 class Says(BaseHTTPRequestHandler):
@@ -306,7 +306,7 @@ def test_no_best_where_nothing_is_readable(judge: Callable[..., Ended], tmp_path
     ended = judge([{"id": "gin", "prompt": "Why gin?", "responses": ["a", "b"]}], "--best", "--threshold", "1")
     assert "1 responses, 1 unreadable" in ended.out
     (row,) = written(tmp_path)
-    assert (row["id"], row["response"], row["points"], row["refused"]) == ("gin", None, None, True)
+    assert (row["id"], row["response"], row["points"], row["refused"]) == ("gin", "a", None, True)
 
 
 def test_where_nobody_says_what_is_good(judge: Callable[..., Ended], tmp_path: Path) -> None:

@@ -109,7 +109,14 @@ def pairs(encoder: ChatEncoder, number: int) -> list[Any]:
     four, one = (tuple(encoder.tokenizer.encode(digit)) for digit in "41")
     return [
         actor,
-        replace(actor, id="j", kind="judge", prompt_token_ids=judged, chosen_token_ids=four, rejected_token_ids=one),
+        replace(
+            actor,
+            id=f"0{number}/milk/0#1>0",
+            kind="judge",
+            prompt_token_ids=judged,
+            chosen_token_ids=four,
+            rejected_token_ids=one,
+        ),
     ]
 
 
@@ -199,7 +206,7 @@ def test_records_load_as_a_data_set_with_a_config_for_each_kind(run: RunFolder, 
 def test_data_sets_of_several_runs_are_not_taken_for_each_other(run: RunFolder, export: Any) -> None:
     """`datasets` keeps what it has loaded, by the names of the folder and of the files in it."""
     first = export(run.folder, "datasets", iterations=[0])
-    assert datasets.load_dataset(str(first), "pairs", split="train")["id"][:] == ["00/milk/1>0", "j"]
+    assert datasets.load_dataset(str(first), "pairs", split="train")["id"][:] == ["00/milk/1>0", "00/milk/0#1>0"]
     shutil.rmtree(first)
     run.write_pairs(0, list(run.pairs(1))[:1])
     again = export(run.folder, "datasets", iterations=[0])

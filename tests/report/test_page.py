@@ -13,7 +13,7 @@ from runs import HOSTILE, finished, rewrite
 
 from rsrlm.commands import report
 from rsrlm.report.page import charts, render, samples
-from rsrlm.report.page.headline import judge_in, sentence, standings
+from rsrlm.report.page.headline import judge_in, of_judge, sentence, standings
 from rsrlm.report.page.measured import measured, shown_in
 from rsrlm.report.page.past import read
 from rsrlm.settings.base import ConfigError
@@ -79,7 +79,9 @@ def test_no_better_model_is_called_better(
 def test_too_few_prompts_say_nothing(tmp_path: Path) -> None:
     past = read(finished(tmp_path, heldout=3))
     said = sentence(past, standings(past))
-    assert said.startswith("Nothing can be said: 3 held-out prompts are too few, and 30 the least")
+    assert said.startswith(
+        "Nothing can be said: 3 held-out prompts with a readable score are too few, and 30 the least"
+    )
     assert "M2 has 2.00 points and M0 0.00" in said
 
 
@@ -90,7 +92,12 @@ def test_without_held_out_prompts_nothing_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "judge"),
-    [("M1/tea/0#1@M0", "M0"), ("M1/tea/0#0@validator a/b", "a/b"), ("M1/a@b/0#0@M1", "M1"), ("M1/a#1/0#12@M0", "M0")],
+    [
+        ("M1/tea/0#1@M0", "M0"),
+        ("M1/tea/0#0@validator a/b", "validator a/b"),
+        ("M1/a@b/0#0@M1", "M1"),
+        ("M1/a#1/0#12@M0", "M0"),
+    ],
 )
 def test_who_judged_stands_in_the_id(name: str, judge: str) -> None:
     assert judge_in(name) == judge
@@ -114,12 +121,47 @@ def test_an_iteration_by_hand(folder: Path) -> None:
     [
         ("00/tea/2#1~0", ("00/tea/2#1", "00/tea/2#0")),
         ("00/a#b/2~0", ("00/a#b/2", "00/a#b/0")),
+        ("00/a.b/s1.0~1", ("00/a.b/s1.0", "00/a.b/s1.1")),
         ("M1/tea/0>M0/tea/0@M0", ("M1/tea/0", "M0/tea/0")),
         ("plain", None),
     ],
 )
 def test_what_a_comparison_shows_stands_in_its_id(name: str, shown: Any) -> None:
     assert shown_in(name) == shown
+
+
+def test_iterations_are_numbers(mine: Path) -> None:
+    """The hundredth comes after the 99th, and what is no number is none of them."""
+    for name in ("99", "101"):
+        shutil.copytree(mine / "iterations" / "01", mine / "iterations" / name)
+    (mine / "iterations" / "01.bak").mkdir()
+    past = read(mine)
+    assert [row["iteration"] for row in past.rows] == [0, 1, 99, 101]
+    assert "iteration 100 has no metrics.json" in past.missing
+
+
+def test_a_function_that_scores_is_no_model(mine: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in (mine / "heldout").glob("*/judgements.parquet"):
+        table = pq.read_table(path)
+        for name, value in (("weight_version", ""), ("judge", "my_judges:short")):
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, name, pa.array([value] * table.num_rows))
+        pq.write_table(table, path)
+    past = read(mine)
+    found = sentence(past, standings(past))
+    assert found.startswith("M2 is better than M0 for the judge that stays (my_judges:short): +2.00 points")
+    assert "started from" not in found
+    assert [one.own["value"] for one in standings(past)] == [None] * 3
+
+
+def test_a_validator_is_another_judge_than_one_of_its_name() -> None:
+    scores = {"validator X": {"a": 1.0}, "X": {"a": 5.0}}
+    assert of_judge(scores, "X") == {"a": 5.0}
+    assert of_judge(scores, "X", validates=True) == {"a": 1.0}
+    assert of_judge(scores, "Y", validates=True) == {}
 
 
 def test_orders_that_name_one_winner_agree(tmp_path: Path) -> None:
@@ -222,7 +264,7 @@ def test_the_markdown_says_the_same(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "**Did it get better?** M2 is better than M0" in text
     assert re.search(r"^\| M1 \| 1\.00 \(1\.00 to 1\.00\) \| 1\.00 \(1\.00 to 1\.00\) by M1 \| 34 \|", text, re.M)
-    assert "| 0 | M1 | 6 | 18 | 1.00 | 5 |" in text
+    assert "| 0 | M0 | M1 | 6 | 18 | 1.00 | 5 |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
     assert all(width > 2 for width in widths)

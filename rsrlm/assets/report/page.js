@@ -24,7 +24,7 @@ function judgements(title, found) {
 
 function response(one) {
   const facts = [points(one.score), one.role === "actor" ? null : one.role, one.model,
-    one.finish === "stop" ? "complete" : `ended by ${one.finish}`, `${one.text.length} characters`].filter(Boolean);
+    one.finish === "stop" ? "complete" : `ended by ${one.finish}`, `${one.chars} characters`].filter(Boolean);
   return made("div", { class: `answer ${one.side}` },
     made("header", {}, made("strong", {}, `response ${one.id.split("/").pop()}`),
       one.side ? made("span", { class: "side" }, one.side === "chosen" ? "✓ chosen" : "✗ rejected") : null,

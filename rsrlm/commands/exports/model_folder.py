@@ -28,10 +28,11 @@ def write(source: RunSource, out: Path, report: Report) -> str:
         form = f"adapter of rank {rank}"
     else:
         skipped, form = set(), "whole model"
+    weights = weight_files(folder)  # people edit the other files
     with report.busy(f"copying {name}"):
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.name not in skipped and path.suffix != ".md":
-                link_or_copy(path, out / path.name)
+                (link_or_copy if path in weights else shutil.copy)(path, out / path.name)
         if source.config.model.path == BUILTIN_MODEL:
             licence = folder_of(source.config.model) / "LICENSE"
             if licence.is_file():

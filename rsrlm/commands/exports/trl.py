@@ -17,6 +17,7 @@ from rsrlm.chat import ChatEncoder, check_tokenizer
 from rsrlm.commands.exports import cards
 from rsrlm.commands.exports.source import RunSource, rows
 from rsrlm.model import folder_of, load_tokenizer
+from rsrlm.records import group_id
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
 from rsrlm.store.tables import BATCH
@@ -96,24 +97,9 @@ def write(source: RunSource, out: Path, report: Report) -> str:
     what: Counter[str] = Counter()
     frame = _frame(source)
 
-    def wanted() -> Iterator[dict[str, Any]]:
-        for number in numbers:
-            for pair in rows(source.table(number, "pairs")):
-                found[pair["kind"]] += 1
-                if pair["kind"] not in source.wanted.kinds:
-                    continue
-                row = conversation(pair, frame, number)
-                if row is None:
-                    what["strange"] += 1
-                    continue
-                what["pairs"] += 1
-                what["cut"] += sum(not frame.ends(pair[f"{side}_token_ids"]) for side in ("chosen", "rejected"))
-                what["uneven"] += pair["weight"] != 1 or pair["target"] != 1
-                yield row
-
     out.mkdir(parents=True)
     with report.busy("writing the pairs"), pq.ParquetWriter(out / "train.parquet", SCHEMA, compression="zstd") as file:
-        made = wanted()
+        made = _wanted(source, numbers, frame, found, what)
         while batch := list(islice(made, BATCH)):
             file.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
     if not what["pairs"]:
@@ -125,7 +111,7 @@ def write(source: RunSource, out: Path, report: Report) -> str:
         raise ConfigError(f"--kind {', '.join(source.wanted.kinds)}: {source.store.folder} has {has}")
     _remark(source, what, found)
     kinds = {kind: number for kind, number in sorted(found.items()) if kind in source.wanted.kinds}
-    train = source.config.planned[numbers[-1]].config.train
+    train = source.config.planned[what["last"]].config.train
     cards.write(
         out,
         "trl.md.jinja",
@@ -139,6 +125,30 @@ def write(source: RunSource, out: Path, report: Report) -> str:
     return f"{what['pairs']} pairs ({', '.join(f'{kind} {number}' for kind, number in kinds.items())})"
 
 
+def _wanted(
+    source: RunSource, numbers: Sequence[int], frame: Frame, found: Counter[str], what: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the pairs that are wanted. Counts them by kind, of all kinds, in `found`, and in `what` what is said of
+    them; "last" there is the iteration of the last one."""
+    for number in numbers:
+        for pair in rows(source.table(number, "pairs")):
+            if not pair["id"].startswith(group_id(number, "")) and len(numbers) > 1:
+                what["replayed"] += 1  # an earlier iteration has it
+                continue
+            found[pair["kind"]] += 1
+            if pair["kind"] not in source.wanted.kinds:
+                continue
+            row = conversation(pair, frame, number)
+            if row is None:
+                what["strange"] += 1
+                continue
+            what["pairs"] += 1
+            what["last"] = number
+            what["cut"] += sum(not frame.ends(pair[f"{side}_token_ids"]) for side in ("chosen", "rejected"))
+            what["uneven"] += pair["weight"] != 1 or pair["target"] != 1
+            yield row
+
+
 def _frame(source: RunSource) -> Frame:
     """Of the chat template of the run's models, all of which have that of the first."""
     config, there = source.config.model, source.models()
@@ -149,6 +159,8 @@ def _frame(source: RunSource) -> Frame:
 
 
 def _remark(source: RunSource, what: Counter[str], found: Counter[str]) -> None:
+    if what["replayed"]:
+        source.remarks.append(f"{what['replayed']} pairs of earlier iterations, trained on again, stand there once")
     if what["strange"]:
         source.remarks.append(f"{what['strange']} pairs are left out: their prompts are no chat with one message")
     if what["cut"]:

@@ -44,7 +44,7 @@ def svg(spec: Row) -> str:
     import vl_convert
 
     text: str = vl_convert.vegalite_to_svg({"config": CONFIG, **spec})
-    return text.replace("<svg ", '<svg role="img" ', 1)
+    return text.replace("<svg ", '<svg role="group" ', 1)
 
 
 def thinned(rows: Sequence[Row]) -> list[Row]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rsrlm.report.alarms import DEFAULT_LIMITS, Limit
+from rsrlm.report.alarms import DEFAULT_LIMITS, Limit, check
 from rsrlm.report.page import charts
 from rsrlm.report.page.headline import Standing, sentence, standings
 from rsrlm.report.page.measured import Measured
@@ -40,7 +40,7 @@ def with_interval(figure: Mapping[str, Any], percent: bool = False) -> Cell:
     """Such as `2.57 (2.41 to 2.72)`, or the value alone."""
     form = (lambda value: f"{value:.0%}") if percent else (lambda value: f"{value:.2f}")
     if figure.get("value") is None:
-        return ""
+        return "" if figure.get("count") is None else f"{figure['count']:g} of {figure['n']}"
     low, high = figure.get("low"), figure.get("high")
     interval = f" ({form(low)} to {form(high)})" if low is not None and high is not None else ""
     return f"{form(figure['value'])}{interval}"
@@ -103,7 +103,7 @@ def _scores_plot(found: Sequence[Standing]) -> str:
             (f"by {one.fixed_judge}, who stays", one.fixed),
             ("by the judge of the rewards", one.own),
         ):
-            if one.own_judge == one.fixed_judge != one.model and figure is one.own:
+            if figure is one.own and (not one.own_judge or one.own_judge == one.fixed_judge != one.model):
                 continue
             rows.append({"x": one.model, "y": figure["value"], "series": series, **_ends(figure)})
     return charts.lines(rows, "", "points", ordinal=True) if len(found) > 1 else ""
@@ -158,15 +158,16 @@ def step_rows(past: Past, name: str, series: str = "") -> list[dict[str, Any]]:
 
 def pairs(past: Past, found: Sequence[Measured]) -> dict[str, Any]:
     """Scores, pairs, and why prompts gave none."""
-    columns = ["iteration", "model", "prompts", "responses", "score", "pairs", "why others gave none", "chosen score",
-               "rejected score", "chosen characters", "rejected characters"]  # fmt: skip
+    columns = ["iteration", "answered by", "trained", "prompts", "responses", "score", "pairs", "why others gave none",
+               "chosen score", "rejected score", "chosen characters", "rejected characters"]  # fmt: skip
     rows = []
     for row in past.rows:
         one = found[row["iteration"]] if row["iteration"] < len(found) else Measured()
         reasons = row.get("no_pair_reasons") or row.get("dropped") or {}
         rows.append(
             [
-                shown(row["iteration"]), str(row.get("weight_version") or ""), shown(row.get("prompts")),
+                shown(row["iteration"]), answered_by(past, row), str(row.get("weight_version") or ""),
+                shown(row.get("prompts")),
                 shown(row.get("responses")), shown(number_of(row.get("mean_score")), 2), shown(row.get("pairs")),
                 "; ".join(f"{why}: {count}" for why, count in reasons.items()),
                 *(_mean(side.get("points"), 2) for side in (one.chosen, one.rejected)),
@@ -187,6 +188,13 @@ def pairs(past: Past, found: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
+def answered_by(past: Past, row: Mapping[str, Any]) -> str:
+    """The model whose responses an iteration has: that of the iteration before, but for the online clock."""
+    before = [one for one in past.rows if one["iteration"] < row["iteration"]]
+    held = before[-1].get("weight_version") if before else past.first.get("model") or "M0"
+    return str(row.get("actor") or held or "")
+
+
 def _mean(values: Any, digits: int) -> Cell:
     kept = [value for value in (values if values is not None else ()) if value == value]
     return shown(float(sum(kept) / len(kept)), digits) if kept else ""
@@ -194,17 +202,19 @@ def _mean(values: Any, digits: int) -> Cell:
 
 def judge(past: Past, found: Sequence[Measured]) -> dict[str, Any]:
     """How the judge judges: what it could not say, how far it agrees with itself."""
-    columns = ["iteration", "judgements", "each", "unreadable", "spread within a response", "first one wins",
-               "orders agree", "why unreadable"]  # fmt: skip
+    columns = ["iteration", "judgements", "each", "unreadable", "spread within a response", "comparisons",
+               "unreadable ones", "first one wins", "orders agree", "why unreadable"]  # fmt: skip
     rows = []
     for row in past.rows:
         one = found[row["iteration"]] if row["iteration"] < len(found) else Measured()
         asked, unread = row.get("judgements") or 0, row.get("judgements_unreadable") or 0
         reasons = row.get("unreadable_reasons") or {}
+        compared, lost = row.get("comparisons") or 0, row.get("comparisons_unreadable") or 0
         rows.append(
             [
                 shown(row["iteration"]), shown(asked), shown(one.judgements_each, 1),
                 f"{unread / asked:.0%} of {asked}" if asked else "", shown(one.spread, 2),
+                shown(compared or None), f"{lost / compared:.0%} of {compared}" if compared else "",
                 *("" if share is None else f"{share:.0%} of {n}" for share, n in (one.first_wins, one.orders_agree)),
                 "; ".join(f"{why}: {count}" for why, count in reasons.items()),
             ]
@@ -223,7 +233,9 @@ def people(past: Past) -> list[dict[str, Any]]:
                 [model, *(with_interval(measures.get(name) or {}) for name in PEOPLE)]
                 for model, measures in models.items()
             ]
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            continue
+        if not rows:
             continue
         title = f"{result.get('judge', '')} on {result.get('prompts', '')} prompts of {result.get('data', '')}"
         found.append({"title": title, **filled(["model", *PEOPLE.values()], rows)})
@@ -247,6 +259,13 @@ def signs(past: Past, limits: Mapping[str, Limit] = DEFAULT_LIMITS) -> dict[str,
     """Signs of trouble by iteration, with their limits; `flags` are the cells for which the run raised an alarm."""
     rows_of = [row for row in past.rows if row.get("signs")]
     raised = {(one.get("sign"), one.get("iteration")) for one in past.alarms}
+    # Rounds of the online clock that are not evaluated announce nothing. Limits on points depend on the recipe's scale.
+    raised |= {
+        (one.sign, row["iteration"])
+        for row in rows_of
+        for one in check({name: number_of(value) for name, value in row["signs"].items()}, limits)
+        if not SIGNS[one.sign].on_points
+    }
     rows, flags = [], []
     for name, limit in limits.items():
         values = [number_of(row["signs"].get(name)) for row in rows_of]

@@ -45,13 +45,15 @@ def _standing(folder: Path, after: int, entry: Mapping[str, Any]) -> Standing:
     own, fixed = entry.get("score_by_current") or {}, entry.get("score_by_first") or {}
     model, answers = str(entry["model"]), entry.get("answers") or {}
     by_judge = scores_of(folder, model)
+    if nobody := function_of(folder, model):  # whatever the model, the same function scores
+        own, fixed = {}, {**fixed, "judge": nobody}
     key = next((name for name in entry if name.startswith("duel_with_")), "")
     duel = entry.get(key) or {}
     return Standing(
         model=model,
         after=after,
         own=_score(own, by_judge),
-        fixed=_score(fixed, by_judge),
+        fixed=_score(fixed, by_judge, validates=True),
         own_judge=str(own.get("judge", "")),
         fixed_judge=str(fixed.get("judge", "")),
         rival=key.removeprefix("duel_with_"),
@@ -64,9 +66,11 @@ def _standing(folder: Path, after: int, entry: Mapping[str, Any]) -> Standing:
     )
 
 
-def _score(found: Mapping[str, Any], by_judge: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _score(
+    found: Mapping[str, Any], by_judge: Mapping[str, Mapping[str, float]], validates: bool = False
+) -> dict[str, Any]:
     """Value, n and, where prompts suffice, the interval."""
-    figure = mean_figure([*by_judge.get(str(found.get("judge")), {}).values()])
+    figure = mean_figure([*of_judge(by_judge, str(found.get("judge")), validates).values()])
     return {**figure, "value": number_of(found.get("mean")), "n": int(found.get("n") or 0)}
 
 
@@ -82,7 +86,7 @@ def _shares(duel: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {**figures[name], "value": value, "n": n} for name, value in shares.items()}
 
 
-def scores_of(folder: Path, model: str) -> dict[str, dict[str, float]]:
+def scores_of(folder: Path, model: str) -> Mapping[str, Mapping[str, float]]:
     """Mean points of each held-out answer of a model, by prompt, for each judge by its name; empty where the run kept
     none."""
     path = folder / "heldout" / model / "judgements.parquet"
@@ -104,14 +108,34 @@ def scores_of(folder: Path, model: str) -> dict[str, dict[str, float]]:
 
 def judge_in(name: str) -> str:
     """Who judged, in the id of a held-out judgement: `M1/tea/0#1@M0` is M0's."""
-    found = re.match(r".*/\d+#\d+@(?:validator )?(.+)$", name)
+    found = re.match(r".*/\d+#\d+@(.+)$", name)
     return found[1] if found else ""
+
+
+def of_judge(by_judge: Mapping[str, Mapping[str, float]], judge: str, validates: bool = False) -> Mapping[str, float]:
+    """The scores by the judge of this name; a validator of the same name as the judge of the rewards is another one."""
+    names = (f"validator {judge}", judge) if validates else (judge,)
+    return next((by_judge[name] for name in names if name in by_judge), {})
+
+
+def function_of(folder: Path, model: str) -> str:
+    """The name of the judge where no model judges; else empty."""
+    path = folder / "heldout" / model / "judgements.parquet"
+    try:
+        row = next(iter(tables.rows(path)), None) if path.exists() else None
+    except (OSError, ValueError, KeyError):
+        return ""
+    return str(row["judge"]) if row and not row["weight_version"] else ""
 
 
 def gain(past: Past, last: Standing) -> Figure | None:
     """Points of the last model's answers less those of the first's, by the judge that stays, prompt by prompt."""
     first = past.models[0]
-    before, after = (scores_of(past.folder, model).get(last.fixed_judge, {}) for model in (first, last.model))
+    by_model = [scores_of(past.folder, model) for model in (first, last.model)]
+    if function_of(past.folder, last.model):
+        before, after = (next(iter(by_judge.values()), {}) for by_judge in by_model)
+    else:
+        before, after = (of_judge(by_judge, last.fixed_judge, validates=True) for by_judge in by_model)
     shared = sorted(before.keys() & after.keys())
     return mean_figure([after[prompt] - before[prompt] for prompt in shared]) if shared else None
 
@@ -131,12 +155,13 @@ def sentence(past: Past, found: Sequence[Standing]) -> str:
     )
     if n < MIN_N:
         return (
-            f"Nothing can be said: {n} held-out prompts are too few, and {MIN_N} the least for an interval "
-            f"(prompts.heldout). For what it is worth, {scores}."
+            f"Nothing can be said: {n} held-out prompts with a readable score are too few, and {MIN_N} the least for "
+            f"an interval (prompts.heldout). For what it is worth, {scores}."
         )
     figure = gain(past, last)
     if figure is None or not figure["estimable"]:
-        return f"{_capital(scores)} on {n} held-out prompts; for an interval the scores prompt by prompt are missing."
+        why = f"only {figure['n']} have both scores" if figure else "the scores prompt by prompt are missing"
+        return f"Nothing can be said: for an interval {why}. {_capital(scores)}, on {n} held-out prompts."
     interval = f"95 % interval {figure['low']:+.2f} to {figure['high']:+.2f}, n = {figure['n']}"
     change = f"{figure['value']:+.2f} points ({interval})"
     if figure["low"] > 0:

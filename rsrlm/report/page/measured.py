@@ -22,7 +22,7 @@ class Measured:
     between the judgements of a response, mean over those with two readable ones or more. Of `chosen` and `rejected`
     there is an entry for each pair of responses: points and characters. `first_wins` is the share of decided
     comparisons that the text shown first wins, `orders_agree` that of those made in both orders whose orders name the
-    same winner; each with its n."""
+    same winner, two ties aside; each with its n."""
 
     scores: Numbers = field(default_factory=lambda: NONE)
     spread: float | None = None
@@ -38,13 +38,18 @@ def measured(folder: Path) -> Measured:
     """Of the folder of an iteration; what has no table is empty. Raises OSError or pa.ArrowInvalid for a broken one."""
     judged, some = columns(folder / "judgements.parquet", ["response_id", "role", "points"])
     judged = judged.filter(pc.equal(judged["role"], "judge")) if judged.num_rows else judged
+    answers, _ = columns(folder / "responses.parquet", ["id", "role"])
+    if answers.num_rows and judged.num_rows:  # other judgements are of beginnings of answers
+        answers = answers.filter(pc.equal(answers["role"], "actor"))
+        judged = judged.filter(pc.is_in(judged["response_id"], answers["id"].combine_chunks()))
     readable = judged.filter(_finite(judged["points"])) if judged.num_rows else judged
     found: dict[str, Any] = {"parts": some}
+    if judged.num_rows:
+        found["judgements_each"] = judged.num_rows / pc.count_distinct(judged["response_id"]).as_py()
     if readable.num_rows:
         of_one = readable.group_by("response_id").aggregate([("points", "mean"), ("points", "stddev")])
         count = readable.group_by("response_id").aggregate([("points", "count")])["points_count"].to_numpy()
         found["scores"] = of_one["points_mean"].to_numpy()
-        found["judgements_each"] = float(count.mean())
         if (several := count > 1).any():
             found["spread"] = float(of_one["points_stddev"].to_numpy()[several].mean())
     pairs, some_pairs = columns(
@@ -109,7 +114,7 @@ def _positions(compared: pa.Table) -> tuple[tuple[float | None, int], tuple[floa
         if shown := shown_in(name):
             won = {"first": shown[0], "second": shown[1], "": ""}[winner]
             by_two.setdefault(tuple(sorted(shown)), []).append(won)
-    both = [won for won in by_two.values() if len(won) == 2]
+    both = [won for won in by_two.values() if len(won) == 2 and any(won)]
     agree = sum(won[0] == won[1] for won in both)
     return (first / decided if decided else None, decided), (agree / len(both) if both else None, len(both))
 
@@ -119,7 +124,8 @@ def shown_in(name: str) -> tuple[str, str] | None:
     `M1/tea/0>M0/tea/0@M0` the answers of M1 and M0."""
     if "~" in name:
         first, _, second = name.rpartition("~")
-        at = max(first.rfind("#"), first.rfind("/"))
+        slash = first.rfind("/")  # behind it stand numbers: 2, 2#1, or s1.0 of a step
+        at = max(slash, first.rfind("#", slash + 1), first.rfind(".", slash + 1))
         return (first, first[: at + 1] + second) if at >= 0 else None
     if ">" in name:
         first, _, second = name.partition(">")

@@ -72,8 +72,8 @@ def read(folder: Path, status: str = "") -> Past:
     if start and start.get("layout") != LAYOUT:
         missing.append("the run was made with another version of rsrlm: what that version called otherwise is not here")
     store = RunFolder(folder)
-    found = sorted(path.name for path in (folder / "iterations").glob("[0-9]*") if path.is_dir())
-    last = int(found[-1]) + 1 if found else 0
+    found = [int(path.name) for path in folder.glob("iterations/*") if path.name.isdecimal() and path.is_dir()]
+    last = max(found, default=-1) + 1
     steps = [[*_lines(store.iteration(number) / "steps.jsonl", missing)] for number in range(last)]
     rows = []
     for number in range(last):

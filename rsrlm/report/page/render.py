@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from html import escape as html_escape
 from importlib import resources
 from typing import Any
 
 import jinja2
+import pyarrow as pa
 import yaml
 
 from rsrlm.report.alarms import DEFAULT_LIMITS, Limit
@@ -14,7 +16,10 @@ from rsrlm.report.page import contents, samples, timing
 from rsrlm.report.page.headline import sentence, standings
 from rsrlm.report.page.measured import Measured, measured
 from rsrlm.report.page.past import Past
+from rsrlm.settings.base import first_line
 
+BROKEN = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)  # of a table that is not as it should be
+LATE_MODELS = 6  # whose held-out answers stand beside those of the first
 Progress = Callable[[str], None]
 
 
@@ -51,8 +56,8 @@ def sections(
 def _measured(past: Past, number: int, missing: list[str]) -> Measured:
     try:
         return measured(past.folder / "iterations" / f"{number:02d}")
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's are among them
-        missing.append(f"the tables of iteration {number} cannot be read ({str(error).splitlines()[0][:120]})")
+    except BROKEN as error:
+        missing.append(f"the tables of iteration {number} cannot be read ({first_line(error)[:120]})")
         return Measured()
 
 
@@ -62,14 +67,14 @@ def sampled(past: Past, missing: list[str], budget: int = samples.MOST_BYTES) ->
     for number in past.iterations:
         try:
             some, all_of_it = samples.of_iteration(past.folder / "iterations" / f"{number:02d}", number)
-        except (OSError, ValueError, KeyError):
+        except BROKEN:
             continue  # told with the tables
-        found += some
+        found += samples.within(some, 4 * budget // max(4, len(past.iterations)))  # so that not all are held at once
         of += all_of_it
     kept = samples.within(found, budget)
     try:
-        heldout = samples.heldout(past.folder, past.models)
-    except (OSError, ValueError, KeyError):
+        heldout = samples.heldout(past.folder, [*past.models[:1], *past.models[1:][-LATE_MODELS:]])
+    except BROKEN:
         missing.append("held-out answers cannot be read")
         heldout = []
     if past.models and not heldout and "held-out answers cannot be read" not in missing:
@@ -113,9 +118,11 @@ def embedded(value: Any) -> str:
 
 def markdown_cell(value: Any) -> str:
     """Text that stays in its cell of a Markdown table and shows as it is."""
-    text = " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
-    for character in "<>*_`[]":
+    text = html_escape(" ".join(str(value).split()), quote=False).replace("\\", "\\\\")
+    for character in "*_`[]|~":
         text = text.replace(character, f"\\{character}")
+    for character in "@#$":  # that name somebody, link to an issue or begin a formula
+        text = text.replace(character, f"&#{ord(character)};")
     return text
 
 

@@ -4,7 +4,7 @@ import difflib
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,18 @@ def outstanding(folder: Path) -> Found:
         gap = pc.subtract(by_prompt["points_mean_max"], by_prompt["points_mean_min"])
         found["gap"] = _as_dict(by_prompt.append_column("gap", gap), "gap")
         found["spread"] = _as_dict(by_prompt, "points_stddev_max")
-    answers, _ = columns(folder / "responses.parquet", ["prompt_id", "text"])
-    if answers.num_rows:
-        chars = answers.append_column("chars", pc.utf8_length(answers["text"]))
-        found["chars"] = _as_dict(chars.group_by("prompt_id").aggregate([("chars", "max")]), "chars_max")
+    for name, chars in _lengths(folder / "responses.parquet"):
+        found["chars"][name] = max(chars, found["chars"].get(name, 0))
     return found
+
+
+def _lengths(path: Path) -> Iterator[tuple[str, int]]:
+    """Prompt and characters of each response; the texts are held for a moment only."""
+    if not path.exists():
+        return
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(4096, columns=["prompt_id", "text"]):
+            yield from zip(batch["prompt_id"].to_pylist(), pc.utf8_length(batch["text"]).to_pylist(), strict=True)
 
 
 def _as_dict(table: pa.Table, value: str) -> dict[str, float]:
@@ -121,6 +128,7 @@ def _shown(made: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         {
             "id": one["id"],
             "text": clipped(one["text"]),
+            "chars": len(one["text"]),
             "thought": clipped(one.get("thought") or ""),
             "role": one["role"],
             "finish": one["finish_reason"],
@@ -232,10 +240,10 @@ def within(samples: Sequence[dict[str, Any]], budget: int = MOST_BYTES) -> list[
         one["_turn"] = turn[one["iteration"]] = turn.get(one["iteration"], -1) + 1
     kept, size = [], 0
     for one in sorted(samples, key=lambda one: (one["_turn"], one["iteration"])):
-        size += len(json.dumps(one))
-        if size > budget:
-            break
-        kept.append(one)
+        more = len(json.dumps(one))
+        if size + more <= budget:  # else it is passed over: a smaller one may fit
+            size += more
+            kept.append(one)
     kept.sort(key=lambda one: (one["iteration"], one["_turn"]))
     for one in samples:
         del one["_turn"]

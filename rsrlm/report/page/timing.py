@@ -27,7 +27,7 @@ def times(past: Past) -> dict[str, Any]:
     others = sorted({bar["series"] for bar in bars} - {*STAGES})
     rows = [
         [
-            shown(row["iteration"]), shown(number_of(row.get("seconds")), 1), rate_of(row),
+            shown(row["iteration"]), shown(number_of(row.get("seconds")), 1), rate_of(past, row),
             shown(training_rate(past, row["iteration"]), 0), _share(row.get("prefix_cache_hit_share")),
             shown(number_of((row.get("published") or {}).get("seconds")), 2), lag_of(past, row),
         ]
@@ -45,8 +45,12 @@ def _share(value: Any) -> Cell:
     return "" if number_of(value) is None else f"{value:.0%}"
 
 
-def rate_of(row: Mapping[str, Any]) -> Cell:
-    """Tokens of responses in each second of producing: judgements go on meanwhile."""
+def rate_of(past: Past, row: Mapping[str, Any]) -> Cell:
+    """Tokens of responses in each second of producing: judgements go on meanwhile. On the online clock that stage is
+    only what is left to wait for."""
+    clock = past.config.get("clock")
+    if isinstance(clock, dict) and clock.get("kind") == "online":
+        return ""
     tokens, seconds = row.get("mean_response_tokens"), (row.get("stage_seconds") or {}).get("produce")
     return shown(tokens * row["responses"] / seconds, 0) if tokens and seconds and row.get("responses") else ""
 
@@ -58,17 +62,14 @@ def training_rate(past: Past, iteration: int) -> float | None:
 
 
 def lag_of(past: Past, row: Mapping[str, Any]) -> Cell:
-    """The model that answered; on the online clock it is behind the learner."""
-    actor = row.get("actor")
+    """The model that answered; on the online clock it may be behind the learner by some models."""
+    actor = str(row.get("actor") or "")
     if not actor:
         return ""
-    behind = row["iteration"] - _number(str(actor))
-    return f"{actor}, {behind} behind" if behind > 0 else str(actor)
-
-
-def _number(model: str) -> int:
-    digits = model.removeprefix("M")
-    return int(digits) if digits.isdigit() else 0
+    trained = (str(one.get("weight_version")) for one in past.rows if one["iteration"] < row["iteration"])
+    models = [*dict.fromkeys([str(past.first.get("model") or "M0"), *trained])]  # a round without pairs trains none
+    behind = len(models) - 1 - models.index(actor) if actor in models else 0
+    return f"{actor}, {behind} behind" if behind else actor
 
 
 def event_rows(past: Past) -> list[dict[str, Any]]:

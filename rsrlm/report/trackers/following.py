@@ -25,7 +25,7 @@ EVERY_S = 5.0
 AGAIN_S = 60.0  # after a failure
 END_S = 20.0  # for what is left when a run ends
 ROWS = 200  # that are logged at once
-PASSWORD = r"//[^/@\s]*@"  # and name, in an address
+PASSWORD = r"//\S*@"  # and name, in an address
 
 
 def check(config: Config) -> None:
@@ -44,6 +44,9 @@ def opened(config: Config, store: RunFolder) -> list[Tracker]:
         return []
     data = yaml.safe_load(dump(config))
     del data["trackers"]  # an address may hold a password
+    for judge in (data["judge"], data["evaluate"]["judge"]):
+        if endpoint := judge.get("endpoint"):
+            endpoint["url"] = re.sub(PASSWORD, "//", endpoint["url"]).partition("?")[0]
     run = Tracked(id=store.fix("tracker_id", secrets.token_hex(4)), name=config.name, folder=store.folder, config=data)
     found: list[Tracker] = []
     if own.wandb:

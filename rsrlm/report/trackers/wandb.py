@@ -42,7 +42,16 @@ class WandbTracker:
             dir=str(self._tracked.folder),
             config=dict(self._tracked.config),
             mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_S, finish_timeout=FINISH_S),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=INIT_S,
+                finish_timeout=FINISH_S,
+                # Neither the command line, which may hold a password, nor the code and packages of this machine.
+                x_disable_meta=True,
+                disable_git=True,
+                x_save_requirements=False,
+            ),
         )
         self._groups = set()
         self._axis("train", STEP)
