@@ -137,7 +137,7 @@ def execute(prepared: Prepared, store: RunFolder, report: Report, ray: Future[An
         store.event("run_ended", status=status, reason=reason or None)
     trackers.end(status)
     lock.close()
+    tables.show(store, status, reason, report)
     if config.report and status != "interrupted":  # who interrupts wants it to end
         reporting.finish(store, report)
-    tables.show(store, status, reason, report)
     return code
