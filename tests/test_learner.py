@@ -530,6 +530,7 @@ def assert_adapter_makes(adapter: Path, base: Path, merged: dict[str, Any]) -> N
 
 
 @pytest.mark.ray
+@pytest.mark.full
 def test_another_number_of_ranks_takes_a_training_up(tiny_model: Path, tmp_path: Path) -> None:
     """Without ZeRO: two ranks go on with what one has begun, log-probabilities before the first update included."""
     common = {"epochs": 2, "pairs_per_step": 2}

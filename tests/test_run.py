@@ -340,6 +340,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         assert all(row["pairs_trained"] == row["pairs"] for row in rows)
 
 
+@pytest.mark.full
 def test_a_run_with_producers_survives_their_death_and_its_own(whole: tuple[Path, str], config_file: Path) -> None:
     """Two producers with an engine each. One is killed while it makes groups, then the driver in the next iteration."""
     folder = config_file.parent / "runs" / "producers"
