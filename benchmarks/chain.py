@@ -20,6 +20,7 @@ start to the chain, so that it costs the chain nothing there, while rsrlm's `loa
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -304,6 +305,7 @@ def main(
 ) -> None:
     if not peer.exists():
         raise SystemExit(f"{peer} is not there: make bench-env")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     name = f"chain_{Path(config).stem}"

@@ -39,6 +39,7 @@ from rsrlm.recipes.base import respond
 from rsrlm.recipes.meta_rewarding import Meta
 from rsrlm.records import Completion, Judgement, Request, Response, Sampling, Task
 from rsrlm.report.progress import Report
+from rsrlm.runtime.engine import cpu_environment
 from rsrlm.runtime.inprocess_engine import InProcessEngine
 from rsrlm.runtime.setup import Prepared, prepare
 from rsrlm.settings.methods import judge_section
@@ -302,7 +303,9 @@ def main(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="rsrlm-judging-") as scratch:
-        prepared = prepare(config_of(f"{scratch}/runs", prompts, max_tokens))
+        config = config_of(f"{scratch}/runs", prompts, max_tokens)
+        os.environ.update(cpu_environment(config.engine))  # before anybody loads torch
+        prepared = prepare(config)
         held = Held(prepared.config, str(prepared.model))
         asyncio.run(measure(prepared, held, rounds, often, out, Path(scratch)))
         held.close()
