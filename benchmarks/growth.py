@@ -12,6 +12,7 @@ does not grow.
 import asyncio
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -108,8 +109,11 @@ def trained(folder: Path, pairs: int, tokens: int) -> tuple[float, float]:
         return [20 + (number * 7919 + at * 104729) % (VOCABULARY - 20) for at in range(count)]
 
     made = [(some(32, one), some(tokens, 2 * one), some(tokens, 2 * one + 1)) for one in range(pairs)]
-    scratch = Path(tempfile.mkdtemp(dir=folder))
-    side = Side(sys.executable, "rsrlm", Work(str(model), made, 1, ROUNDS, "cpu", "float32", str(scratch)), 1, PORT)
+    work = Work(str(model), made, 1, ROUNDS, "cpu", "float32", tempfile.mkdtemp(dir=folder))
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})  # threads of a model so small would but wait for each other
+    side = Side(sys.executable, "rsrlm", work, 1, PORT)
+    os.sched_setaffinity(0, cores)
     try:
         side.answer()
         rounds = [side.round() for _ in range(ROUNDS)]
