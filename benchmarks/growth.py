@@ -219,14 +219,16 @@ def main(
         raise SystemExit(f"--only {', '.join(sorted(wrong))}: must be of {', '.join(AXES)}")
     before = out / "growth.json"
     data: dict[str, Any] = json.loads(before.read_text()) if before.exists() else {}
-    with tempfile.TemporaryDirectory(prefix="rsrlm-growth-") as name:
-        for part in only or AXES:
-            data = {**data, **head(QUESTION), part: {}}
-            for curve, made in curves_of(part, Path(name), most).items():
-                for found in measured(curve, made):
-                    data[part][curve] = found
-                    write(out, "growth", data)
-            plot(data, out / "growth.png")
+    try:
+        with tempfile.TemporaryDirectory(prefix="rsrlm-growth-") as name:
+            for part in only or AXES:
+                data = {**data, **head(QUESTION), part: {}}
+                for curve, made in curves_of(part, Path(name), most).items():
+                    for found in measured(curve, made):
+                        data[part][curve] = found
+                        write(out, "growth", data)
+    finally:
+        plot(data, out / "growth.png")
     for part in AXES:
         for curve, found in data.get(part, {}).items():
             said = {what: None if one is None else round(one, 2) for what, one in found["slopes"].items()}
