@@ -202,6 +202,8 @@ def plot(data: dict[str, Any], path: Path) -> None:
                     panel.plot(*zip(*seen, strict=True), marker="o", label=name + said)
                     panel.legend(fontsize=8)
             panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=unit)
+            low, high = panel.get_ylim()
+            panel.set_ylim(min(low, high / 100), 3 * high)  # what does not grow is to look flat
             panel.grid(alpha=0.3)
     figure.suptitle("How time and memory grow: engines that answer at once, a tiny model for the learner")
     figure.tight_layout()
