@@ -1,7 +1,5 @@
 """`rsrlm report` and `rsrlm compare`: runs as a page to look at, and as Markdown to hand on."""
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from rsrlm.report.page import contents, render, samples
 from rsrlm.report.page.past import Past, read
 from rsrlm.report.progress import Report
 from rsrlm.settings.base import ConfigError
+from rsrlm.store.atomic import write_whole
 from rsrlm.store.folder import RunFolder
 from rsrlm.store.tables import rows
 
@@ -112,16 +111,6 @@ def keep(
         for name, text in zip(
             names, (render.html(title, runs, found), render.markdown(title, runs, found)), strict=True
         ):
-            with tempfile.NamedTemporaryFile(dir=out, prefix=f".{name}.", suffix=".tmp", delete=False) as file:
-                file.write(text.encode(errors="replace"))  # a name of its own: a run may be writing its report too
-            Path(file.name).chmod(0o666 & ~umask())
-            Path(file.name).replace(out / name)
+            write_whole(out / name, text.encode(errors="replace"))
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}; choose a folder that you can write") from None
-
-
-def umask() -> int:
-    """Of this process, which can only be read by setting it."""
-    now = os.umask(0o022)
-    os.umask(now)
-    return now

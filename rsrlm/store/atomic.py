@@ -10,9 +10,9 @@ from typing import Any
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """The file appears under its name only when all of it is on disk."""
+    """The file appears under its name only when all of it is on disk. Of several processes the last one is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with scratch.open("wb") as file:
         file.write(data)
         file.flush()

@@ -57,7 +57,8 @@ class RunFolder:
                 f"{folder} holds a run already; go on with `rsrlm resume {folder}`, or choose another name "
                 "with name=NAME"
             )
-        if folder.is_dir() and (others := {path.name for path in folder.iterdir()} - {".config.yaml.tmp", "eval"}):
+        others = {path.name for path in folder.iterdir()} - {"eval"} if folder.is_dir() else set()
+        if others := {name for name in others if not (name.startswith(".config.yaml.") and name.endswith(".tmp"))}:
             raise ConfigError(f"{folder} holds other files ({min(others)}); choose another name with name=NAME")
 
     @classmethod

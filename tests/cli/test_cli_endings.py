@@ -212,7 +212,7 @@ def test_a_disk_that_stays_full_does_not_hide_the_reason(make_config: Any, monke
     """Neither the summary nor the events can be written: /dev/full is a full disk."""
     config = make_config()
     store = RunFolder.create(config)
-    for name in ("events.jsonl", ".summary.json.tmp"):
+    for name in ("events.jsonl", f".summary.json.{os.getpid()}.tmp"):
         (store.folder / name).symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         store.write_summary({})

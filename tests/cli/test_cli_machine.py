@@ -69,7 +69,7 @@ def test_a_folder_that_an_earlier_attempt_left_empty(
     rsrlm: Callable[..., Ended], config_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / ".config.yaml.tmp").write_text("name: mi")
+    (tmp_path / "runs" / "mine" / ".config.yaml.123.tmp").write_text("name: mi")
     with pytest.raises(Started):
         rsrlm("run", config_file)
 

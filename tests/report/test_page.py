@@ -244,7 +244,6 @@ def test_differences_by_hand() -> None:
 
 def test_what_models_write_is_no_markup(folder: Path) -> None:
     html = page(folder)
-    assert "document.title='owned'" in said(html) or "document.title" in html  # it is there,
     scripts = re.findall(r"<script[^>]*>", html)
     assert scripts == ['<script type="application/json" id="r0-data">', "<script>"]  # as text
     assert "onerror=" not in re.sub(r"<script type.*?</script>", "", html, flags=re.DOTALL)
@@ -265,9 +264,9 @@ def test_the_markdown_says_the_same(folder: Path) -> None:
     assert "**Did it get better?** M2 is better than M0" in text
     assert re.search(r"^\| M1 \| 1\.00 \(1\.00 to 1\.00\) \| 1\.00 \(1\.00 to 1\.00\) by M1 \| 34 \|", text, re.M)
     assert "| 0 | M0 | M1 | 6 | 18 | 1.00 | 5 |" in text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    widths = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
-    assert all(width > 2 for width in widths)
+    tables = "\n".join(line if line.startswith("|") else "" for line in text.splitlines()).split("\n\n")
+    for table in filter(None, (one.strip() for one in tables)):  # whatever stands in the cells, no row has more of them
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
 
 
 def test_signs_past_their_limits_are_marked(folder: Path) -> None:

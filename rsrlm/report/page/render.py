@@ -16,6 +16,7 @@ from rsrlm.report.page import contents, samples, timing
 from rsrlm.report.page.headline import sentence, standings
 from rsrlm.report.page.measured import Measured, measured
 from rsrlm.report.page.past import Past
+from rsrlm.report.trackers.base import flat as flat_of
 from rsrlm.settings.base import first_line
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)  # of a table that is not as it should be
@@ -183,7 +184,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 def differing(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Rows of the keys whose values differ, with the value of each run."""
-    flat = [_flat(config) for config in configs]
+    flat = [{key: value_of(leaf) for key, leaf in flat_of(config).items()} for config in configs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     absent = "-"
     return [
@@ -193,15 +194,5 @@ def differing(names: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> lis
     ]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, dict) and value:
-        return {
-            name: text
-            for key, one in value.items()
-            for name, text in _flat(one, f"{prefix}.{key}" if prefix else key).items()
-        }
-    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        return {
-            name: text for number, one in enumerate(value) for name, text in _flat(one, f"{prefix}[{number}]").items()
-        }
-    return {prefix: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)}
+def value_of(leaf: Any) -> str:
+    return leaf if isinstance(leaf, str) else json.dumps(leaf, ensure_ascii=False, default=str)
