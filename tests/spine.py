@@ -266,3 +266,9 @@ def plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics without what depends on the machine, or on how often the run was started."""
     left_out = ("seconds", "stage_seconds", "steps_replayed", "learner", "published")
     return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
+
+
+def sections(defaults: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes of a config over defaults, section by section."""
+    whole = {name: of for name, of in defaults.items() if isinstance(of, dict)}
+    return {**defaults, **changes, **{name: {**of, **changes.get(name, {})} for name, of in whole.items()}}

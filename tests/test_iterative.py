@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from scripted import Pools
-from spine import Killed, World, answer, plain
+from spine import Killed, World, answer, plain, sections
 
 from rsrlm.data.ranked import RankedPrompt, Reply
 from rsrlm.data.seed_data import Parts
@@ -55,10 +55,7 @@ def world(make_config: Any) -> Callable[..., World]:
             "data": {"trees": "t.jsonl", "minimum": 1},
             "train": {"checkpoint_every_steps": 1},
         }
-        for name, section in defaults.items():
-            if isinstance(section, dict):
-                changes[name] = {**section, **changes.get(name, {})}
-        config = make_config(**{**defaults, **changes})
+        config = make_config(**sections(defaults, changes))
         return World(config, PROMPTS, HELDOUT, VALIDATION, **(over or {}))
 
     return make

@@ -19,7 +19,7 @@ import pytest
 from disks import small_disk
 from metric_names import REAL, never_logged, undocumented
 from rich.console import Console
-from spine import World
+from spine import World, sections
 from test_iterative import start
 
 from rsrlm.commands import running
@@ -62,10 +62,7 @@ def world(make_config: Any) -> Callable[..., World]:
             "prompts": {"per_iteration": 3, "validation": len(VALIDATION)},
             "train": {"checkpoint_every_steps": 2, "pairs_per_step": 1},
         }
-        for name, section in defaults.items():
-            if isinstance(section, dict):
-                changes[name] = {**section, **changes.get(name, {})}
-        return World(make_config(**{**defaults, **changes}), PROMPTS, HELDOUT, VALIDATION, **(over or {}))
+        return World(make_config(**sections(defaults, changes)), PROMPTS, HELDOUT, VALIDATION, **(over or {}))
 
     return make
 
