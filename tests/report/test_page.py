@@ -229,6 +229,13 @@ def test_samples_fit_their_budget_and_come_from_all_iterations() -> None:
     assert not any("_turn" in one for one in made)
 
 
+def test_models_to_choose_from_are_those_with_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "LATE_MODELS", 1)
+    found = render.sampled(read(folder), [])
+    assert found["models"] == ["M0", "M2"]
+    assert {tuple(one["model"] for one in prompt["answers"]) for prompt in found["heldout"]} == {("M0", "M2")}
+
+
 def test_differences_by_hand() -> None:
     assert samples.difference("one two three", "one 2 three four") == [
         (" ", "one "), ("-", "two"), ("+", "2"), (" ", " three"), ("+", " four"),

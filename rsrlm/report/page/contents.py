@@ -63,7 +63,6 @@ def plot(title: str, svg: str, note: str = "") -> list[Plot]:
 def better(past: Past) -> dict[str, Any]:
     """The first section: did it get better?"""
     found = standings(past)
-    fixed = next((one.fixed_judge for one in reversed(found)), "M0")
     return {
         "sentence": sentence(past, found),
         **filled(better_columns(found), [_standing_row(one) for one in found]),
@@ -73,7 +72,6 @@ def better(past: Past) -> dict[str, Any]:
             *plot("Words of held-out answers", _single(found, "words", "words")),
             *plot(f"KL from {found[0].model if found else 'M0'}", _single(found, "kl", "nats per token")),
         ],
-        "judge": fixed,
     }
 
 
@@ -135,11 +133,9 @@ def training(past: Past) -> list[Plot]:
     ]
 
 
-def by_step(past: Past, name: str, series: str = "") -> str:
-    """One value of the learner's rows; `series` names all of them, else each iteration is one."""
-    names = {name: series or ""}
-    if name == "chosen_logp" and not series:
-        names = {"chosen_logp": "chosen", "rejected_logp": "rejected"}
+def by_step(past: Past, name: str) -> str:
+    """One value of the learner's rows, each iteration a series; of chosen texts beside rejected ones."""
+    names = {"chosen_logp": "chosen", "rejected_logp": "rejected"} if name == "chosen_logp" else {name: ""}
     return charts.lines([row for key, label in names.items() for row in step_rows(past, key, label)], "step", name)
 
 

@@ -73,14 +73,15 @@ def sampled(past: Past, missing: list[str], budget: int = samples.MOST_BYTES) ->
         found += samples.within(some, 4 * budget // max(4, len(past.iterations)))  # so that not all are held at once
         of += all_of_it
     kept = samples.within(found, budget)
+    models = [*past.models[:1], *past.models[1:][-LATE_MODELS:]]
     try:
-        heldout = samples.heldout(past.folder, [*past.models[:1], *past.models[1:][-LATE_MODELS:]])
+        heldout = samples.heldout(past.folder, models)
     except BROKEN:
         missing.append("held-out answers cannot be read")
         heldout = []
     if past.models and not heldout and "held-out answers cannot be read" not in missing:
         missing.append("no held-out answers were kept")
-    return {"samples": kept, "of": of, "heldout": heldout, "models": past.models}
+    return {"samples": kept, "of": of, "heldout": heldout, "models": models}
 
 
 def html(title: str, runs: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any] | None = None) -> str:
